@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes the environment: .venv in the checkout, with the package, its test tools and torch. Run again, it does nothing
+# until what it installs has changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/.installed
+want=$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh | sha256sum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
+    exit 0
+fi
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: Python 3.10 or newer is needed and \`$python\` is not: set PYTHON to one." >&2
+    exit 1
+fi
+echo "Installing into .venv (once; a few minutes) ..." >&2
+"$python" -m venv .venv
+# Quiet, but not silent: pip's own errors still show
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt)
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+    "${pip[@]}" torch
+else
+    # The version that the CPU numbers in recipes/results come from. Where the index offers a CPU build, this takes it.
+    "${pip[@]}" 'torch==2.13.0'
+fi
+"${pip[@]}" --editable '.[dev]'
+echo "$want" >"$stamp"

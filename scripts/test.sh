@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The tests. Arguments are passed on to pytest; `-m slow`, `-m vllm` and `-m gpu` run the slower tiers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest "$@"
