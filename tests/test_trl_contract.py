@@ -1,0 +1,124 @@
+"""Every private name of TRL that we rely on, so that an upgrade fails here, with that name."""
+
+import inspect
+import re
+
+import pytest
+import trl.trainer.utils
+from trl import DistillationTrainer, GRPOTrainer
+from trl.trainer import distillation_trainer
+
+
+@pytest.mark.parametrize(
+    "owner, name, parameters",
+    [
+        (DistillationTrainer, "_generate_and_score_completions", ["self", "inputs"]),
+        (DistillationTrainer, "_generate_single_turn", None),
+        (DistillationTrainer, "_get_train_sampler", ["self", "dataset"]),
+        (DistillationTrainer, "_tokenize_prompts", ["self", "prompts"]),
+        (DistillationTrainer, "_compute_loss", ["self", "unwrapped_student", "inputs", "num_items_in_batch"]),
+        (
+            DistillationTrainer,
+            "_get_last_hidden_state",
+            [
+                "self",
+                "unwrapped_model",
+                "input_ids",
+                "attention_mask",
+                "logits_to_keep",
+                "pixel_values",
+                "image_grid_thw",
+                "pixel_attention_mask",
+                "spatial_shapes",
+                "image_sizes",
+                "token_type_ids",
+                "mm_token_type_ids",
+                "image_position_ids",
+            ],
+        ),
+        (GRPOTrainer, "_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        (GRPOTrainer, "_log_completion_extra", ["self", "column", "values"]),
+        (GRPOTrainer, "_log_metric", ["self", "name", "value"]),
+    ],
+)
+def test_private_methods_have_the_parameters_we_know(owner, name, parameters):
+    method = inspect.unwrap(getattr(owner, name))
+    if parameters is not None:
+        assert list(inspect.signature(method).parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_forward_redirection",
+        "_is_vlm",
+        "_metrics",
+        "_tokenizer",
+        "accelerator",
+        "beta",
+        "chat_template",
+        "chat_template_kwargs",
+        "eos_token_ids",
+        "pad_to_multiple_of",
+        "processing_class",
+        "shuffle_dataset",
+        "teacher_model",
+        "temperature",
+        "tools",
+    ],
+)
+def test_the_base_class_sets_or_reads_the_attributes_we_know(name):
+    assert f"self.{name}" in inspect.getsource(DistillationTrainer)
+
+
+def test_scoring_of_grpo_reads_nothing_that_we_do_not_set():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    names = set(re.findall(r"self\.(\w+)", source))
+    assert names == {
+        "_log_completion_extra",
+        "_log_metric",
+        "accelerator",
+        "async_loop",
+        "chat_template_kwargs",
+        "environments",
+        "reward_func_names",
+        "reward_funcs",
+        "reward_processing_classes",
+        "state",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RepeatSampler",
+        "create_model_from_path",
+        "get_callable_name",
+        "get_config_model_id",
+        "is_async_callable",
+        "pad",
+        "shutdown_event_loop_in_daemon",
+        "split_pixel_values_by_grid",
+        "start_event_loop_in_daemon",
+        "unsplit_pixel_values_by_grid",
+        "use_adapter",
+    ],
+)
+def test_helpers_are_where_we_import_them(name):
+    assert callable(getattr(trl.trainer.utils, name))
+
+
+def test_image_fields_are_those_of_the_base_class():
+    from trl_opsd.opsd.trainer import MULTIMODAL_FIELDS
+
+    source = inspect.getsource(distillation_trainer.DistillationTrainer._compute_loss)
+    listed = source.split("multimodal_keys = (")[1].split(")")[0]
+    assert [word.strip().strip('"') for word in listed.split(",") if word.strip()] == list(MULTIMODAL_FIELDS)
+
+
+def test_the_logit_transforms_are_those_of_the_base_class():
+    from trl_opsd.opsd.trainer import logit_transform
+
+    source = inspect.getsource(distillation_trainer.DistillationTrainer._compute_loss)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping"):
+        assert f'"{name}"' in source and f'"{name}"' in inspect.getsource(logit_transform)

@@ -1,0 +1,5 @@
+from .config import OPSDConfig
+from .trainer import OPSDTrainer
+
+
+__all__ = ["OPSDConfig", "OPSDTrainer"]

@@ -1,0 +1,104 @@
+"""
+Command line of stage 3: `accelerate launch -m trl_opsd.opsd --config recipes/opsd.yaml`.
+
+Every field of [`OPSDScriptArguments`], [`OPSDConfig`] and [`~trl.ModelConfig`] is a key of the YAML file and an option
+of the command line, which overrides the file.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from ..cli import UserError, check_checkpoint, parse, save_final, user_errors
+from ..data import check_columns, load_prompts
+from ..results import write_results
+from ..rewards import load_reward_funcs, required_columns
+from .config import OPSDConfig
+from .trainer import OPSDTrainer, resolve_gate, resolve_teacher_weights
+
+
+@dataclass
+class OPSDScriptArguments(ScriptArguments):
+    """
+    Arguments of the OPSD command line.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path. They
+            decide the gate.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path. They "
+            "decide the gate."
+        },
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    with user_errors():
+        script_args, training_args, model_args = parse(
+            (OPSDScriptArguments, OPSDConfig, ModelConfig), args, prog="trl_opsd.opsd"
+        )
+        trust_remote_code = training_args.trust_remote_code
+        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
+        teacher = training_args.teacher_model_name_or_path
+        if teacher is not None:
+            check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
+        if script_args.dataset_name is None:
+            raise UserError(
+                "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
+            )
+        reward_funcs = load_reward_funcs(script_args.reward_funcs or [])
+        resolve_gate(training_args, reward_funcs)
+        resolve_teacher_weights(training_args, model_args.model_name_or_path, teacher)
+
+        splits = [script_args.dataset_train_split]
+        if training_args.eval_strategy != "no":
+            splits.append(script_args.dataset_test_split)
+        datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        context = training_args.build_teacher_context()
+        for dataset in datasets:
+            for func in reward_funcs:
+                check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
+            if context is not None:
+                context.check_columns(dataset.column_names)
+
+        model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        }
+        training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+        if teacher is not None:
+            teacher_init_kwargs = {**model_init_kwargs, "revision": training_args.teacher_model_revision}
+            training_args.teacher_model_init_kwargs = {
+                **teacher_init_kwargs,
+                **(training_args.teacher_model_init_kwargs or {}),
+            }
+
+    trainer = OPSDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=teacher,
+        args=training_args,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1] if len(datasets) > 1 else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        reward_funcs=reward_funcs or None,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    save_final(trainer)
+    if trainer.accelerator.is_main_process:
+        write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, training_args.to_dict())
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,667 @@
+import atexit
+import copy
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import DistillationTrainer, GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import (
+    RepeatSampler,
+    create_model_from_path,
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    pad,
+    shutdown_event_loop_in_daemon,
+    split_pixel_values_by_grid,
+    start_event_loop_in_daemon,
+    unsplit_pixel_values_by_grid,
+    use_adapter,
+)
+
+from .config import OPSDConfig
+from .divergence import linear_divergence_with_metrics
+
+
+logger = get_logger(__name__)
+
+# A reward function as GRPO takes it, without the reward models
+RewardFunc = Callable[..., list[float | None]]
+
+# Fields of a batch that belong to images, as `DistillationTrainer` names them
+MULTIMODAL_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+# What the loss measures for each token
+TOKEN_METRICS = (
+    "opsd/kl",
+    "opsd/clip_fraction",
+    "opsd/student_entropy",
+    "opsd/teacher_entropy",
+    "opsd/top1_agreement",
+)
+
+
+class OPSDTrainer(DistillationTrainer):
+    """
+    Trainer for on-policy (self-)distillation as compression: the student writes its own rollouts, a verifier decides
+    which of them are trained on, and on those the student matches, token by token over the whole vocabulary, a
+    teacher that knows more than it does. The self-teacher is that of [Self-Distilled
+    Reasoner](https://huggingface.co/papers/2601.18734), its place after RL that of [OPSD Compresses What RLVR
+    Teaches](https://huggingface.co/papers/2605.06188).
+
+    The only changes with respect to [`~trl.DistillationTrainer`] are:
+
+    - the teacher is weights × context: it may be the student's own initial weights, and may see the prompt in a
+      privileged context (`teacher_weights`, `teacher_context`);
+    - several rollouts per prompt (`num_generations`);
+    - a gate: rollouts are scored by reward functions before any forward pass, and only those that pass are trained on;
+    - the divergence can be clipped per vocabulary entry without going negative (`kl_clip`).
+
+    With none of them used, and an external teacher, it is `DistillationTrainer`, step by step.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_opsd import OPSDConfig, OPSDTrainer
+
+    >>> trainer = OPSDTrainer(
+    ...     model="Qwen/Qwen3-1.7B",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=OPSDConfig(teacher_context="concise", num_generations=4, per_device_train_batch_size=4),
+    ...     train_dataset=load_dataset("open-r1/DAPO-Math-17k-Processed", "en", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student, see [`~trl.DistillationTrainer`].
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            External teacher, see [`~trl.DistillationTrainer`]. If `None`, the teacher has the student's initial
+            weights.
+        args ([`OPSDConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset with the column `prompt`, the columns that the teacher context takes, and the columns that the
+            reward functions take.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`):
+            Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], [`~transformers.ProcessorMixin`], *optional*):
+            See [`~trl.DistillationTrainer`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            See [`~trl.DistillationTrainer`].
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            See [`~trl.DistillationTrainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            See [`~trl.DistillationTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model. With `teacher_weights="initial"` the teacher is then the base
+            model, reached by disabling the adapter.
+        tools (list of `Callable`, *optional*):
+            See [`~trl.DistillationTrainer`].
+        reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Verifiers: functions as [`~trl.GRPOTrainer`] takes them, synchronous or not. Rewards are added up with
+            `reward_weights`. A rollout for which every function returns `None` is neither correct nor incorrect.
+
+    Raises:
+        ValueError: If the gate needs a verifier and there is none, if teacher and student are the same in weights and
+            context, or if the dataset lacks a column that the teacher context takes. All of it before a model is
+            loaded.
+    """
+
+    _tag_names = ["trl", "opsd"]
+    _name = "OPSD"
+    _paper = {
+        "title": "OPSD Compresses What RLVR Teaches: A Post-RL Compaction Stage for Reasoning Models",
+        "id": "2605.06188",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{kim2026opsd,
+                title  = {{OPSD Compresses What RLVR Teaches: A Post-RL Compaction Stage for Reasoning Models}},
+                author = {Jaehoon Kim and Dongha Lee},
+                year   = 2026,
+                eprint = {arXiv:2605.06188}
+            }"""),
+    }
+
+    # Scoring of completions is GRPO's: it reads nothing but the attributes set in `__init__`
+    _calculate_rewards = GRPOTrainer._calculate_rewards
+    _log_completion_extra = GRPOTrainer._log_completion_extra
+    _log_metric = GRPOTrainer._log_metric
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        teacher_model: str | PreTrainedModel | None = None,
+        args: OPSDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,  # noqa: F821
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+        tools: list[Callable] | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = OPSDConfig(f"{model_name.split('/')[-1]}-OPSD")
+        if reward_funcs is None:
+            reward_funcs = []
+        elif not isinstance(reward_funcs, list):
+            reward_funcs = [reward_funcs]
+
+        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        self.teacher_weights = resolve_teacher_weights(args, model, teacher_model)
+        self.gate = resolve_gate(args, reward_funcs)
+        self.teacher_context = args.build_teacher_context()
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        for dataset in datasets:
+            if self.teacher_context is not None and dataset is not None and dataset.column_names is not None:
+                self.teacher_context.check_columns(dataset.column_names)
+        if args.num_generations > 1 and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                f"`num_generations={args.num_generations}` needs a dataset that can be indexed, and `train_dataset` is "
+                "an IterableDataset: load it without streaming, or set `num_generations=1`."
+            )
+        if args.use_liger_kernel and args.kl_clip is not None:
+            raise ValueError(
+                "`use_liger_kernel=True` and `kl_clip` exclude each other, because Liger's loss has no clip: drop one."
+            )
+
+        if self.teacher_weights == "initial" and not has_adapter:
+            teacher_model = self._copy_initial_weights(model, args)
+
+        super().__init__(
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+
+        if self.teacher_context is not None and self._is_vlm:
+            raise ValueError(
+                "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a "
+                "multimodal processor: use an external teacher without a context."
+            )
+        if self.teacher_weights == "initial" and has_adapter:
+            trained = [name for name, p in self.model.named_parameters() if "lora_B" in name and p.detach().any()]
+            if trained:
+                raise ValueError(
+                    f"`teacher_weights='initial'` takes the base model with the adapter disabled, but the adapter "
+                    f"already changes it (`{trained[0]}` is not zero): merge the adapter first (`merge_and_unload`), "
+                    "or initialise it so that it starts as the identity."
+                )
+
+        self.num_generations = args.num_generations
+        self.teacher_chat_template_kwargs = (
+            self.chat_template_kwargs
+            if args.teacher_chat_template_kwargs is None
+            else args.teacher_chat_template_kwargs
+        )
+        self.gate_threshold = args.gate_threshold
+        self.kl_clip = args.kl_clip
+        self._token_sums = {mode: torch.zeros(1 + len(TOKEN_METRICS), dtype=torch.float64) for mode in self._metrics}
+
+        # What `GRPOTrainer._calculate_rewards` reads
+        self.reward_funcs = reward_funcs
+        self.reward_func_names = [get_callable_name(func) for func in reward_funcs]
+        self.reward_processing_classes = [None] * len(reward_funcs)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(reward_funcs))
+        self.environments = None
+        self._pending_extra_logs = defaultdict(list)
+        self._pending_metrics = defaultdict(list)
+        if any(is_async_callable(func) for func in reward_funcs):
+            thread, self.async_loop, ready = start_event_loop_in_daemon(name="OPSDTrainer-AsyncLoop")
+            ready.wait()
+            atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
+
+        if train_dataset is not None and self._has_own_teacher_prompt:
+            self._check_teacher_boundary(next(iter(train_dataset)))
+
+    @property
+    def _has_own_teacher_prompt(self) -> bool:
+        return self.teacher_context is not None or self.teacher_chat_template_kwargs != self.chat_template_kwargs
+
+    @staticmethod
+    def _copy_initial_weights(model: str | PreTrainedModel, args: OPSDConfig) -> PreTrainedModel:
+        """A frozen copy of the student, loaded as the student is where it is given as a path."""
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "`teacher_model_init_kwargs` are for an external teacher, and `teacher_weights` is 'initial', which "
+                "loads the teacher as the student: set `model_init_kwargs` instead."
+            )
+        if isinstance(model, str):
+            init_kwargs = dict(args.model_init_kwargs or {})
+            if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+                init_kwargs["device_map"] = None
+            init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+            teacher = create_model_from_path(model, **init_kwargs)
+        elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            # The parameters of an instantiated model are sharded already, so a copy of it would be empty
+            raise ValueError(
+                "`teacher_weights='initial'` under ZeRO-3 needs the model as a path, so that the teacher can be "
+                "loaded a second time: pass `model` as a string."
+            )
+        else:
+            teacher = copy.deepcopy(model)
+        return teacher.requires_grad_(False).eval()
+
+    def _check_teacher_boundary(self, example: dict[str, Any]) -> None:
+        """Checks that student and teacher are asked for the completion by the same generation prompt."""
+        if not is_conversational({"prompt": example["prompt"]}):
+            return  # a plain string has no generation prompt: how it ends is the template's own business
+        student, teacher = example["prompt"], self._teacher_prompt(example)
+        endings, prompt_ids = [], []
+        for prompt, kwargs in ((student, self.chat_template_kwargs), (teacher, self.teacher_chat_template_kwargs)):
+            with_generation_prompt, without = (
+                self.processing_class.apply_chat_template(
+                    prompt,
+                    tools=self.tools or None,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **kwargs,
+                )
+                for add_generation_prompt in (True, False)
+            )
+            endings.append(with_generation_prompt.removeprefix(without))
+            with self._chat_template_kwargs(kwargs):
+                prompt_ids.append(self._tokenize_prompts([prompt])[0][0])
+        length = max(len(self._tokenizer(ending, add_special_tokens=False)["input_ids"]) for ending in endings)
+        student_end, teacher_end = (ids[-length:] for ids in prompt_ids)
+        if endings[0] != endings[1] or student_end != teacher_end:
+            raise ValueError(
+                "The student and the teacher are asked for the completion in different ways, so the teacher would "
+                f"score tokens in a place where it never writes them: the student's prompt ends in "
+                f"{self._tokenizer.decode(student_end)!r} and the teacher's in {self._tokenizer.decode(teacher_end)!r}. "
+                "Make `chat_template_kwargs` and `teacher_chat_template_kwargs` agree on it."
+            )
+
+    @contextmanager
+    def _chat_template_kwargs(self, kwargs: dict[str, Any]):
+        """Lets `_tokenize_prompts` render with the chat template arguments of one side."""
+        own, self.chat_template_kwargs = self.chat_template_kwargs, kwargs
+        try:
+            yield
+        finally:
+            self.chat_template_kwargs = own
+
+    def _teacher_prompt(self, example: dict[str, Any]) -> list[dict[str, Any]] | str:
+        return example["prompt"] if self.teacher_context is None else self.teacher_context.prompt(example)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        # As in the base class, with every prompt repeated within the batch of rollouts
+        batch_size = (
+            self.args.per_device_train_batch_size
+            * self.accelerator.num_processes
+            * self.args.gradient_accumulation_steps
+        )
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=batch_size // self.num_generations,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._has_own_teacher_prompt:
+            output.update(self._tokenize_teacher_prompts(inputs))
+        if self.reward_funcs:
+            kept = self._score_and_gate(inputs, output)  # (B,)
+            loss_mask = output["completion_mask"]
+            if "tool_mask" in output:
+                loss_mask = loss_mask * output["tool_mask"]
+            output["kept"] = kept
+            # The loss is a sum over the tokens of the kept rollouts of the whole global batch, divided by their number
+            num_items_in_batch = self.accelerator.gather((loss_mask * kept.unsqueeze(1)).sum()).sum()
+            output["num_items_in_batch"] = num_items_in_batch
+            if num_items_in_batch == 0 and self.model.training:
+                logger.warning(
+                    f"No rollout of step {self.state.global_step + 1} passed the gate `{self.gate}`: nothing is "
+                    "trained on, and the weights stay as they are."
+                )
+        return output
+
+    def _tokenize_teacher_prompts(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
+        with self._chat_template_kwargs(self.teacher_chat_template_kwargs):
+            prompt_ids, _, _ = self._tokenize_prompts([self._teacher_prompt(example) for example in inputs])
+        rows = [torch.tensor(ids) for ids in prompt_ids]
+        padding = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, **padding)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, **padding)
+        return {
+            "teacher_prompt_ids": ids.to(self.accelerator.device),
+            "teacher_prompt_mask": mask.to(self.accelerator.device),
+        }
+
+    def _score_and_gate(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
+        """Scores the rollouts and returns which of them are trained on, a `bool` tensor of shape `(B,)`."""
+        mode = "train" if self.model.training else "eval"
+        prompts = [example["prompt"] for example in inputs]
+        completion_ids = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+        ]
+        completions = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": content}] for content in completions]
+
+        # Gathered over processes: (B × processes, functions)
+        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        verified = ~rewards_per_func.isnan().all(dim=1)
+        finished = torch.tensor(
+            [ids[-1] in (*self.eos_token_ids, self._tokenizer.pad_token_id) for ids in completion_ids],
+            device=rewards.device,
+        )
+        finished = self.accelerator.gather(finished)
+        correct = verified & finished & (rewards >= self.gate_threshold)
+        kept = {"correct": correct, "incorrect": verified & ~correct, "all": torch.ones_like(correct)}[self.gate]
+
+        metrics = self._metrics[mode]
+        for name, column in zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True):
+            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+        metrics["reward"].append(rewards[verified].mean().item())
+        metrics["opsd/correct"].append(correct.float().mean().item())
+        metrics["opsd/kept"].append(kept.float().mean().item())
+        # What the verifiers log is part of their interface; GRPO drains both once per batch
+        for name, values in self._pending_metrics.items():
+            metrics[name].append(sum(values) / len(values))
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+
+        start = self.accelerator.process_index * len(prompts)
+        return kept[start : start + len(prompts)]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "kept" in inputs:
+            kept = inputs["kept"]
+            if not kept.any():
+                if inputs["num_items_in_batch"] == 0 or self.accelerator.num_processes == 1:
+                    # Nothing to train on here, and no other process that waits for this one: no forward at all. The
+                    # zero has a gradient of its own and leaves the parameters without one, so no optimizer moves them.
+                    loss = torch.zeros((), device=kept.device, requires_grad=True)
+                    return (loss, None) if return_outputs else loss
+                # Another process has rollouts, and its collectives need this one: one row that no token is read from
+                kept = torch.arange(len(kept), device=kept.device) == 0
+                inputs = {**inputs, "completion_mask": torch.zeros_like(inputs["completion_mask"])}
+            inputs = self._select_rows(inputs, kept)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _select_rows(self, inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        """The batch with the given rows only (`rows` is a `bool` tensor of shape `(B,)`), and no padding of others."""
+        selected = {}
+        for key, value in split_pixel_values_by_grid(inputs).items():
+            if isinstance(value, list):
+                selected[key] = [item for item, keep in zip(value, rows.tolist(), strict=True) if keep]
+            else:
+                selected[key] = value[rows] if value.ndim > 0 else value
+        selected = unsplit_pixel_values_by_grid(selected)
+        # Per-token fields of images span prompt and completion, and a fixed shape is fixed for a reason (Neuron)
+        if self.pad_to_multiple_of is None and not any(field in selected for field in MULTIMODAL_FIELDS):
+            for part, fields in {
+                "prompt_mask": ("prompt_ids", "prompt_mask"),
+                "completion_mask": ("completion_ids", "completion_mask", "tool_mask"),
+                "teacher_prompt_mask": ("teacher_prompt_ids", "teacher_prompt_mask"),
+            }.items():
+                if part in selected and selected[part].any():
+                    columns = selected[part].any(dim=0)
+                    selected.update({field: selected[field][:, columns] for field in fields if field in selected})
+        return selected
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        # As in the base class this runs inside the student wrapper's forward, so the sharded parameters are whole and
+        # no collective may be called here.
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]  # (B, C)
+        loss_mask = completion_mask if "tool_mask" not in inputs else completion_mask * inputs["tool_mask"]
+        multimodal_inputs = {field: inputs[field] for field in MULTIMODAL_FIELDS if field in inputs}
+
+        def with_completion(prompt_ids, prompt_mask):
+            return (
+                torch.cat([prompt_ids, completion_ids], dim=1),
+                torch.cat([prompt_mask, completion_mask], dim=1),
+                completion_ids.size(1),
+            )
+
+        student_inputs = with_completion(inputs["prompt_ids"], inputs["prompt_mask"])
+        teacher_inputs = student_inputs
+        if self._has_own_teacher_prompt:
+            teacher_inputs = with_completion(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"])
+
+        # The teacher first: the student's activations are not there yet
+        teacher_hidden, unwrapped_teacher = self._teacher_forward(unwrapped_student, teacher_inputs, multimodal_inputs)
+        student_hidden = self._get_last_hidden_state(unwrapped_student, *student_inputs, **multimodal_inputs)
+        student_head, teacher_head = (m.get_output_embeddings() for m in (unwrapped_student, unwrapped_teacher))
+        device = student_head.weight.device
+        if teacher_head.weight.device != device:
+            raise ValueError(
+                f"The `lm_head` of the student is on {device} and that of the teacher on "
+                f"{teacher_head.weight.device}: place both on one device in their `device_map`."
+            )
+        valid = loss_mask.to(device) != 0
+        student_hidden = student_hidden.to(device)[valid]  # (N, H_student)
+        teacher_hidden = teacher_hidden.to(device)[valid]  # (N, H_teacher)
+        student_scale, student_softcap = logit_transform(unwrapped_student.config)
+        teacher_scale, teacher_softcap = logit_transform(unwrapped_teacher.config)
+        tokens = linear_divergence_with_metrics(
+            student_hidden,
+            gather_head(student_head.weight, student_hidden.dtype),
+            teacher_hidden,
+            gather_head(teacher_head.weight, teacher_hidden.dtype),
+            beta=self.beta,
+            temperature=self.temperature,
+            kl_clip=self.kl_clip,
+            backend="liger" if self.args.use_liger_kernel else "auto",
+            student_bias=gather_head(student_head.bias, student_hidden.dtype),
+            teacher_bias=gather_head(teacher_head.bias, teacher_hidden.dtype),
+            student_logit_scale=student_scale,
+            teacher_logit_scale=teacher_scale,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+        )
+        num_tokens = valid.sum()
+        measured = (
+            tokens.unclipped,
+            tokens.clip_fraction,
+            tokens.student_entropy,
+            tokens.teacher_entropy,
+            tokens.top1_agreement,
+        )
+        # What a backend does not measure is NaN, which `log` shows as missing
+        sums = [num_tokens.new_tensor(torch.nan) if values is None else values.sum() for values in measured]
+        mode = "train" if self.model.training else "eval"
+        self._token_sums[mode] += torch.stack([num_tokens, *sums]).double().cpu()
+        if num_items_in_batch is None:
+            num_items_in_batch = num_tokens.clamp(min=1)
+        loss = tokens.divergence.sum() / num_items_in_batch
+        entropy_sum = torch.full_like(loss, torch.nan).detach() if measured[2] is None else measured[2].sum()
+        return loss, entropy_sum, num_tokens
+
+    @torch.no_grad()
+    def _teacher_forward(self, unwrapped_student, teacher_inputs, multimodal_inputs):
+        """Hidden states of the teacher, of shape `(B, C, H_teacher)`, and the model that they come from."""
+        if self.teacher_model is not None:
+            self.teacher_model.eval()
+            unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
+            hidden = self._forward_redirection(
+                self.teacher_model,
+                unwrapped_teacher,
+                self._get_last_hidden_state,
+                unwrapped_teacher,
+                *teacher_inputs,
+                **multimodal_inputs,
+            )
+            return hidden, unwrapped_teacher
+        # The student's own weights without the adapter. Already inside the student's wrapper, so nothing to redirect.
+        was_training = unwrapped_student.training
+        unwrapped_student.eval()
+        try:
+            with use_adapter(unwrapped_student, adapter_name=None):
+                hidden = self._get_last_hidden_state(unwrapped_student, *teacher_inputs, **multimodal_inputs)
+        finally:
+            unwrapped_student.train(was_training)
+        return hidden, unwrapped_student
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Means over the tokens of all processes since the last log: a batch with few of them weighs little
+        mode = "train" if self.model.training else "eval"
+        sums = self.accelerator.reduce(self._token_sums[mode].to(self.accelerator.device, torch.float32)).tolist()
+        num_tokens, sums = sums[0], sums[1:]
+        if num_tokens > 0:
+            for name, total in zip(TOKEN_METRICS, sums, strict=True):
+                self._metrics[mode][name].append(total / num_tokens)
+        self._token_sums[mode].zero_()
+        super().log(logs, start_time)
+
+
+def resolve_teacher_weights(
+    args: OPSDConfig, model: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None
+) -> str:
+    """
+    Weights of the teacher, checked against its context.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            External teacher.
+
+    Returns:
+        `str`: `"initial"` or `"external"`.
+
+    Raises:
+        ValueError: If the teacher would be the student in weights and context, or if weights and teacher model
+            contradict each other.
+    """
+    weights = args.teacher_weights or ("initial" if teacher_model is None else "external")
+    if weights == "external" and teacher_model is None:
+        raise ValueError(
+            "`teacher_weights='external'` needs a teacher model: set `teacher_model_name_or_path` (in Python "
+            "`teacher_model`), or use `teacher_weights='initial'`."
+        )
+    if weights == "initial" and teacher_model is not None:
+        raise ValueError(
+            "`teacher_weights='initial'` and a teacher model contradict each other: drop the teacher model, or set "
+            "`teacher_weights='external'`."
+        )
+    same_weights = (
+        weights == "initial" or teacher_model is model or (isinstance(model, str) and model == teacher_model)
+    )
+    own_template_kwargs = args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {})
+    if same_weights and args.build_teacher_context() is None and not own_template_kwargs:
+        raise ValueError(
+            "Teacher and student are the same in weights and context, so the divergence is zero and nothing would be "
+            "learned: set `teacher_context`, or `teacher_model_name_or_path` to another model."
+        )
+    return weights
+
+
+def resolve_gate(args: OPSDConfig, reward_funcs: list[RewardFunc]) -> str:
+    """
+    Gate, checked against the reward functions.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+        reward_funcs (`list[Callable]`):
+            Verifiers.
+
+    Returns:
+        `str`: `"correct"`, `"incorrect"` or `"all"`.
+
+    Raises:
+        ValueError: If the gate needs a verifier and there is none, if a reward function is not callable, or if the
+            number of reward weights is not that of the reward functions.
+    """
+    gate = args.gate or ("correct" if reward_funcs else "all")
+    if gate != "all" and not reward_funcs:
+        raise ValueError(
+            f"`gate='{gate}'` needs a verifier to decide it, and there is none: set `reward_funcs`, or `gate='all'`."
+        )
+    for func in reward_funcs:
+        if isinstance(func, torch.nn.Module) or not callable(func):
+            raise ValueError(
+                f"A verifier must be a function, and `reward_funcs` holds {func!r}: reward models are not verifiers."
+            )
+    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+        raise ValueError(
+            f"`reward_weights` has {len(args.reward_weights)} entries and `reward_funcs` {len(reward_funcs)}: give one "
+            "weight for each function."
+        )
+    return gate
+
+
+def logit_transform(config) -> tuple[float, float | None]:
+    """
+    What a model does to the output of its `lm_head`, under the names that the architectures give it.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Configuration of the model.
+
+    Returns:
+        `tuple[float, float | None]`: Multiplier of the logits, and the soft-cap applied after it.
+    """
+    values = config.get_text_config().to_dict()
+    softcap = values.get("final_logit_softcapping")
+    # Cohere, Muse Glimmer and Falcon-H1 multiply
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if values.get(name) is not None:
+            return values[name], softcap
+    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+    if values.get("logits_scaling") is not None:
+        scaling = values["logits_scaling"]
+        return (scaling if values["model_type"] == "hyperclovax" else 1 / scaling), softcap
+    return 1.0, softcap
+
+
+def gather_head(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """
+    Makes a parameter that FSDP2 shards whole, once, in place of once per tile.
+
+    Args:
+        parameter (`torch.Tensor`, *optional*):
+            Weight or bias of an `lm_head`.
+        dtype (`torch.dtype`):
+            Type of the hidden states, in which a gathered parameter is kept.
+
+    Returns:
+        `torch.Tensor` or `None`: Plain tensor.
+    """
+    return parameter.full_tensor().to(dtype) if isinstance(parameter, DTensor) else parameter
