@@ -1,0 +1,161 @@
+"""Loads prompts, from a named source, the Hub or a local file, and checks them before anything costly starts."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from ..cli import UserError
+from .sources import SOURCES
+
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str] = ()) -> Dataset:
+    """
+    Loads one split of a data set in the project's schema.
+
+    Args:
+        name_or_path (`str`):
+            One of:
+
+            - a file: JSON Lines, a JSON list of objects, or Parquet;
+            - a folder written by `save_to_disk`, or one with a file per split (`train.jsonl`, `test.parquet`, ...);
+            - the name of a source (see [`SOURCES`]), which is taken from the Hub and mapped to the schema;
+            - `NAME:PATH`, a local copy of a named source's raw rows, mapped in the same way (`gsm8k:test.jsonl`);
+            - the id of any other data set on the Hub, whose columns are already in the schema.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to load. A single file and a single `Dataset` are loaded whole, whatever the split.
+        columns (`Iterable[str]`, *optional*, defaults to `()`):
+            Columns that must be there beside `prompt`.
+
+    Returns:
+        [`~datasets.Dataset`]: Rows with at least `prompt` and the given columns.
+
+    Raises:
+        UserError: If there is nothing at that name, it cannot be read, the split is missing or empty, or a column is
+            missing.
+    """
+    name, _, path = name_or_path.partition(":")
+    source = SOURCES.get(name)
+    if source is None or (not path and Path(name).exists()):
+        source, path = None, name_or_path
+    if source is None:
+        local = Path(path).exists() or path.endswith(_SUFFIXES) or path.startswith((".", "/", "~"))
+        dataset = _read_local(Path(path), split) if local else _read_hub(path, None, split)
+    else:
+        if split not in source.splits and not Path(path).is_file():
+            raise UserError(f"`{name}` has no split `{split}`: choose from {', '.join(source.splits)}.")
+        dataset = _read_local(Path(path), split) if path else _read_hub(source.hub_id, source.config, split)
+        check_columns(dataset, (source.problem, source.answer), f"The source `{name}`")
+        dataset = Dataset.from_list([source.to_row(row) for row in dataset])
+    if len(dataset) == 0:
+        raise UserError(f"`{name_or_path}` (split `{split}`) has no rows: check that it is the right file and split.")
+    check_columns(dataset, ("prompt", *columns), f"The data set `{name_or_path}`")
+    return dataset
+
+
+def check_columns(dataset: Dataset, needed: Iterable[str], what_for: str) -> None:
+    """
+    Checks that a data set has the columns that something needs.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data set to look at.
+        needed (`Iterable[str]`):
+            Names of the columns that must be there.
+        what_for (`str`):
+            What needs them: the subject of the message.
+
+    Raises:
+        UserError: If one is missing, naming it and the columns found.
+    """
+    missing = [f"`{column}`" for column in dict.fromkeys(needed) if column not in dataset.column_names]
+    if not missing:
+        return
+    raw = [name for name, source in SOURCES.items() if {source.problem, source.answer} <= set(dataset.column_names)]
+    # Raw rows of a named source are the likely cause, and the prefix is the whole fix.
+    hint = f" (if these are raw `{raw[0]}` rows, write `{raw[0]}:PATH`)" if raw and "`prompt`" in missing else ""
+    raise UserError(
+        f"{what_for} needs the column {', '.join(missing)}; the columns found are "
+        f"{', '.join(f'`{column}`' for column in dataset.column_names)}: add or rename one{hint}."
+    )
+
+
+def _read_local(path: Path, split: str) -> Dataset:
+    path = path.expanduser()
+    if not path.exists():
+        raise UserError(f"There is no data at `{path}`: check the path.")
+    if path.is_file():
+        return _read_file(path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise UserError(f"`{path}` has no split `{split}`: choose from {', '.join(dataset)}.")
+            dataset = dataset[split]
+        return dataset
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    if not files:
+        raise UserError(f"The folder `{path}` holds neither a saved Dataset nor {', '.join(_SUFFIXES)} files.")
+    found = [file for file in files if file.stem == split]
+    if not found:
+        raise UserError(f"`{path}` has no file for the split `{split}`: it has {', '.join(f.name for f in files)}.")
+    if len(found) > 1:
+        raise UserError(f"`{path}` has several files for the split `{split}`: give one of them as the path.")
+    return _read_file(found[0])
+
+
+def _read_file(path: Path) -> Dataset:
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"`{path}` is none of {', '.join(_SUFFIXES)}: convert it, or rename it if it is one of them.")
+    try:
+        if path.suffix == ".parquet":
+            return Dataset(pyarrow.parquet.read_table(path))
+        return Dataset.from_list(_read_json(path))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"`{path}` cannot be read as a table with one type per column: {reason}.") from None
+
+
+def _read_json(path: Path) -> list[dict]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{path}` is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise UserError(f"`{path}` is not valid JSON: {error}.") from None
+    else:
+        rows = []
+        # not splitlines(), which also breaks at the U+2028 that JSON strings may hold
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"`{path}`, line {number}: not valid JSON ({error.msg}); fix the line.") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(
+                f"`{path}`, row {number}: a row must be a JSON object, and this is a {type(row).__name__}."
+            )
+    columns = dict.fromkeys(key for _, row in rows for key in row)
+    return [{column: row.get(column) for column in columns} for _, row in rows]
+
+
+def _read_hub(hub_id: str, config: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(hub_id, config, split=split)
+    except (OSError, ValueError) as error:  # not found, not reachable, no such split or configuration
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The split `{split}` of `{hub_id}` cannot be loaded from the Hub ({reason}): check the name and the "
+            "connection, or give the path of a local file."
+        ) from None

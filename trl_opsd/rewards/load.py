@@ -1,0 +1,80 @@
+"""From the names that a recipe gives to reward functions, and what a function needs before it can run."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+
+import trl.rewards
+
+from ..cli import UserError
+from .math import math_reward
+
+
+_OWN = {"math_reward": math_reward}
+_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+# What TRL's trainers hand to every reward function themselves, so that no column has to.
+_GIVEN = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+}
+
+
+def load_reward_funcs(names: list[str]) -> list[Callable]:
+    """
+    Finds reward functions by name.
+
+    Args:
+        names (`list[str]`):
+            Names of this package's functions (`math_reward`), of TRL's (`accuracy_reward`,
+            `reasoning_accuracy_reward`, `think_format_reward`), or dotted paths (`my_module.my_reward`).
+
+    Returns:
+        `list[Callable]`: The functions, in the order of their names.
+
+    Raises:
+        UserError: If a name is unknown, naming it and the known ones.
+    """
+    return [_load(name) for name in names]
+
+
+def _load(name: str) -> Callable:
+    if name in _OWN:
+        return _OWN[name]
+    if name in _TRL:
+        return getattr(trl.rewards, name)
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        known = ", ".join((*_OWN, *_TRL))
+        raise UserError(f"Unknown reward function `{name}`: choose from {known}, or give a dotted path.")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"The reward function `{name}` cannot be imported ({error}): check the dotted path.") from None
+    if not callable(function):
+        raise UserError(f"The reward function `{name}` is a {type(function).__name__}, not a function.")
+    return function
+
+
+def required_columns(func: Callable) -> set[str]:
+    """
+    Returns the data set columns without which a reward function cannot be called: its parameters that have no default
+    and are not given by the trainer.
+
+    Args:
+        func (`Callable`):
+            Reward function in TRL's form.
+
+    Returns:
+        `set[str]`: Names of the columns.
+    """
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {
+        name
+        for name, parameter in inspect.signature(func).parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variable and name not in _GIVEN
+    }
