@@ -96,6 +96,7 @@ def test_scoring_of_grpo_reads_nothing_that_we_do_not_set():
         "get_callable_name",
         "get_config_model_id",
         "is_async_callable",
+        "maybe_gather_lm_head_ctx",
         "pad",
         "shutdown_event_loop_in_daemon",
         "split_pixel_values_by_grid",
@@ -120,5 +121,11 @@ def test_the_logit_transforms_are_those_of_the_base_class():
     from trl_opsd.opsd.trainer import logit_transform
 
     source = inspect.getsource(distillation_trainer.DistillationTrainer._compute_loss)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping"):
+    for name in (
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+        "final_logit_softcapping",
+    ):
         assert f'"{name}"' in source and f'"{name}"' in inspect.getsource(logit_transform)

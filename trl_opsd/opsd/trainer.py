@@ -21,6 +21,7 @@ from trl.trainer.utils import (
     get_callable_name,
     get_config_model_id,
     is_async_callable,
+    maybe_gather_lm_head_ctx,
     pad,
     shutdown_event_loop_in_daemon,
     split_pixel_values_by_grid,
@@ -89,7 +90,7 @@ class OPSDTrainer(DistillationTrainer):
     ...     model="Qwen/Qwen3-1.7B",
     ...     reward_funcs=accuracy_reward,
     ...     args=OPSDConfig(teacher_context="concise", num_generations=4, per_device_train_batch_size=4),
-    ...     train_dataset=load_dataset("open-r1/DAPO-Math-17k-Processed", "en", split="train"),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
     >>> trainer.train()
     ```
@@ -477,25 +478,30 @@ class OPSDTrainer(DistillationTrainer):
         teacher_hidden = teacher_hidden.to(device)[valid]  # (N, H_teacher)
         student_scale, student_softcap = logit_transform(unwrapped_student.config)
         teacher_scale, teacher_softcap = logit_transform(unwrapped_teacher.config)
-        tokens = linear_divergence_with_metrics(
-            student_hidden,
-            gather_head(student_head.weight, student_hidden.dtype),
-            teacher_hidden,
-            gather_head(teacher_head.weight, teacher_hidden.dtype),
-            beta=self.beta,
-            temperature=self.temperature,
-            kl_clip=self.kl_clip,
-            backend="liger" if self.args.use_liger_kernel else "auto",
-            student_bias=gather_head(student_head.bias, student_hidden.dtype),
-            teacher_bias=gather_head(teacher_head.bias, teacher_hidden.dtype),
-            student_logit_scale=student_scale,
-            teacher_logit_scale=teacher_scale,
-            student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap,
-        )
+        # ZeRO-3 gathers a parameter in the forward of its own module, which the loss does not go through
+        with (
+            maybe_gather_lm_head_ctx(student_head.weight, student_head.bias),
+            maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias),
+        ):
+            tokens = linear_divergence_with_metrics(
+                student_hidden,
+                gather_head(student_head.weight, student_hidden.dtype),
+                teacher_hidden,
+                gather_head(teacher_head.weight, teacher_hidden.dtype),
+                beta=self.beta,
+                temperature=self.temperature,
+                kl_clip=self.kl_clip,
+                backend="liger" if self.args.use_liger_kernel else "auto",
+                student_bias=gather_head(student_head.bias, student_hidden.dtype),
+                teacher_bias=gather_head(teacher_head.bias, teacher_hidden.dtype),
+                student_logit_scale=student_scale,
+                teacher_logit_scale=teacher_scale,
+                student_softcap=student_softcap,
+                teacher_softcap=teacher_softcap,
+            )
         num_tokens = valid.sum()
         measured = (
-            tokens.unclipped,
+            tokens.divergence.detach() if tokens.unclipped is None else tokens.unclipped,
             tokens.clip_fraction,
             tokens.student_entropy,
             tokens.teacher_entropy,

@@ -1,0 +1,172 @@
+"""The chain: what is finished is not done again, and what is not whole is not finished."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_opsd.cli import UserError
+from trl_opsd.compress import CompressConfig, Stage, run_chain
+from trl_opsd.evaluate.report import compare, table_cells, write_report
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
+    recipes = {name: tmp_path / f"{name}.yaml" for name in ("rlvr", "opsd")}
+    for path in recipes.values():
+        path.write_text("a: 1")
+    counter = tmp_path / "runs.txt"
+    seen = []
+
+    class Chain:
+        def stages(self, **failures):
+            stages = []
+            for name, recipe in recipes.items():
+                arguments = {"output_dir": str(tmp_path / name), "counter": str(counter)}
+                if name in failures:
+                    arguments["fail"] = failures[name]
+                stages.append(Stage(name, f"training {name}", "fake_stage", str(recipe), arguments, tmp_path / name))
+                output = tmp_path / f"{name}.json"
+                arguments = {"output": str(output), "counter": str(counter)}
+                stages.append(Stage(name, f"measuring {name}", "fake_stage", str(recipe), arguments, output))
+            return stages
+
+        def run(self, **failures):
+            counter.write_text("")
+            seen.clear()
+            run_chain(
+                self.stages(**failures),
+                tmp_path / "logs",
+                [sys.executable],
+                lambda stage, done, total, left: seen.append((stage.what, done, total, left)),
+            )
+            return self.ran()
+
+        def ran(self):
+            return counter.read_text().splitlines()
+
+    result = Chain()
+    result.recipes, result.seen = recipes, seen
+    return result
+
+
+EVERYTHING = ["rlvr", "rlvr.json", "opsd", "opsd.json"]
+
+
+def test_what_is_finished_is_not_done_again(chain):
+    assert chain.run() == EVERYTHING
+    assert [step for what, *step, _ in chain.seen if what == "training rlvr"] == [[0, 0], *([i, 4] for i in range(5))]
+    assert chain.run() == []
+    assert [what for what, *_ in chain.seen] == ["training rlvr", "measuring rlvr", "training opsd", "measuring opsd"]
+
+
+def test_a_changed_recipe_redoes_its_stage_and_what_follows(chain):
+    chain.run()
+    chain.recipes["opsd"].write_text("a: 2")
+    assert chain.run() == ["opsd", "opsd.json"]
+    chain.recipes["rlvr"].write_text("a: 2")
+    assert chain.run() == EVERYTHING
+
+
+def test_a_failed_stage_names_itself_and_its_reason_and_is_done_again(chain, tmp_path):
+    with pytest.raises(UserError, match=r"stage `opsd` failed: no teacher \(its output is in .*opsd.log\)"):
+        chain.run(opsd="no teacher")
+    assert chain.ran() == ["rlvr", "rlvr.json", "opsd"]
+    assert (tmp_path / "opsd" / "model.safetensors").exists()  # half an output is there, and does not count
+    assert chain.run() == ["opsd", "opsd.json"]
+
+
+def test_half_an_output_is_not_finished(chain, tmp_path):
+    chain.run()
+    (tmp_path / "opsd" / "config.json").unlink()
+    assert chain.run() == ["opsd"]
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(chain, tmp_path):
+    checkpoint = tmp_path / "opsd" / "checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    assert chain.run() == ["rlvr", "rlvr.json", f"opsd {checkpoint}", "opsd.json"]
+
+
+def test_time_left_follows_the_pace_of_this_machine(chain):
+    chain.run()
+    # One expected minute for each of four stages: near four at first, little once the first ones took seconds
+    first, last = chain.seen[0][-1], [left for what, _, _, left in chain.seen if what == "training opsd"][0]
+    assert 200 < first <= 240 and last < 60
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"opsd": None}, "`opsd` is missing"),
+        ({"rlvr": "recipes/gone.yaml"}, "no recipe at `recipes/gone.yaml` for `rlvr`"),
+        ({"model_name_or_path": "x"}, "exactly one of `sft`"),
+        ({"sft": None}, "exactly one of `sft`"),
+        ({"sft": None, "model_name_or_path": "x"}, "`dataset_name` is missing"),
+    ],
+)
+def test_config_mistakes(monkeypatch, changes, message):
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "recipes/tiny/compress.yaml").read_text())
+    with pytest.raises(UserError, match=message):
+        CompressConfig(**{**config, **changes})
+
+
+def test_the_recipe_makes_the_chain_of_the_readme(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((ROOT / "recipes/tiny/compress.yaml").read_text())
+    stages = CompressConfig(**config).stages()
+    assert [(stage.name, stage.is_training) for stage in stages] == [
+        ("sft", True),
+        ("sft", False),
+        ("rlvr", True),
+        ("rlvr", False),
+        ("prompt-only", False),
+        ("opsd", True),
+        ("opsd", False),
+    ]
+    models = [stage.arguments.get("model_name_or_path") for stage in stages]
+    assert models == [None, "runs/tiny/sft", "runs/tiny/sft", *["runs/tiny/rlvr"] * 3, "runs/tiny/opsd"]
+    without_rl = CompressConfig(
+        **{**config, "sft": None, "rlvr": None, "model_name_or_path": "m", "dataset_name": "d"}
+    )
+    assert [stage.name for stage in without_rl.stages()] == ["base", "prompt-only", "opsd", "opsd"]
+    smoke = CompressConfig(**{**config, "smoke": True})
+    assert smoke.output_dir == "runs/tiny-smoke" and smoke.stages()[2].arguments["max_steps"] == 2
+
+
+def row(stage, accuracy, tokens, decoding="greedy"):
+    return {
+        "stage": stage,
+        "decoding": decoding,
+        "n": 2000,
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.01,
+        "accuracy_high": accuracy + 0.01,
+        "mean_tokens": tokens,
+        "p90_tokens": 2 * tokens,
+        "truncated": 0.0,
+        "parameters": 162_000,
+        "wall_s": 3.0,
+    }
+
+
+def test_the_report_says_what_the_rows_say(tmp_path):
+    rows = [row("rlvr", 0.97, 50.0), row("opsd", 0.965, 20.0), row("opsd", 0.9, 21.0, "sampled")]
+    sentences = compare(rows, "rlvr", "opsd")
+    assert sentences == [
+        "opsd against rlvr, greedy: -60.0% tokens (50.0 to 20.0), -0.5 percentage points of accuracy."
+    ]
+    write_report(tmp_path, rows, "Title", sentences)
+    text = (tmp_path / "report.md").read_text()
+    assert "| opsd | sampled | 2,000 | 90.0% (89.0 to 91.0) | 21.0 | 42 | 0.0% | 162,000 | 3 |" in text
+    assert " | ".join(table_cells(rows[0])) in text and sentences[0] in text
+    assert (tmp_path / "accuracy_tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy_tokens.png", "report.md"]
+    json.dumps(rows)

@@ -1,0 +1,91 @@
+"""
+Command line of the whole chain: `python -m trl_opsd.compress --config recipes/tiny/compress.yaml`.
+
+Interrupted and run again, it goes on with the first stage that is not finished.
+"""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..cli import parse, user_errors
+from ..evaluate.report import COLUMNS, compare, table_cells, write_report
+from ..results import write_results
+from .chain import Stage, run_chain
+from .config import CompressConfig
+
+
+class Display:
+    """Shows the stage, its steps and the time left: a bar on a terminal, a line for each stage elsewhere."""
+
+    def __init__(self, console: Console, stages: list[Stage]):
+        self.console, self.stages = console, stages
+        self.current = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[steps]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __call__(self, stage: Stage, done: int, total: int, left: float) -> None:
+        number = next(index for index, other in enumerate(self.stages, start=1) if other is stage)
+        description = f"[{number}/{len(self.stages)}] {stage.what}"
+        left = f"about {left / 60:.0f} min left in all" if left >= 90 else f"about {left:.0f} s left in all"
+        if stage is not self.current:
+            if self.current is not None:
+                self.progress.stop_task(self.task)
+            self.current = stage
+            self.task = self.progress.add_task(description.replace("[", r"\["), total=None, steps="", left="")
+            if not self.console.is_terminal:
+                print(f"{description} ({left})", flush=True)
+        steps = f"{done}/{total}" if total > 1 else "finished earlier" if total == 1 else ""
+        self.progress.update(self.task, completed=done, total=total or None, steps=steps, left=left)
+
+
+def main(args: list[str] | None = None) -> None:
+    console = Console()
+    start = time.monotonic()
+    with user_errors():
+        (config,) = parse((CompressConfig,), args, prog="trl_opsd.compress")
+        stages = config.stages()
+        root = Path(config.output_dir)
+        launcher = shlex.split(config.launcher) if config.launcher else [sys.executable]
+        display = Display(console, stages)
+        try:
+            with display.progress:
+                run_chain(stages, root / "logs", launcher, display)
+        except KeyboardInterrupt:
+            print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    rows = []
+    for stage in stages:
+        if not stage.is_training:
+            rows += json.loads(stage.output.read_text())["rows"]
+    before = [row["stage"] for row in rows if row["stage"] not in ("opsd", "prompt-only")][-1]
+    sentences = [sentence for after in ("prompt-only", "opsd") for sentence in compare(rows, before, after)]
+    write_results(root / "results.json", rows, config)
+    write_report(root, rows, "Smoke run: numbers without meaning" if config.smoke else "trl-opsd", sentences)
+
+    table = Table(*COLUMNS.values())
+    for row in rows:
+        table.add_row(*table_cells(row))
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    console.print(f"{minutes} min {seconds} s. {root}/report.md, {root}/accuracy_tokens.png and {root}/results.json")
+
+
+if __name__ == "__main__":
+    main()
