@@ -1,0 +1,29 @@
+"""
+Command line of the embedded default: `python -m trl_opsd.tiny --config recipes/tiny/sft.yaml`.
+
+Every field of [`TinyConfig`] and [`~trl.SFTConfig`] is a key of the YAML file and an option of the command line, which
+overrides the file.
+"""
+
+from trl import SFTConfig
+
+from ..cli import parse, user_errors
+from .sft import check, warm_start
+from .task import TinyConfig
+
+
+def main(args: list[str] | None = None) -> None:
+    with user_errors():
+        config, training_args = parse((TinyConfig, SFTConfig), args, prog="trl_opsd.tiny")
+        check(config, training_args)
+    rows = warm_start(config, training_args)
+    for result in rows:
+        if result["phase"] == "final":
+            print(
+                f"{result['mode']:>10} {result['decoding']:>8}: {result['accuracy']:6.1%} in "
+                f"{result['mean_tokens']:.1f} tokens"
+            )
+
+
+if __name__ == "__main__":
+    main()

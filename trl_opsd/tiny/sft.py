@@ -1,0 +1,227 @@
+"""
+The warm start: supervised fine-tuning until the chain is learned, then a few steps that teach it to slip.
+
+The chain is learned in a jump that comes late and at a time that depends on the seed, so the first phase ends on
+measured accuracy. It would leave nothing for reinforcement learning to do. The second phase therefore continues on
+chains in which a step's result is wrong now and then: the model takes up that rate when it samples, and stays right
+when it is greedy.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from ..results import write_results, write_text
+from .model import make_model
+from .task import TEMPLATES, Problem, TinyConfig, problems, row, sft_rows
+from .tokenizer import make_tokenizer
+
+
+def encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """
+    Tokenizes rows of `prompt` and `completion` into `input_ids` and `labels`, the prompt's labels being -100.
+
+    `SFTTrainer` would do the same, at many times the cost for rows as short as these.
+    """
+    prompts = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, tokenize=False
+    )
+    texts = [
+        prompt + row["completion"][0]["content"] + tokenizer.eos_token
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    prompt_ids, input_ids = tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"]
+    labels = [[-100] * len(p) + ids[len(p) :] for p, ids in zip(prompt_ids, input_ids, strict=True)]
+    return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Problem],
+    mode: str,
+    sample: bool = False,
+    max_new_tokens: int = 128,
+) -> dict:
+    """
+    Accuracy and mean length of the replies to `tasks` in one mode.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        tasks (`list[Problem]`):
+            What it is asked.
+        mode (`str`):
+            A key of `TEMPLATES`.
+        sample (`bool`, *optional*, defaults to `False`):
+            Whether to sample at temperature 1 instead of taking the likeliest token.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest reply. One that hasn't ended by then is wrong.
+
+    Returns:
+        `dict`: `mode`, `decoding`, `n`, `accuracy` from 0 to 1, and `mean_tokens` with the end token.
+    """
+    chats = [[{"role": "user", "content": task.ask(mode)}] for task in tasks]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    training = model.training
+    model.eval()
+    generated = model.generate(
+        **inputs, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
+    )[:, inputs["input_ids"].shape[1] :]
+    model.train(training)
+    lengths = (generated != tokenizer.pad_token_id).sum(1)
+    replies = tokenizer.batch_decode(generated)
+    ending = re.escape(tokenizer.eos_token)
+    right = [
+        re.search(rf"\\boxed\{{{task.answer}\}}{ending}", reply) is not None
+        for task, reply in zip(tasks, replies, strict=True)
+    ]
+    return {
+        "mode": mode,
+        "decoding": "sampled" if sample else "greedy",
+        "n": len(tasks),
+        "accuracy": sum(right) / len(tasks),
+        "mean_tokens": lengths.float().mean().item(),
+    }
+
+
+class StopAtAccuracy(TrainerCallback):
+    """
+    Ends training when greedy accuracy on validation problems reaches a target, in plain and in concise replies alike.
+
+    Args:
+        config ([`TinyConfig`]):
+            Holds the target, and how often and on how many problems to measure.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        seed (`int`):
+            Seed of the problems.
+    """
+
+    def __init__(self, config: TinyConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tasks = problems(config, "validation", config.accuracy_problems, seed)
+        self.results: list[dict] = []
+
+    @property
+    def reached(self) -> bool:
+        return min(result["accuracy"] for result in self.results[-2:]) >= self.config.target_accuracy
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.config.accuracy_steps == 0 or state.global_step == state.max_steps:
+            for mode in ("plain", "concise"):
+                result = measure(model, self.tokenizer, self.tasks, mode)
+                self.results.append({"phase": "chain", "step": state.global_step, **result})
+            control.should_training_stop = self.reached
+        return control
+
+
+def train(model, tokenizer, rows: Iterator[dict], args: SFTConfig, callbacks: list | None = None) -> SFTTrainer:
+    """At most `args.max_steps` optimizer steps of [`~trl.SFTTrainer`], none of which sees a row again."""
+    rows = list(islice(rows, args.max_steps * args.train_batch_size * args.gradient_accumulation_steps))
+    dataset = encode(rows, tokenizer)
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def check(config: TinyConfig, args: SFTConfig) -> None:
+    """
+    Checks what can be checked before training.
+
+    Raises:
+        ValueError: If `max_steps` is missing, the output folder exists, there is more than one process, or there are
+            not enough problems.
+    """
+    if args.max_steps < 1:
+        raise ValueError("`max_steps` is missing: give the most steps that learning the chain may take.")
+    if Path(args.output_dir).exists():
+        raise ValueError(f"`output_dir`: `{args.output_dir}` exists already: remove it, or choose another folder.")
+    if args.world_size > 1:
+        raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
+    for split, size in (
+        ("train", config.train_size),
+        ("test", config.test_size),
+        ("validation", config.accuracy_problems),
+    ):
+        problems(config, split, size, args.seed)
+
+
+def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
+    """
+    Trains the tiny reasoner and writes it, with the data of the later stages, to `args.output_dir`.
+
+    The folder holds an ordinary checkpoint with its tokenizer, `data/train.jsonl` and `data/test.jsonl` in the data
+    contract, and `sft.json` with what was measured. It appears whole or not at all. The seed decides the weights and
+    the training rows; the test rows are the same for every seed.
+
+    Args:
+        config ([`TinyConfig`]):
+            Task, architecture and warm start.
+        args ([`~trl.SFTConfig`]):
+            Training arguments. `max_steps` is the most steps that learning the chain may take.
+
+    Returns:
+        `list[dict]`: The measurements in `sft.json`: greedy accuracy while the chain is learned (`phase` is
+        `"chain"`), and every mode, greedy and sampled, at the end (`"final"`).
+
+    Raises:
+        ValueError: If [`check`] finds a mistake.
+        RuntimeError: If the target accuracy is not reached within `max_steps`.
+    """
+    check(config, args)
+    start = time.perf_counter()
+    output_dir, work_dir = Path(args.output_dir), Path(f"{args.output_dir}.partial")
+    shutil.rmtree(work_dir, ignore_errors=True)
+    args = replace(args, output_dir=str(work_dir))
+    set_seed(args.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(config, tokenizer, args.seed)
+
+    stop = StopAtAccuracy(config, tokenizer, args.seed)
+    trainer = train(model, tokenizer, sft_rows(config, args.seed), args, [stop])
+    if not stop.reached:
+        plain, concise = (result["accuracy"] for result in stop.results[-2:])
+        raise RuntimeError(
+            f"The accuracy after `max_steps` {args.max_steps} is {plain:.3f} plain and {concise:.3f} concise, and "
+            f"`target_accuracy` is {config.target_accuracy}: raise `max_steps`, or lower the target for a weaker "
+            "teacher."
+        )
+    if config.slip_steps:
+        # The rate goes to zero, so that what was learned is whole again at the end
+        args = replace(args, max_steps=config.slip_steps, lr_scheduler_type="linear", warmup_steps=0)
+        trainer = train(model, tokenizer, sft_rows(config, args.seed + 1, config.slip_probability), args)
+
+    rows = stop.results
+    wall_s = time.perf_counter() - start
+    set_seed(args.seed)
+    for decoding in ("greedy", "sampled"):
+        for mode in TEMPLATES:
+            result = measure(model, tokenizer, stop.tasks, mode, sample=decoding == "sampled")
+            rows.append({"phase": "final", "step": rows[-1]["step"], **result, "wall_s": wall_s})
+
+    trainer.save_model(str(work_dir))
+    for split, size in (("train", config.train_size), ("test", config.test_size)):
+        seed = args.seed if split == "train" else 0
+        tasks = problems(config, split, size, seed)
+        write_text(work_dir / "data" / f"{split}.jsonl", "".join(json.dumps(row(task)) + "\n" for task in tasks))
+    write_results(work_dir / "sft.json", rows, {**asdict(config), **args.to_dict()})
+    os.replace(work_dir, output_dir)
+    return rows
