@@ -81,7 +81,7 @@ def completions(tokenizer):
 def test_without_its_own_parameters_it_is_distillation_trainer(tmp_path, small_model, tokenizer, rows, beta):
     runs = []
     for trainer_class, config_class in ((DistillationTrainer, DistillationConfig), (OPSDTrainer, OPSDConfig)):
-        config = config_class(**settings(tmp_path, beta=beta, temperature=0.9))
+        config = config_class(**settings(tmp_path, beta=beta, temperature=0.9, optim="sgd"))
         runs.append(
             train(
                 trainer_class,
@@ -527,3 +527,47 @@ def test_an_adapter_that_already_changes_the_model_is_no_initial_teacher(tmp_pat
         OPSDTrainer(
             model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
         )
+
+
+def test_liger_gives_the_same_loss_and_weights(tmp_path, small_model, tokenizer, rows, completions):
+    runs = []
+    # Liger's loss runs anywhere, the layers that it also swaps need Triton
+    layers = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy"), False)
+    for liger in ({}, {"use_liger_kernel": True, "liger_kernel_config": layers}):
+        config = OPSDConfig(
+            **settings(tmp_path, max_steps=2, optim="sgd", **liger), teacher_prompt_template=CONCISE_TEMPLATE, beta=0.5
+        )
+        with same_rollouts(completions):
+            _, recorder = train(
+                OPSDTrainer,
+                config,
+                model=small_model(0),
+                train_dataset=rows,
+                processing_class=tokenizer,
+                reward_funcs=reward_by_length(5),
+            )
+        runs.append(recorder)
+    ours, ligers = runs
+    for our_log, liger_log in zip(ours.logs[:2], ligers.logs[:2], strict=True):
+        assert liger_log["loss"] == pytest.approx(our_log["loss"], rel=1e-4)
+        assert liger_log["opsd/kl"] == pytest.approx(our_log["opsd/kl"], rel=1e-4)
+        # What Liger does not measure is missing from the log, not zero
+        assert liger_log["opsd/student_entropy"] is None and our_log["opsd/student_entropy"] > 0
+    for name, value in ours.weights[-1].items():
+        torch.testing.assert_close(ligers.weights[-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_bounds_the_loss_and_is_logged(tmp_path, small_model, tokenizer, rows, completions):
+    logs = {}
+    for kl_clip in (None, 0.05):
+        config = OPSDConfig(
+            **settings(tmp_path, max_steps=1), teacher_prompt_template=CONCISE_TEMPLATE, kl_clip=kl_clip
+        )
+        with same_rollouts(completions):
+            _, recorder = train(
+                OPSDTrainer, config, model=small_model(0), train_dataset=rows, processing_class=tokenizer
+            )
+        logs[kl_clip] = recorder.logs[0]
+    assert 0 < logs[0.05]["loss"] < logs[None]["loss"]
+    assert logs[0.05]["opsd/kl"] == pytest.approx(logs[None]["opsd/kl"], rel=1e-5)
+    assert logs[None]["opsd/clip_fraction"] == 0 < logs[0.05]["opsd/clip_fraction"] < 1

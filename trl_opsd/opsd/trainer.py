@@ -508,14 +508,14 @@ class OPSDTrainer(DistillationTrainer):
             tokens.top1_agreement,
         )
         # What a backend does not measure is NaN, which `log` shows as missing
-        sums = [num_tokens.new_tensor(torch.nan) if values is None else values.sum() for values in measured]
+        nan = torch.full((), torch.nan, device=device)
+        sums = torch.stack([num_tokens.float(), *(nan if values is None else values.sum() for values in measured)])
         mode = "train" if self.model.training else "eval"
-        self._token_sums[mode] += torch.stack([num_tokens, *sums]).double().cpu()
+        self._token_sums[mode] += sums.double().cpu()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens.clamp(min=1)
         loss = tokens.divergence.sum() / num_items_in_batch
-        entropy_sum = torch.full_like(loss, torch.nan).detach() if measured[2] is None else measured[2].sum()
-        return loss, entropy_sum, num_tokens
+        return loss, sums[1 + TOKEN_METRICS.index("opsd/student_entropy")], num_tokens
 
     @torch.no_grad()
     def _teacher_forward(self, unwrapped_student, teacher_inputs, multimodal_inputs):
