@@ -1,0 +1,229 @@
+"""
+Ablations on the tiny reasoner: teacher (strong, weak) x context x gate x divergence, several seeds.
+
+    OMP_NUM_THREADS=1 python scripts/ablate_tiny.py --seeds 0 1 2
+
+Makes the teachers it does not find (strong: warm start and RLVR; weak: a warm start that stops early, no RLVR), trains
+every arm from them with recipes/tiny/opsd.yaml, evaluates it on the held-out problems, and writes one results file for
+each seed and teacher: recipes/results/tiny_ablation/<teacher>-<seed>.json. Finished files are kept. `--report` makes
+the table and the plot from whatever files there are.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainerCallback
+from trl import ModelConfig
+
+from trl_opsd.cli import parse
+from trl_opsd.data import load_prompts
+from trl_opsd.evaluate import EvaluateConfig
+from trl_opsd.evaluate.measure import load_model, load_task, load_tokenizer, measure
+from trl_opsd.opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd.__main__ import OPSDScriptArguments
+from trl_opsd.results import write_results, write_text
+from trl_opsd.rewards import math_reward
+from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE, SOLUTION_TEMPLATE
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results" / "tiny_ablation"
+TEMPLATES = {
+    "concise": CONCISE_TEMPLATE,
+    "solution": SOLUTION_TEMPLATE,
+    "brief": BRIEF_TEMPLATE,
+    "answer": ANSWER_TEMPLATE,
+}
+DIVERGENCES = {"reverse KL": 1.0, "JSD": 0.5, "forward KL": 0.0}
+# (context, gate, divergence, kl_clip)
+ARMS = [
+    ("concise", "correct", "reverse KL", None),
+    ("concise", "incorrect", "reverse KL", None),
+    ("concise", "all", "reverse KL", None),
+    ("concise", "correct", "JSD", None),
+    ("concise", "correct", "forward KL", None),
+    ("concise", "correct", "reverse KL", 0.05),
+    ("solution", "correct", "reverse KL", None),
+    ("brief", "correct", "reverse KL", None),
+    ("brief", "incorrect", "reverse KL", None),
+    ("brief", "all", "reverse KL", None),
+    ("brief", "correct", "forward KL", None),
+    ("answer", "correct", "reverse KL", None),
+]
+# An arm is measured on the way too: what collapses may look well at first
+HALFWAY = 25
+
+
+def stage(module: str, recipe: str, output: Path, **options) -> None:
+    """Runs a stage of the chain, unless its output is there."""
+    if (output / "config.json").is_file():
+        return
+    command = [sys.executable, "-m", module, "--config", str(ROOT / recipe), "--output_dir", str(output)]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def make_teacher(kind: str, seed: int, runs: Path) -> tuple[Path, Path]:
+    """The checkpoint of a teacher, and the folder of the data."""
+    sft = runs / f"{kind}-{seed}" / "sft"
+    if kind == "weak":
+        # The warm start stops while the chain is only partly learned, and teaches no slips
+        partly = {"target_accuracy": 0.35, "accuracy_steps": 10, "slip_steps": 0}
+        stage("trl_opsd.tiny", "recipes/tiny/sft.yaml", sft, seed=seed, **partly)
+        return sft, sft / "data"
+    stage("trl_opsd.tiny", "recipes/tiny/sft.yaml", sft, seed=seed)
+    rlvr = runs / f"{kind}-{seed}" / "rlvr"
+    stage(
+        "trl_opsd.rlvr",
+        "recipes/tiny/rlvr.yaml",
+        rlvr,
+        seed=seed,
+        model_name_or_path=sft,
+        dataset_name=sft / "data",
+    )
+    return rlvr, sft / "data"
+
+
+def evaluate_model(path, data, seed, max_samples, model=None, **options) -> list[dict]:
+    (config,) = parse(
+        (EvaluateConfig,),
+        [
+            *("--config", str(ROOT / "recipes/tiny/evaluate.yaml"), "--model_name_or_path", str(path)),
+            *("--dataset_name", str(data), "--seed", str(seed), "--max_samples", str(max_samples)),
+            *(item for name, value in options.items() for item in (f"--{name}", value)),
+        ],
+    )
+    dataset, reward_funcs = load_task(config)
+    tokenizer = load_tokenizer(config, dataset)
+    model = load_model(config) if model is None else model
+    return measure(config, dataset, reward_funcs, model, tokenizer, progress=lambda done, total: None)
+
+
+class Halfway(TrainerCallback):
+    """Measures the student, sampled, after `HALFWAY` steps."""
+
+    def __init__(self, measure_model: Callable):
+        self.measure_model, self.rows, self.seconds = measure_model, [], 0.0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == HALFWAY:
+            start = time.perf_counter()
+            self.rows = self.measure_model(model)
+            self.seconds = time.perf_counter() - start
+
+
+def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: tuple, halfway: Halfway):
+    """Trains one arm. Returns the trainer and the seconds it took."""
+    context, gate, divergence, kl_clip = arm
+    options = ["--config", str(ROOT / "recipes/tiny/opsd.yaml"), "--output_dir", tempfile.mkdtemp()]
+    options += [
+        "--teacher_prompt_template",
+        TEMPLATES[context],
+        "--gate",
+        gate,
+        "--beta",
+        str(DIVERGENCES[divergence]),
+    ]
+    options += ["--seed", str(seed), "--disable_tqdm", "true", "--logging_strategy", "no"]
+    options += ["--kl_clip", str(kl_clip)] if kl_clip else []
+    options += ["--max_steps", str(steps)] if steps else []
+    _, config, _ = parse((OPSDScriptArguments, OPSDConfig, ModelConfig), options)
+    start = time.perf_counter()
+    trainer = OPSDTrainer(
+        model=str(path),
+        args=config,
+        train_dataset=load_prompts(str(data)),
+        reward_funcs=math_reward,
+        callbacks=[halfway],
+    )
+    trainer.train()
+    return trainer, time.perf_counter() - start - halfway.seconds
+
+
+def run(kind: str, seed: int, args: argparse.Namespace) -> None:
+    output = RESULTS / f"{kind}-{seed}.json"
+    if output.is_file():
+        return
+    path, data = make_teacher(kind, seed, Path(args.runs))
+    rows = []
+    for name, options in {"teacher": {}, "prompt-only": {"prompt_template": CONCISE_TEMPLATE}}.items():
+        for row in evaluate_model(path, data, seed, args.max_samples, **options):
+            rows.append({"teacher": kind, "arm": name, **row})
+    for arm in ARMS:
+        halfway = Halfway(lambda model: evaluate_model(path, data, seed, 512, model=model, decoding="sampled"))
+        trainer, seconds = train_arm(path, data, seed, args.max_steps, arm, halfway)
+        final = evaluate_model(path, data, seed, args.max_samples, model=trainer.model)
+        context, gate, divergence, kl_clip = arm
+        for steps, measured in ((HALFWAY, halfway.rows), (trainer.state.global_step, final)):
+            for row in measured:
+                row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_s": seconds}
+                settings = {"context": context, "gate": gate, "divergence": divergence, "kl_clip": kl_clip}
+                rows.append({"teacher": kind, "arm": "opsd", **settings, **row})
+        print(
+            f"{kind} {seed} {arm}: "
+            + ", ".join(f"{row['decoding']} {row['accuracy']:.3f} / {row['mean_tokens']:.1f}" for row in rows[-3:]),
+            f"{seconds:.0f} s",
+            flush=True,
+        )
+    write_results(output, rows, {"seed": seed, "teacher": kind, **vars(args)})
+
+
+def report() -> None:
+    """Writes table.md: every arm's mean over the seeds, with the lowest and the highest."""
+    rows = [row for file in sorted(RESULTS.glob("*-*.json")) for row in json.loads(file.read_text())["rows"]]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row["teacher"], row["arm"], *(row.get(k) for k in ("context", "gate", "divergence", "kl_clip")))
+        groups.setdefault(key, []).append(row)
+
+    def cell(group: list[dict], decoding: str, field: str, scale: int, halfway: bool = False) -> str:
+        chosen = [row for row in group if row["decoding"] == decoding and (row.get("steps") == HALFWAY) == halfway]
+        values = [scale * row[field] for row in chosen]
+        if not values:
+            return ""
+        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+    columns = {
+        f"sampled accuracy, step {HALFWAY}": ("sampled", "accuracy", 100, True),
+        f"tokens, step {HALFWAY}": ("sampled", "mean_tokens", 1, True),
+        "sampled accuracy": ("sampled", "accuracy", 100),
+        "greedy accuracy": ("greedy", "accuracy", 100),
+        "tokens, sampled": ("sampled", "mean_tokens", 1),
+    }
+    lines = ["| teacher | context | gate | divergence | clip | " + " | ".join(columns) + " |", "|---" * 10 + "|"]
+    for (teacher, arm, context, gate, divergence, clip), group in groups.items():
+        what = [f"*{arm}*", "", "", ""] if arm != "opsd" else [context, gate, divergence, str(clip or "")]
+        lines.append(
+            "| " + " | ".join([teacher, *what, *(cell(group, *column) for column in columns.values())]) + " |"
+        )
+    seeds = sorted({row["seed"] for row in rows})
+    text = f"Means over the seeds {seeds}, with the lowest and the highest. Made by `scripts/ablate_tiny.py --report`."
+    write_text(RESULTS / "table.md", "\n".join([text, "", *lines, ""]))
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teachers", nargs="+", choices=["strong", "weak"], default=["strong", "weak"])
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "ablation"), help="folder for the teachers")
+    parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems for each decoding")
+    parser.add_argument("--max_steps", type=int, help="optimizer steps of an arm, in place of the recipe's")
+    parser.add_argument("--report", action="store_true", help="only make the table")
+    args = parser.parse_args()
+    if not args.report:
+        for seed in args.seeds:
+            for kind in args.teachers:
+                run(kind, seed, args)
+    report()
+
+
+if __name__ == "__main__":
+    main()
