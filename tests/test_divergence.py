@@ -408,6 +408,24 @@ class TestEdges:
         assert_close(clipped, reference_divergence(student, teacher, beta=beta, kl_clip=0.1), 1e-6)
         assert torch.autograd.grad(clipped.sum(), student)[0].isfinite().all()
 
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_nearly_equal_models(self, beta):
+        generator = torch.Generator().manual_seed(5)
+        student = torch.randn(20, 30, generator=generator).requires_grad_()
+        teacher = student.detach() + 0.18 * torch.rand(20, 30, generator=generator)
+        value, expected = divergence(student, teacher, beta=beta), reference_divergence(student, teacher, beta=beta)
+        (grad,) = torch.autograd.grad(value.sum(), student)
+        (wanted,) = torch.autograd.grad(expected.sum(), student)
+        assert_close(value, expected, 2e-7)
+        assert_close(grad, wanted, 1e-5, relative=True)
+
+    def test_top1_agreement(self):
+        hidden, column = torch.ones(1, 1), torch.arange(70).unsqueeze(-1)
+        student_head, teacher_head = (column == 5).float(), (column == 37).float()
+        for head, expected in ((teacher_head, 0), (student_head, 1)):
+            output = linear_divergence_with_metrics(hidden, student_head, hidden, head, beta=0.5)
+            assert output.top1_agreement.tolist() == [expected]
+
     @pytest.mark.parametrize("kl_clip", [None, 0.01])
     @pytest.mark.parametrize("beta", BETAS)
     def test_a_nan_is_not_hidden(self, kl_clip, beta):
@@ -566,9 +584,11 @@ def check_kernels():
         TestEdges().test_equal_models_give_exactly_zero(beta, 0.01, F32, None)
         TestEdges().test_masked_columns(beta, 0.01, None)
         TestEdges().test_one_side_gives_no_probability(beta)
+        TestEdges().test_nearly_equal_models(beta or 0.9)
         problem = Problem(**size, beta=beta, kl_clip=0.01, bias=True)
         problem.student_bias.data[3] = math.nan
         assert problem.linear().divergence.isnan().all()
     TestEdges().test_extreme_logits(0.5, 0.01)
+    TestEdges().test_top1_agreement()
     Problem(tokens=0, beta=0.5).check()
     assert calls == {"sweep", "tile_gradient"}
