@@ -43,8 +43,7 @@ def evaluate(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer. Defaults to the checkpoint's.
         progress (`Callable[[int, int], None]`, *optional*):
-            Called with the number of completions done and their total. Defaults to a progress bar on a terminal, and
-            to nothing elsewhere.
+            Called with the number of completions done and their total. Defaults to a progress bar.
 
     Returns:
         `list[dict]`: One row per entry of `config.decoding`: labels (`stage`, `checkpoint`, `task`, `decoding`,
@@ -173,8 +172,7 @@ def measure(
     training = model.training
     model.eval()
     cuda = [model.device] if model.device.type == "cuda" else []
-    # `disable=None` shows the bar on a terminal only
-    bar = tqdm(total=total, unit="completion", desc="evaluate", disable=True if progress is not None else None)
+    bar = tqdm(total=total, unit="completion", desc="evaluate", disable=progress is not None)
     with bar, torch.random.fork_rng(cuda):  # the caller's random numbers go on as if nothing had been drawn
         for decoding in config.decoding:
             start = time.perf_counter()
