@@ -6,6 +6,7 @@ import re
 import pytest
 import trl.trainer.utils
 from trl import DistillationTrainer, GRPOTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import distillation_trainer
 
 
@@ -107,6 +108,27 @@ def test_scoring_of_grpo_reads_nothing_that_we_do_not_set():
 )
 def test_helpers_are_where_we_import_them(name):
     assert callable(getattr(trl.trainer.utils, name))
+
+
+def test_the_chunked_kernel_takes_the_arguments_we_give_it():
+    names = list(inspect.signature(ChunkedDivergenceFunction.forward).parameters)
+    assert names[:9] == [
+        "ctx",
+        "student_hidden",
+        "student_weight",
+        "student_bias",
+        "teacher_hidden",
+        "teacher_weight",
+        "teacher_bias",
+        "beta",
+        "temperature",
+    ]
+    assert names[9:] == [
+        "student_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ]
 
 
 def test_image_fields_are_those_of_the_base_class():
