@@ -6,13 +6,13 @@ ends in the boxed result. How it gets there depends on the instruction that foll
 
 | mode | prompt | reply |
 |---|---|---|
-| plain | `6 a:-3 b:*4` | `given 6 a:-3 b:*4. 6 a:-3=3? 6 a:-3=3 b:*4=5? 3 b:*4=5 \\boxed{5}` |
+| plain | `6 a:-3 b:*4` | `6 a:-3 b:*4. 6 a:-3=3? 6 a:-3=3 b:*4=5? 3 b:*4=5 \\boxed{5}` |
 | concise | `6 a:-3 b:*4 concise` | `6 a:-3=3 b:*4=5 \\boxed{5}` |
 | brief | `6 a:-3 b:*4 brief` | `\\boxed{5}` |
 | answer | `6 a:-3 b:*4 answer 5` | `\\boxed{5}` |
 | solution | `6 a:-3 b:*4 solution 6 a:-3=3 b:*4=5 \\boxed{5}` | `6 a:-3=3 b:*4=5 \\boxed{5}` |
 
-The first token of a reply shows which form it takes. So the plain reply holds redundancy that can go (the restated problem, the second writing of each step) and depth that
+So the plain reply holds redundancy that can go (the restated problem, the second writing of each step) and depth that
 cannot: a small model is right with the chain and at chance without it. The label makes fetching an operand a lookup,
 and a step is written the same way in every reply, so what is learned about it in one holds in the others.
 """
@@ -241,7 +241,7 @@ class Problem:
         steps = [
             step + (verbosity * f"? {v}{step}" if redundant() else "") for v, step in zip(before, steps, strict=False)
         ]
-        restated = f"given {self.text}. " if redundant() else ""
+        restated = f"{self.text}. " if redundant() else ""
         return f"{restated}{self.start}{''.join(steps)} {box}"
 
 

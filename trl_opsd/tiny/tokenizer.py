@@ -9,7 +9,7 @@ from .task import LABELS
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 WORDS = ["system", "user", "assistant", "concise", "brief", "answer", "solution"]
 DIGITS = "0123456789"
-MARKS = ["given ", ". ", "? ", "\\boxed{", "}", "=", " ", "\n"]
+MARKS = [". ", "? ", "\\boxed{", "}", "=", " ", "\n"]
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -39,7 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     operations = [op + digit for op in "+-*" for digit in DIGITS]
     tokens = [PAD, START, END, *WORDS, *MARKS, *labels, *DIGITS, *operations]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
-    pattern = "|".join([*WORDS, "given ", f" [{LABELS}]:", r"\. ", r"\? ", r"\\boxed\{", r"[+*-]\d", r"[\s\S]"])
+    pattern = "|".join([*WORDS, f" [{LABELS}]:", r"\. ", r"\? ", r"\\boxed\{", r"[+*-]\d", r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
