@@ -77,9 +77,12 @@ def main(args: list[str] | None = None) -> None:
     write_results(root / "results.json", rows, config)
     write_report(root, rows, "Smoke run: numbers without meaning" if config.smoke else "trl-opsd", sentences)
 
-    table = Table(*COLUMNS.values())
+    # What fits a terminal; the rest is in the report
+    narrow = [list(COLUMNS).index(name) for name in ("stage", "decoding", "accuracy", "mean_tokens", "truncated")]
+    table = Table(*[list(COLUMNS.values())[index] for index in narrow])
     for row in rows:
-        table.add_row(*table_cells(row))
+        cells = table_cells(row)
+        table.add_row(*[cells[index] for index in narrow])
     console.print(table)
     for sentence in sentences:
         console.print(sentence, highlight=False)

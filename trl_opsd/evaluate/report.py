@@ -65,7 +65,7 @@ def compare(rows: list[dict[str, Any]], before: str, after: str) -> list[str]:
             continue
         old, new = by_key[before, decoding], by_key[after, decoding]
         tokens = 100 * (new["mean_tokens"] / old["mean_tokens"] - 1)
-        points = 100 * (new["accuracy"] - old["accuracy"])
+        points = round(100 * (new["accuracy"] - old["accuracy"]), 1) + 0.0  # no "-0.0"
         sentences.append(
             f"{after} against {before}, {decoding}: {tokens:+.1f}% tokens ({old['mean_tokens']:.1f} to "
             f"{new['mean_tokens']:.1f}), {points:+.1f} percentage points of accuracy."
