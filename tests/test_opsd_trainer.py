@@ -492,7 +492,7 @@ class NoModel:
 def test_mistakes_end_before_a_model_is_loaded(tmp_path, rows, changes, kwargs, message):
     config = OPSDConfig(**settings(tmp_path), **changes)
     with (
-        mock.patch("trl_opsd.opsd.trainer.create_model_from_path", NoModel()),
+        mock.patch("trl_opsd.opsd.teacher.create_model_from_path", NoModel()),
         mock.patch("trl.trainer.distillation_trainer.create_model_from_path", NoModel()),
         pytest.raises(ValueError, match=message),
     ):

@@ -42,6 +42,8 @@ def test_the_shipped_templates_take_what_their_names_say():
         "solution": {"solution"},
         "answer": {"answer"},
         "concise": set(),
+        "concise_by_difficulty": set(),
+        "sibling": {"sibling"},
     }
 
 
@@ -49,3 +51,31 @@ def test_the_shipped_templates_take_what_their_names_say():
 def test_templates_reach_nothing_but_their_fields(template):
     with pytest.raises(ValueError, match="unknown placeholder"):
         TeacherContext(template)
+
+
+def test_a_sibling_is_given_and_nothing_stands_in_for_it():
+    context = TeacherContext("{prompt} {sibling}")
+    context.check_columns(["prompt"])
+    example = {"prompt": "p", "privileged_context": "x"}
+    assert context.prompt(example, context.privileged_texts(example, sibling="s")) == "p s"
+    with pytest.raises(ValueError, match="needs `sibling`"):
+        context.prompt(example)
+
+
+def test_a_system_prompt_takes_the_place_of_the_students():
+    context = TeacherContext("{prompt} short", system_prompt="Be terse.")
+    assert context.prompt({"prompt": CHAT}) == [
+        {"role": "system", "content": "Be terse."},
+        {"role": "user", "content": "2+{2}? short"},
+    ]
+    assert context.prompt({"prompt": CHAT[1:]})[0] == {"role": "system", "content": "Be terse."}
+    with pytest.raises(ValueError, match="needs conversational prompts"):
+        context.prompt({"prompt": "2+2?"})
+
+
+def test_earlier_turns_are_kept():
+    turns = [*CHAT, {"role": "assistant", "content": "4"}, {"role": "user", "content": "and 3+3?"}]
+    assert TeacherContext("{prompt} short").prompt({"prompt": turns}) == [
+        *turns[:-1],
+        {"role": "user", "content": "and 3+3? short"},
+    ]

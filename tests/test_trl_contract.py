@@ -140,7 +140,7 @@ def test_image_fields_are_those_of_the_base_class():
 
 
 def test_the_logit_transforms_are_those_of_the_base_class():
-    from trl_opsd.opsd.trainer import logit_transform
+    from trl_opsd.opsd.head import logit_transform
 
     source = inspect.getsource(distillation_trainer.DistillationTrainer._compute_loss)
     for name in (

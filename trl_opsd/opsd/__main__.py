@@ -14,7 +14,9 @@ from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
 from .config import OPSDConfig
-from .trainer import OPSDTrainer, resolve_gate, resolve_teacher_weights
+from .gate import resolve_gate
+from .teacher import resolve_teacher_weights
+from .trainer import OPSDTrainer
 
 
 @dataclass

@@ -5,6 +5,9 @@ from trl import DistillationConfig
 from .teacher import TEACHER_PROMPT_TEMPLATES, TeacherContext
 
 
+TEACHER_WEIGHTS = ("initial", "ema", "snapshot", "live", "external")
+
+
 @dataclass
 class OPSDConfig(DistillationConfig):
     r"""
@@ -26,7 +29,12 @@ class OPSDConfig(DistillationConfig):
             command line `none`) for the plain prompt. A column `privileged_context` stands in for `solution` and `answer` where a row has it.
         teacher_prompt_template (`str`, *optional*):
             Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: `{prompt}`,
-            `{solution}`, `{answer}`, `{privileged_context}`; a literal brace is written twice.
+            `{solution}`, `{answer}`, `{sibling}`, `{privileged_context}`; a literal brace is written twice.
+        teacher_system_prompt (`str`, *optional*):
+            System prompt of the teacher, in place of the one that a conversational prompt may have.
+        max_teacher_prompt_length (`int`, *optional*):
+            Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the problem.
+            Defaults to what the teacher's positions leave beside a completion.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template on the teacher's side. Defaults to `chat_template_kwargs`, the
             student's.
@@ -42,6 +50,8 @@ class OPSDConfig(DistillationConfig):
             is not trained on costs none. Defaults to `"correct"` if reward functions are given and to `"all"` if not.
         gate_threshold (`float`, *optional*, defaults to `1.0`):
             Reward from which on a finished rollout is correct.
+        keep_shortest (`int`, *optional*):
+            Of the rollouts of one prompt that pass the gate, train on this many only, the shortest ones.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the reward. Defaults to a weight of `1.0` for each.
 
@@ -60,23 +70,53 @@ class OPSDConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Weights of the teacher: 'initial' (the student's own starting weights, frozen; with PEFT the "
-            "adapter disabled) or 'external' (the teacher model). Defaults to 'external' if a teacher model is given "
-            "and to 'initial' if not.",
-            "choices": ["initial", "external"],
+            "adapter disabled), 'ema', 'snapshot', 'live' or 'external' (the teacher model). Defaults to 'external' "
+            "if a teacher model is given and to 'initial' if not.",
+            "choices": list(TEACHER_WEIGHTS),
+        },
+    )
+    teacher_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "Share of the way from the teacher to the student that an update of 'ema' goes."},
+    )
+    teacher_sync_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of optimizer steps between two updates of 'ema' or 'snapshot'. Defaults to 1 for 'ema' and "
+            "to 50 for 'snapshot'."
         },
     )
     teacher_context: str | None = field(
         default=None,
         metadata={
-            "help": "What the teacher sees and the student does not: 'solution', 'answer', 'concise', or 'none'.",
+            "help": "What the teacher sees and the student does not: 'solution', 'answer', 'concise', "
+            "'concise_by_difficulty', 'sibling', or 'none'.",
             "choices": [*TEACHER_PROMPT_TEMPLATES, "none"],
+        },
+    )
+    sibling_fallback: str | None = field(
+        default=None,
+        metadata={
+            "help": "Context for rollouts without a correct sibling: 'concise', 'concise_by_difficulty', 'solution' or "
+            "'answer'. If not set, such rollouts are not trained on."
         },
     )
     teacher_prompt_template: str | None = field(
         default=None,
         metadata={
             "help": "Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: "
-            "{prompt}, {solution}, {answer}, {privileged_context}; a literal brace is written twice."
+            "{prompt}, {solution}, {answer}, {sibling}, {privileged_context}; a literal brace is written twice."
+        },
+    )
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System prompt of the teacher, in place of the one that a conversational prompt may have."},
+    )
+    max_teacher_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the "
+            "problem. Defaults to what the teacher's positions leave beside a completion."
         },
     )
     teacher_chat_template_kwargs: dict | str | None = field(
@@ -104,6 +144,12 @@ class OPSDConfig(DistillationConfig):
         default=1.0,
         metadata={"help": "Reward from which on a finished rollout is correct."},
     )
+    keep_shortest: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the rollouts of one prompt that pass the gate, train on this many only, the shortest ones."
+        },
+    )
     reward_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of each reward function in the reward. Defaults to 1.0 for each."},
@@ -121,13 +167,23 @@ class OPSDConfig(DistillationConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        if self.teacher_weights not in (None, "initial", "external"):
-            raise ValueError(f"`teacher_weights` must be 'initial' or 'external', and is {self.teacher_weights!r}.")
-        if self.teacher_weights == "initial" and self.teacher_model_name_or_path is not None:
+        if self.teacher_weights is not None and self.teacher_weights not in TEACHER_WEIGHTS:
+            raise ValueError(f"`teacher_weights` must be one of {TEACHER_WEIGHTS}, and is {self.teacher_weights!r}.")
+        if self.teacher_weights not in (None, "external") and self.teacher_model_name_or_path is not None:
             raise ValueError(
-                "`teacher_weights='initial'` and `teacher_model_name_or_path` contradict each other: drop the teacher "
-                "model, or set `teacher_weights='external'`."
+                f"`teacher_weights={self.teacher_weights!r}` and `teacher_model_name_or_path` contradict each other: "
+                "drop the teacher model, or set `teacher_weights='external'`."
             )
+        if not 0 < self.teacher_update_rate <= 1:
+            raise ValueError(
+                f"`teacher_update_rate` must be above 0 and at most 1, and is {self.teacher_update_rate}."
+            )
+        if self.teacher_sync_steps is not None and self.teacher_sync_steps < 1:
+            raise ValueError(f"`teacher_sync_steps` must be at least 1, and is {self.teacher_sync_steps}.")
+        for name in ("max_teacher_prompt_length", "keep_shortest"):
+            value = self.__dict__[name]
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, and is {value}: use None for no limit.")
         # The command line has no other way to take back what a recipe sets
         if self.teacher_context == "none":
             self.teacher_context = None
@@ -136,7 +192,24 @@ class OPSDConfig(DistillationConfig):
                 f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
                 f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
             )
-        self.build_teacher_context()
+        context = self.build_teacher_context()
+        if context is None and self.teacher_system_prompt is not None:
+            raise ValueError(
+                "`teacher_system_prompt` comes with a context: set `teacher_context` or `teacher_prompt_template` (which "
+                "may be just '{prompt}')."
+            )
+        uses_sibling = context is not None and "sibling" in context.fields
+        if uses_sibling and self.num_generations < 2:
+            raise ValueError(
+                f"The sibling context needs other rollouts of the same prompt, and `num_generations` is "
+                f"{self.num_generations}: raise it."
+            )
+        fallbacks = [name for name in TEACHER_PROMPT_TEMPLATES if name != "sibling"]
+        if self.sibling_fallback is not None and (not uses_sibling or self.sibling_fallback not in fallbacks):
+            raise ValueError(
+                f"`sibling_fallback` is for the sibling context and one of {fallbacks}, and is "
+                f"{self.sibling_fallback!r}."
+            )
 
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
@@ -153,7 +226,7 @@ class OPSDConfig(DistillationConfig):
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"`kl_clip` must be positive, and is {self.kl_clip}: use None for no clip.")
         # Rewards and contexts read the other columns of a row
-        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or self.build_teacher_context()):
+        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or context is not None):
             raise ValueError(
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
                 "at False."
@@ -169,4 +242,15 @@ class OPSDConfig(DistillationConfig):
         template = self.teacher_prompt_template
         if template is None and self.teacher_context is not None:
             template = TEACHER_PROMPT_TEMPLATES[self.teacher_context]
-        return None if template is None else TeacherContext(template)
+        return None if template is None else TeacherContext(template, self.teacher_system_prompt)
+
+    def build_sibling_fallback(self) -> TeacherContext | None:
+        """
+        The context that `sibling_fallback` describes.
+
+        Returns:
+            [`~trl_opsd.opsd.teacher.TeacherContext`] or `None`: `None` if there is none.
+        """
+        if self.sibling_fallback is None:
+            return None
+        return TeacherContext(TEACHER_PROMPT_TEMPLATES[self.sibling_fallback], self.teacher_system_prompt)

@@ -1,23 +1,25 @@
 import atexit
 import copy
+import os
+import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from torch.distributed.tensor import DTensor
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer, GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import (
     RepeatSampler,
-    create_model_from_path,
     get_callable_name,
     get_config_model_id,
     is_async_callable,
@@ -32,12 +34,12 @@ from trl.trainer.utils import (
 
 from .config import OPSDConfig
 from .divergence import linear_divergence_with_metrics
+from .gate import RewardFunc, resolve_gate, shortest, shortest_siblings
+from .head import gather_head, logit_transform
+from .teacher import TeacherSyncCallback, check_vocabularies, load_like_student, resolve_teacher_weights
 
 
 logger = get_logger(__name__)
-
-# A reward function as GRPO takes it, without the reward models
-RewardFunc = Callable[..., list[float | None]]
 
 # Fields of a batch that belong to images, as `DistillationTrainer` names them
 MULTIMODAL_FIELDS = (
@@ -50,6 +52,10 @@ MULTIMODAL_FIELDS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+
+# Name of a teacher that is a second adapter, and the file of a teacher that follows the student in a checkpoint
+TEACHER_ADAPTER = "teacher"
+TEACHER_FILE = "teacher.safetensors"
 
 # What the loss measures for each token
 TOKEN_METRICS = (
@@ -192,12 +198,28 @@ class OPSDTrainer(DistillationTrainer):
                 "`use_liger_kernel=True` and `kl_clip` exclude each other, because Liger's loss has no clip: drop one."
             )
 
-        if self.teacher_weights == "initial" and not has_adapter:
+        follows_student = self.teacher_weights in ("ema", "snapshot")
+        is_snapshot = self.teacher_weights == "snapshot"
+        sync_steps = args.teacher_sync_steps or (50 if is_snapshot else 1)
+        if self.teacher_weights == "live" or (is_snapshot and sync_steps <= 10):
+            logger.warning(
+                "A teacher that keeps up with the student has been seen to collapse: "
+                "https://huggingface.co/papers/2603.05433 found 50 steps between copies to be good and 10 too few."
+            )
+
+        # The base class takes a teacher whose vocabulary has the student's size. Where only the padding of the
+        # vocabulary differs it is prepared below.
+        same_size = True
+        if self.teacher_weights == "external":
+            same_size = check_vocabularies(model, teacher_model, processing_class, args)
+            if not same_size:
+                teacher_model = load_like_student(teacher_model, args.teacher_model_init_kwargs, args)
+        elif self.teacher_weights != "live" and not has_adapter:
             teacher_model = self._copy_initial_weights(model, args)
 
         super().__init__(
             model=model,
-            teacher_model=teacher_model,
+            teacher_model=teacher_model if same_size else None,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -214,6 +236,13 @@ class OPSDTrainer(DistillationTrainer):
                 "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a "
                 "multimodal processor: use an external teacher without a context."
             )
+        self.valid_vocab = None
+        if not same_size:
+            self.valid_vocab = len(self._tokenizer)
+            if self.is_deepspeed_enabled:
+                self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
+            else:
+                self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
         if self.teacher_weights == "initial" and has_adapter:
             trained = [name for name, p in self.model.named_parameters() if "lora_B" in name and p.detach().any()]
             if trained:
@@ -223,7 +252,20 @@ class OPSDTrainer(DistillationTrainer):
                     "or initialise it so that it starts as the identity."
                 )
 
+        if follows_student:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    f"`teacher_weights={self.teacher_weights!r}` is not supported under DeepSpeed or FSDP yet: use "
+                    "'initial' or 'external'."
+                )
+            if has_adapter:
+                self._add_teacher_adapter()
+            rate = 1.0 if is_snapshot else args.teacher_update_rate
+            self.add_callback(TeacherSyncCallback(self._teacher_pairs, rate, sync_steps))
+
         self.num_generations = args.num_generations
+        self.keep_shortest = args.keep_shortest
+        self.sibling_fallback = args.build_sibling_fallback()
         self.teacher_chat_template_kwargs = (
             self.chat_template_kwargs
             if args.teacher_chat_template_kwargs is None
@@ -246,6 +288,11 @@ class OPSDTrainer(DistillationTrainer):
             ready.wait()
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
+        # What the teacher's positions leave beside a completion
+        teacher_config = (self.model if self.teacher_model is None else self.teacher_model).config.get_text_config()
+        self.max_teacher_prompt_length = args.max_teacher_prompt_length or max(
+            teacher_config.max_position_embeddings - self.max_completion_length, 1
+        )
         if train_dataset is not None and self._has_own_teacher_prompt:
             self._check_teacher_boundary(next(iter(train_dataset)))
 
@@ -258,30 +305,76 @@ class OPSDTrainer(DistillationTrainer):
         """A frozen copy of the student, loaded as the student is where it is given as a path."""
         if args.teacher_model_init_kwargs is not None:
             raise ValueError(
-                "`teacher_model_init_kwargs` are for an external teacher, and `teacher_weights` is 'initial', which "
-                "loads the teacher as the student: set `model_init_kwargs` instead."
+                "`teacher_model_init_kwargs` are for an external teacher, and this one is loaded as the student is: "
+                "set `model_init_kwargs` instead."
             )
         if isinstance(model, str):
-            init_kwargs = dict(args.model_init_kwargs or {})
-            if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-                init_kwargs["device_map"] = None
-            init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            teacher = create_model_from_path(model, **init_kwargs)
+            teacher = load_like_student(model, args.model_init_kwargs, args)
         elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             # The parameters of an instantiated model are sharded already, so a copy of it would be empty
             raise ValueError(
-                "`teacher_weights='initial'` under ZeRO-3 needs the model as a path, so that the teacher can be "
+                "A teacher with the student's weights needs, under ZeRO-3, the model as a path, so that it can be "
                 "loaded a second time: pass `model` as a string."
             )
         else:
             teacher = copy.deepcopy(model)
         return teacher.requires_grad_(False).eval()
 
+    def _add_teacher_adapter(self) -> None:
+        """Adds a second adapter, `teacher`, equal to the student's and frozen."""
+        student_adapter = self.model.active_adapter
+        with torch.random.fork_rng():  # so that the student's rollouts do not depend on it
+            self.model.add_adapter(TEACHER_ADAPTER, self.model.peft_config[student_adapter])
+        self.model.set_adapter(student_adapter)
+        for teacher, student in self._teacher_pairs().values():
+            teacher.requires_grad_(False)
+            teacher.data.copy_(student.data)
+
+    def _teacher_pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Parameters of a teacher that follows the student, and the student's, by name."""
+        student = dict(self.model.named_parameters())
+        if self.teacher_model is not None:
+            teacher = dict(self.accelerator.unwrap_model(self.teacher_model).named_parameters())
+            return {name: (teacher[name], parameter) for name, parameter in student.items()}
+        own = f".{self.model.active_adapter}."
+        return {
+            name: (student[name.replace(own, f".{TEACHER_ADAPTER}.")], parameter)
+            for name, parameter in student.items()
+            if own in name
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # PEFT saves every adapter, and reads a folder with several as one without the student's
+        shutil.rmtree(os.path.join(output_dir or self.args.output_dir, TEACHER_ADAPTER), ignore_errors=True)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.teacher_weights in ("ema", "snapshot") and self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            path = os.path.join(folder, TEACHER_FILE)
+            teacher = {name: teacher.detach().clone() for name, (teacher, _) in self._teacher_pairs().items()}
+            save_file(teacher, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher_weights in ("ema", "snapshot"):
+            path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"`{resume_from_checkpoint}` has no {TEACHER_FILE}, so the teacher cannot go on from where it was: "
+                    f"resume from a checkpoint that was written with `teacher_weights={self.teacher_weights!r}`."
+                )
+            saved = load_file(path)
+            for name, (teacher, _) in self._teacher_pairs().items():
+                teacher.data.copy_(saved[name])
+
     def _check_teacher_boundary(self, example: dict[str, Any]) -> None:
         """Checks that student and teacher are asked for the completion by the same generation prompt."""
         if not is_conversational({"prompt": example["prompt"]}):
             return  # a plain string has no generation prompt: how it ends is the template's own business
-        student, teacher = example["prompt"], self._teacher_prompt(example)
+        student, teacher = example["prompt"], self._teacher_prompt(example, sibling="")
         endings, prompt_ids = [], []
         for prompt, kwargs in ((student, self.chat_template_kwargs), (teacher, self.teacher_chat_template_kwargs)):
             with_generation_prompt, without = (
@@ -317,8 +410,19 @@ class OPSDTrainer(DistillationTrainer):
         finally:
             self.chat_template_kwargs = own
 
-    def _teacher_prompt(self, example: dict[str, Any]) -> list[dict[str, Any]] | str:
-        return example["prompt"] if self.teacher_context is None else self.teacher_context.prompt(example)
+    def _teacher_prompt(
+        self, example: dict[str, Any], sibling: str | None = None, cut: Callable[[str], str] | None = None
+    ) -> list[dict[str, Any]] | str:
+        """The prompt in the teacher's context; `cut` shortens each privileged text."""
+        context = self.teacher_context
+        if context is not None and "sibling" in context.fields and sibling is None:
+            context = self.sibling_fallback
+        if context is None:
+            return example["prompt"]
+        texts = context.privileged_texts(example, sibling)
+        if cut is not None:
+            texts = {field: cut(text) for field, text in texts.items()}
+        return context.prompt(example, texts)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         # As in the base class, with every prompt repeated within the batch of rollouts
@@ -338,10 +442,9 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self._has_own_teacher_prompt:
-            output.update(self._tokenize_teacher_prompts(inputs))
+        siblings = [None] * len(inputs)
         if self.reward_funcs:
-            kept = self._score_and_gate(inputs, output)  # (B,)
+            kept, siblings = self._score_and_gate(inputs, output)  # (B,)
             loss_mask = output["completion_mask"]
             if "tool_mask" in output:
                 loss_mask = loss_mask * output["tool_mask"]
@@ -354,12 +457,25 @@ class OPSDTrainer(DistillationTrainer):
                     f"No rollout of step {self.state.global_step + 1} passed the gate `{self.gate}`: nothing is "
                     "trained on, and the weights stay as they are."
                 )
+        if self._has_own_teacher_prompt:
+            output.update(self._tokenize_teacher_prompts(inputs, siblings))
         return output
 
-    def _tokenize_teacher_prompts(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _tokenize_teacher_prompts(
+        self, inputs: list[dict[str, Any]], siblings: list[str | None]
+    ) -> dict[str, torch.Tensor]:
         """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
+        mode = "train" if self.model.training else "eval"
         with self._chat_template_kwargs(self.teacher_chat_template_kwargs):
-            prompt_ids, _, _ = self._tokenize_prompts([self._teacher_prompt(example) for example in inputs])
+            pairs = list(zip(inputs, siblings, strict=True))
+            prompt_ids, _, _ = self._tokenize_prompts([self._teacher_prompt(*pair) for pair in pairs])
+            too_long = [len(ids) > self.max_teacher_prompt_length for ids in prompt_ids]
+            if self.teacher_context is not None:
+                prompt_ids = [
+                    self._cut_teacher_prompt(*pair) if cut else ids
+                    for pair, ids, cut in zip(pairs, prompt_ids, too_long, strict=True)
+                ]
+                self._metrics[mode]["opsd/privileged_cut"].append(sum(too_long) / len(too_long))
         rows = [torch.tensor(ids) for ids in prompt_ids]
         padding = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
         ids = pad(rows, padding_value=self._tokenizer.pad_token_id, **padding)
@@ -369,29 +485,73 @@ class OPSDTrainer(DistillationTrainer):
             "teacher_prompt_mask": mask.to(self.accelerator.device),
         }
 
-    def _score_and_gate(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
-        """Scores the rollouts and returns which of them are trained on, a `bool` tensor of shape `(B,)`."""
+    def _cut_teacher_prompt(self, example: dict[str, Any], sibling: str | None) -> list[int]:
+        """Ids of a teacher's prompt that fits, with as many tokens of each privileged text as there is room for."""
+
+        def prompt_ids(num_tokens: int) -> list[int]:
+            def cut(text: str) -> str:
+                return self._tokenizer.decode(
+                    self._tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]
+                )
+
+            return self._tokenize_prompts([self._teacher_prompt(example, sibling, cut)])[0][0]
+
+        if len(prompt_ids(0)) > self.max_teacher_prompt_length:
+            raise ValueError(
+                f"The teacher's prompt is longer than {self.max_teacher_prompt_length} tokens even without its "
+                f"privileged text, and the problem is never cut: raise `max_teacher_prompt_length` or filter out the "
+                f"row with the prompt {str(example['prompt'])[:80]!r}."
+            )
+        logger.warning_once(
+            f"A privileged text was cut to fit {self.max_teacher_prompt_length} tokens of teacher prompt; the share of "
+            "prompts is logged as `opsd/privileged_cut`."
+        )
+        fits, too_many = 0, self.max_teacher_prompt_length
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if len(prompt_ids(middle)) <= self.max_teacher_prompt_length:
+                fits = middle
+            else:
+                too_many = middle
+        return prompt_ids(fits)
+
+    def _score_and_gate(
+        self, inputs: list[dict[str, Any]], output: dict[str, Any]
+    ) -> tuple[torch.Tensor, list[str | None]]:
+        """
+        Scores the rollouts. Returns which of them are trained on, a `bool` tensor of shape `(B,)`, and the text of the
+        shortest correct sibling of each, where the teacher's context takes it.
+        """
         mode = "train" if self.model.training else "eval"
+        group_size = self.num_generations if mode == "train" else 1
         prompts = [example["prompt"] for example in inputs]
         completion_ids = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
         ]
-        completions = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        completions = texts
         if is_conversational({"prompt": prompts[0]}):
-            completions = [[{"role": "assistant", "content": content}] for content in completions]
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
 
-        # Gathered over processes: (B × processes, functions)
+        # From here on gathered over processes: (B × processes, functions), with the rollouts of a prompt side by side
         rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         verified = ~rewards_per_func.isnan().all(dim=1)
-        finished = torch.tensor(
-            [ids[-1] in (*self.eos_token_ids, self._tokenizer.pad_token_id) for ids in completion_ids],
-            device=rewards.device,
-        )
-        finished = self.accelerator.gather(finished)
-        correct = verified & finished & (rewards >= self.gate_threshold)
+        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
+        own = torch.tensor([[len(ids), ids[-1] in ends] for ids in completion_ids], device=rewards.device)
+        lengths, finished = self.accelerator.gather(own).unbind(dim=1)
+        correct = verified & finished.bool() & (rewards >= self.gate_threshold)
         kept = {"correct": correct, "incorrect": verified & ~correct, "all": torch.ones_like(correct)}[self.gate]
+        if self.keep_shortest is not None:
+            kept = kept & shortest(kept, lengths, group_size, self.keep_shortest)
+        siblings = [None] * len(rewards)
+        if self.teacher_context is not None and "sibling" in self.teacher_context.fields:
+            chosen = shortest_siblings(correct, lengths, group_size)
+            all_texts = gather_object(texts)
+            siblings = [None if index is None else all_texts[index] for index in chosen]
+            if self.sibling_fallback is None:
+                kept = kept & torch.tensor([index is not None for index in chosen], device=kept.device)
 
         metrics = self._metrics[mode]
         for name, column in zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True):
@@ -406,7 +566,8 @@ class OPSDTrainer(DistillationTrainer):
         self._pending_extra_logs.clear()
 
         start = self.accelerator.process_index * len(prompts)
-        return kept[start : start + len(prompts)]
+        mine = slice(start, start + len(prompts))
+        return kept[mine], siblings[mine]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "kept" in inputs:
@@ -491,6 +652,7 @@ class OPSDTrainer(DistillationTrainer):
                 beta=self.beta,
                 temperature=self.temperature,
                 kl_clip=self.kl_clip,
+                valid_vocab=self.valid_vocab,
                 backend="liger" if self.args.use_liger_kernel else "auto",
                 student_bias=gather_head(student_head.bias, student_hidden.dtype),
                 teacher_bias=gather_head(teacher_head.bias, teacher_hidden.dtype),
@@ -532,11 +694,14 @@ class OPSDTrainer(DistillationTrainer):
                 **multimodal_inputs,
             )
             return hidden, unwrapped_teacher
-        # The student's own weights without the adapter. Already inside the student's wrapper, so nothing to redirect.
+        # The student's own module. Already inside its wrapper, so nothing to redirect.
+        adapter = {"initial": None, "ema": TEACHER_ADAPTER, "snapshot": TEACHER_ADAPTER}
+        is_live = self.teacher_weights == "live"
+        weights = nullcontext() if is_live else use_adapter(unwrapped_student, adapter[self.teacher_weights])
         was_training = unwrapped_student.training
         unwrapped_student.eval()
         try:
-            with use_adapter(unwrapped_student, adapter_name=None):
+            with weights:
                 hidden = self._get_last_hidden_state(unwrapped_student, *teacher_inputs, **multimodal_inputs)
         finally:
             unwrapped_student.train(was_training)
@@ -552,122 +717,3 @@ class OPSDTrainer(DistillationTrainer):
                 self._metrics[mode][name].append(total / num_tokens)
         self._token_sums[mode].zero_()
         super().log(logs, start_time)
-
-
-def resolve_teacher_weights(
-    args: OPSDConfig, model: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None
-) -> str:
-    """
-    Weights of the teacher, checked against its context.
-
-    Args:
-        args ([`OPSDConfig`]):
-            Configuration.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Student.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            External teacher.
-
-    Returns:
-        `str`: `"initial"` or `"external"`.
-
-    Raises:
-        ValueError: If the teacher would be the student in weights and context, or if weights and teacher model
-            contradict each other.
-    """
-    weights = args.teacher_weights or ("initial" if teacher_model is None else "external")
-    if weights == "external" and teacher_model is None:
-        raise ValueError(
-            "`teacher_weights='external'` needs a teacher model: set `teacher_model_name_or_path` (in Python "
-            "`teacher_model`), or use `teacher_weights='initial'`."
-        )
-    if weights == "initial" and teacher_model is not None:
-        raise ValueError(
-            "`teacher_weights='initial'` and a teacher model contradict each other: drop the teacher model, or set "
-            "`teacher_weights='external'`."
-        )
-    same_weights = (
-        weights == "initial" or teacher_model is model or (isinstance(model, str) and model == teacher_model)
-    )
-    own_template_kwargs = args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {})
-    if same_weights and args.build_teacher_context() is None and not own_template_kwargs:
-        raise ValueError(
-            "Teacher and student are the same in weights and context, so the divergence is zero and nothing would be "
-            "learned: set `teacher_context`, or `teacher_model_name_or_path` to another model."
-        )
-    return weights
-
-
-def resolve_gate(args: OPSDConfig, reward_funcs: list[RewardFunc]) -> str:
-    """
-    Gate, checked against the reward functions.
-
-    Args:
-        args ([`OPSDConfig`]):
-            Configuration.
-        reward_funcs (`list[Callable]`):
-            Verifiers.
-
-    Returns:
-        `str`: `"correct"`, `"incorrect"` or `"all"`.
-
-    Raises:
-        ValueError: If the gate needs a verifier and there is none, if a reward function is not callable, or if the
-            number of reward weights is not that of the reward functions.
-    """
-    gate = args.gate or ("correct" if reward_funcs else "all")
-    if gate != "all" and not reward_funcs:
-        raise ValueError(
-            f"`gate='{gate}'` needs a verifier to decide it, and there is none: set `reward_funcs`, or `gate='all'`."
-        )
-    for func in reward_funcs:
-        if isinstance(func, torch.nn.Module) or not callable(func):
-            raise ValueError(
-                f"A verifier must be a function, and `reward_funcs` holds {func!r}: reward models are not verifiers."
-            )
-    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-        raise ValueError(
-            f"`reward_weights` has {len(args.reward_weights)} entries and `reward_funcs` {len(reward_funcs)}: give one "
-            "weight for each function."
-        )
-    return gate
-
-
-def logit_transform(config) -> tuple[float, float | None]:
-    """
-    What a model does to the output of its `lm_head`, under the names that the architectures give it.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]):
-            Configuration of the model.
-
-    Returns:
-        `tuple[float, float | None]`: Multiplier of the logits, and the soft-cap applied after it.
-    """
-    values = config.get_text_config().to_dict()
-    softcap = values.get("final_logit_softcapping")
-    # Cohere, Muse Glimmer and Falcon-H1 multiply
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if values.get(name) is not None:
-            return values[name], softcap
-    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
-    if values.get("logits_scaling") is not None:
-        scaling = values["logits_scaling"]
-        return (scaling if values["model_type"] == "hyperclovax" else 1 / scaling), softcap
-    return 1.0, softcap
-
-
-def gather_head(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """
-    Makes a parameter that FSDP2 shards whole, once, in place of once per tile.
-
-    Args:
-        parameter (`torch.Tensor`, *optional*):
-            Weight or bias of an `lm_head`.
-        dtype (`torch.dtype`):
-            Type of the hidden states, in which a gathered parameter is kept.
-
-    Returns:
-        `torch.Tensor` or `None`: Plain tensor.
-    """
-    return parameter.full_tensor().to(dtype) if isinstance(parameter, DTensor) else parameter
