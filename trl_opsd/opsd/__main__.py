@@ -5,6 +5,7 @@ Every field of [`OPSDScriptArguments`], [`OPSDConfig`] and [`~trl.ModelConfig`] 
 of the command line, which overrides the file.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -93,6 +94,10 @@ def main(args: list[str] | None = None) -> None:
         reward_funcs=reward_funcs or None,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.alarms.stopped_by is not None:
+        # What the student has become is not what anybody asked for: it is not saved under the final name
+        trainer.accelerator.print(f"error: {trainer.alarms.stopped_by}", file=sys.stderr)
+        raise SystemExit(3)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
         write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, training_args.to_dict())

@@ -61,6 +61,17 @@ class OPSDConfig(DistillationConfig):
             Upper bound, in nats, on what one vocabulary entry adds to the divergence of one token. Each entry's term
             is written so that it is never negative (see [`~trl_opsd.opsd.divergence.divergence`]), so neither is the
             clipped loss. `None` is the exact divergence.
+
+        > Parameters that control the alarms (see [`~trl_opsd.opsd.alarms.AlarmCallback`]; `None` switches one off)
+
+        alarm_correct_drop (`float` or `None`, *optional*, defaults to `0.2`):
+            The run stops when the share of correct rollouts is this much below that of the start.
+        alarm_truncated (`float` or `None`, *optional*, defaults to `0.5`):
+            A warning when the share of truncated rollouts is above this.
+        alarm_length_floor (`float` or `None`, *optional*, defaults to `0.2`):
+            A warning when the mean length of the rollouts is below this share of that of the start.
+        alarm_kl_spike (`float` or `None`, *optional*, defaults to `10.0`):
+            A warning when the divergence is this many times its recent median.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["teacher_chat_template_kwargs"]
@@ -162,6 +173,22 @@ class OPSDConfig(DistillationConfig):
             "help": "Upper bound, in nats, on what one vocabulary entry adds to the divergence of one token. None is "
             "the exact divergence."
         },
+    )
+
+    # Parameters that control the alarms
+    alarm_correct_drop: float | None = field(
+        default=0.2,
+        metadata={"help": "The run stops when the share of correct rollouts is this much below that of the start."},
+    )
+    alarm_truncated: float | None = field(
+        default=0.5, metadata={"help": "A warning when the share of truncated rollouts is above this."}
+    )
+    alarm_length_floor: float | None = field(
+        default=0.2,
+        metadata={"help": "A warning when the mean length of the rollouts is below this share of the start's."},
+    )
+    alarm_kl_spike: float | None = field(
+        default=10.0, metadata={"help": "A warning when the divergence is this many times its recent median."}
     )
 
     def __post_init__(self):

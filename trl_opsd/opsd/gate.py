@@ -1,8 +1,11 @@
 """The gate: which rollouts are trained on."""
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .config import OPSDConfig
 
@@ -103,3 +106,59 @@ def shortest_siblings(correct: torch.Tensor, lengths: torch.Tensor, group_size: 
         )
         for index in range(len(lengths))
     ]
+
+
+def name_errors(func: RewardFunc) -> RewardFunc:
+    """
+    Makes the error of a reward function say which function and which sample it was.
+
+    Args:
+        func (`Callable`):
+            Reward function, synchronous or not.
+
+    Returns:
+        `Callable`: The same function, whose errors are a `RuntimeError` with the original one as its cause.
+    """
+
+    def explain(error: Exception, kwargs: dict[str, Any]) -> RuntimeError:
+        def raises(index: int) -> bool:
+            # Of what comes as one list per batch, the entry of this sample
+            size = len(kwargs["completions"])
+            one = {
+                name: [value[index]] if isinstance(value, list) and len(value) == size else value
+                for name, value in kwargs.items()
+            }
+            try:
+                asyncio.run(func(**one)) if is_async_callable(func) else func(**one)
+            except type(error):
+                return True
+            return False
+
+        index = next((index for index in range(len(kwargs["completions"])) if raises(index)), None)
+        where = "for the batch as a whole"
+        if index is not None:
+            prompt, completion = (str(kwargs[name][index])[:200] for name in ("prompts", "completions"))
+            where = f"on the sample with the prompt {prompt!r} and the completion {completion!r}"
+        step = kwargs["trainer_state"].global_step + 1
+        return RuntimeError(
+            f"The reward function `{get_callable_name(func)}` raised {type(error).__name__} ({error}) in step {step}, "
+            f"{where}. The last checkpoint is as it was."
+        )
+
+    if is_async_callable(func):
+
+        async def named(**kwargs):
+            try:
+                return await func(**kwargs)
+            except Exception as error:
+                raise await asyncio.to_thread(explain, error, kwargs) from error
+
+    else:
+
+        def named(**kwargs):
+            try:
+                return func(**kwargs)
+            except Exception as error:
+                raise explain(error, kwargs) from error
+
+    return named

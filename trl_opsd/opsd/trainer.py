@@ -32,9 +32,10 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from .alarms import AlarmCallback
 from .config import OPSDConfig
 from .divergence import linear_divergence_with_metrics
-from .gate import RewardFunc, resolve_gate, shortest, shortest_siblings
+from .gate import RewardFunc, name_errors, resolve_gate, shortest, shortest_siblings
 from .head import gather_head, logit_transform
 from .teacher import TeacherSyncCallback, check_vocabularies, load_like_student, resolve_teacher_weights
 
@@ -276,8 +277,8 @@ class OPSDTrainer(DistillationTrainer):
         self._token_sums = {mode: torch.zeros(1 + len(TOKEN_METRICS), dtype=torch.float64) for mode in self._metrics}
 
         # What `GRPOTrainer._calculate_rewards` reads
-        self.reward_funcs = reward_funcs
         self.reward_func_names = [get_callable_name(func) for func in reward_funcs]
+        self.reward_funcs = [name_errors(func) for func in reward_funcs]
         self.reward_processing_classes = [None] * len(reward_funcs)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(reward_funcs))
         self.environments = None
@@ -293,6 +294,8 @@ class OPSDTrainer(DistillationTrainer):
         self.max_teacher_prompt_length = args.max_teacher_prompt_length or max(
             teacher_config.max_position_embeddings - self.max_completion_length, 1
         )
+        self.alarms = AlarmCallback(self)
+        self.add_callback(self.alarms)
         if train_dataset is not None and self._has_own_teacher_prompt:
             self._check_teacher_boundary(next(iter(train_dataset)))
 

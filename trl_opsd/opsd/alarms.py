@@ -1,0 +1,141 @@
+"""Alarms: what ruins a run, said with its number, and stopped where going on would ruin the model."""
+
+import math
+from collections import deque
+from pathlib import Path
+from statistics import mean, median
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+
+logger = get_logger(__name__)
+
+# Logs that a mean is taken over, so that one small batch does not raise an alarm
+WINDOW = 5
+
+
+class OPSDAlarm(RuntimeError):
+    """Raised before the optimizer step that would ruin the student."""
+
+
+class AlarmCallback(TrainerCallback):
+    """
+    Watches a run of [`OPSDTrainer`].
+
+    | alarm | raised when | what happens |
+    |---|---|---|
+    | divergence not finite | in any step | [`OPSDAlarm`], before the optimizer step |
+    | dead teacher | its entropy is within 1% of that of the uniform distribution | [`OPSDAlarm`], before the step |
+    | nothing to learn | the divergence is zero | the run stops |
+    | accuracy falls | the share of correct rollouts is `alarm_correct_drop` below that of the start | the run stops |
+    | truncation | the share of truncated rollouts is above `alarm_truncated` | warning |
+    | length collapse | the mean length is below `alarm_length_floor` times that of the start | warning |
+    | spike | the divergence is `alarm_kl_spike` times its recent median | warning |
+
+    When accuracy falls, the run names its best checkpoint and keeps it through rotation: of those whose share of
+    correct rollouts was not below the start by the margin, the one with the fewest tokens.
+
+    Args:
+        trainer ([`OPSDTrainer`]):
+            Trainer to watch. Its configuration has the thresholds; `None` switches one off.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.history: list[dict[str, float]] = []
+        self.checkpoints: list[tuple[str, float, float]] = []
+        self.stopped_by: str | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        num_tokens, kl, *_ = self.trainer._token_sums["train"].tolist()
+        if num_tokens == 0:
+            return
+        if not math.isfinite(kl):
+            raise OPSDAlarm(
+                f"The divergence of step {state.global_step + 1} is {kl / num_tokens}: the weights of the teacher or of "
+                "the student are not finite, or their logits overflow. Nothing was updated in this step."
+            )
+        entropy = self.trainer._token_sums["train"].tolist()[4] / num_tokens
+        uniform = math.log(self.trainer.model.config.get_text_config().vocab_size)
+        if entropy >= 0.99 * uniform:  # never true where the backend does not measure it (NaN)
+            raise OPSDAlarm(
+                f"The teacher is dead: in step {state.global_step + 1} its entropy is {entropy:.3f} nats, that of the "
+                f"uniform distribution {uniform:.3f}. Check that its weights were loaded. Nothing was updated in this "
+                "step."
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "opsd/kl" not in logs:
+            return
+        recent = [log["opsd/kl"] for log in self.history[-20:]]
+        self.history.append(logs)
+        kl, truncated = logs["opsd/kl"], logs["completions/clipped_ratio"]
+        if kl < 1e-9:
+            self._stop(
+                control,
+                f"The divergence is {kl:.1e} nats, so nothing is learned: the teacher gives what the student gives. "
+                "Check that its context says something and that its weights are those you meant.",
+            )
+        if args.alarm_kl_spike is not None and len(recent) >= WINDOW and kl > args.alarm_kl_spike * median(recent):
+            logger.warning(
+                f"Step {state.global_step}: the divergence is {kl:.3g} nats, {kl / median(recent):.1f} times its recent "
+                f"median (`alarm_kl_spike={args.alarm_kl_spike}`)."
+            )
+        if args.alarm_truncated is not None and truncated > args.alarm_truncated:
+            logger.warning(
+                f"Step {state.global_step}: {truncated:.0%} of the rollouts are truncated "
+                f"(`alarm_truncated={args.alarm_truncated}`): raise `max_completion_length`."
+            )
+        start, now = self._mean("completions/mean_length")
+        if args.alarm_length_floor is not None and now < args.alarm_length_floor * start:
+            logger.warning(
+                f"Step {state.global_step}: the rollouts are {now:.1f} tokens long, at the start they were {start:.1f} "
+                f"(`alarm_length_floor={args.alarm_length_floor}`): what the answers depend on may be gone."
+            )
+        if args.alarm_correct_drop is not None and "opsd/correct" in logs and len(self.history) > WINDOW:
+            start, now = self._mean("opsd/correct")
+            if now < start - args.alarm_correct_drop:
+                self._stop(
+                    control,
+                    f"{now:.0%} of the rollouts are correct, at the start they were {start:.0%} "
+                    f"(`alarm_correct_drop={args.alarm_correct_drop}`).",
+                )
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.history:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        correct = self._mean("opsd/correct")[1] if "opsd/correct" in self.history[-1] else 1.0
+        self.checkpoints.append((str(folder), correct, self._mean("completions/mean_length")[1]))
+        best = self.best_checkpoint(args.alarm_correct_drop)
+        if best is not None:
+            state.best_model_checkpoint = best  # which `save_total_limit` then keeps
+
+    def best_checkpoint(self, margin: float | None) -> str | None:
+        """
+        The best checkpoint by the stated rule.
+
+        Args:
+            margin (`float`, *optional*):
+                Share of correct rollouts that it may have lost since the start.
+
+        Returns:
+            `str` or `None`: Its folder.
+        """
+        start = self._mean("opsd/correct")[0] if "opsd/correct" in self.history[-1] else 1.0
+        good = [(tokens, folder) for folder, correct, tokens in self.checkpoints if correct >= start - (margin or 1.0)]
+        return min(good)[1] if good else None
+
+    def _mean(self, name: str) -> tuple[float, float]:
+        values = [log[name] for log in self.history]
+        return mean(values[:WINDOW]), mean(deque(values, maxlen=WINDOW))
+
+    def _stop(self, control, reason: str) -> None:
+        best = self.best_checkpoint(self.trainer.args.alarm_correct_drop)
+        where = (
+            f"The best checkpoint is {best}." if best else "There is no checkpoint to go back to (`save_strategy`)."
+        )
+        self.stopped_by = f"Stopped at step {self.trainer.state.global_step}: {reason} {where}"
+        logger.error(self.stopped_by)
+        control.should_training_stop = True
