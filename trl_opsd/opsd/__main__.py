@@ -16,6 +16,7 @@ from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
 from .config import OPSDConfig
 from .gate import resolve_gate
+from .probe import probe
 from .teacher import resolve_teacher_weights
 from .trainer import OPSDTrainer
 
@@ -29,6 +30,10 @@ class OPSDScriptArguments(ScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path. They
             decide the gate.
+        probe_prompts (`int`, *optional*, defaults to `32`):
+            Number of prompts that student and teacher-in-context are measured on before training. `0` is no probe.
+        probe_only (`bool`, *optional*, defaults to `False`):
+            Whether to end after the probe.
     """
 
     reward_funcs: list[str] | None = field(
@@ -37,6 +42,28 @@ class OPSDScriptArguments(ScriptArguments):
             "help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path. They "
             "decide the gate."
         },
+    )
+    probe_prompts: int = field(
+        default=32,
+        metadata={
+            "help": "Number of prompts that student and teacher-in-context are measured on before training. 0 is no "
+            "probe."
+        },
+    )
+    probe_only: bool = field(default=False, metadata={"help": "End after the probe."})
+
+
+def show_probe(result: dict) -> None:
+    """Prints what the probe found, a line for each of the two and one for the teacher."""
+    for name, label in (("student", "student"), ("prompt_only", "in the teacher's context")):
+        if result[name] is not None:
+            correct = "" if result[name]["correct"] is None else f"{result[name]['correct']:.1%} correct, "
+            print(f"probe, {label}: {correct}{result[name]['tokens']:.1f} tokens")
+    teacher = result["teacher"]
+    parts = ", ".join(f"{kl:.3f}" for kl in teacher["kl_by_part"])
+    print(
+        f"probe, teacher on the student's rollouts: {teacher['kl']:.3f} nats per token (by quarter of the trace: "
+        f"{parts}), same most likely token at {teacher['top1_agreement']:.1%}"
     )
 
 
@@ -54,6 +81,8 @@ def main(args: list[str] | None = None) -> None:
             raise UserError(
                 "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
             )
+        if script_args.probe_only and script_args.probe_prompts < 1:
+            raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
         reward_funcs = load_reward_funcs(script_args.reward_funcs or [])
         resolve_gate(training_args, reward_funcs)
         resolve_teacher_weights(training_args, model_args.model_name_or_path, teacher)
@@ -93,6 +122,13 @@ def main(args: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         reward_funcs=reward_funcs or None,
     )
+    if script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None:
+        found = probe(trainer, script_args.probe_prompts)
+        if trainer.accelerator.is_main_process:
+            show_probe(found)
+            write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())
+    if script_args.probe_only:
+        return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name

@@ -34,7 +34,7 @@ from trl.trainer.utils import (
 
 from .alarms import AlarmCallback
 from .config import OPSDConfig
-from .divergence import linear_divergence_with_metrics
+from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .gate import RewardFunc, name_errors, resolve_gate, shortest, shortest_siblings
 from .head import gather_head, logit_transform
 from .teacher import TeacherSyncCallback, check_vocabularies, load_like_student, resolve_teacher_weights
@@ -611,6 +611,27 @@ class OPSDTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         # As in the base class this runs inside the student wrapper's forward, so the sharded parameters are whole and
         # no collective may be called here.
+        tokens, valid = self._compute_divergence(unwrapped_student, inputs)
+        num_tokens = valid.sum()
+        measured = (
+            tokens.divergence.detach() if tokens.unclipped is None else tokens.unclipped,
+            tokens.clip_fraction,
+            tokens.student_entropy,
+            tokens.teacher_entropy,
+            tokens.top1_agreement,
+        )
+        # What a backend does not measure is NaN, which `log` shows as missing
+        nan = torch.full((), torch.nan, device=valid.device)
+        sums = torch.stack([num_tokens.float(), *(nan if values is None else values.sum() for values in measured)])
+        mode = "train" if self.model.training else "eval"
+        self._token_sums[mode] += sums.double().cpu()
+        if num_items_in_batch is None:
+            num_items_in_batch = num_tokens.clamp(min=1)
+        loss = tokens.divergence.sum() / num_items_in_batch
+        return loss, sums[1 + TOKEN_METRICS.index("opsd/student_entropy")], num_tokens
+
+    def _compute_divergence(self, unwrapped_student, inputs) -> tuple[DivergenceOutput, torch.Tensor]:
+        """Divergence of every token that counts, `(N,)`, and which of the completions' positions those are, `(B, C)`."""
         completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]  # (B, C)
         loss_mask = completion_mask if "tool_mask" not in inputs else completion_mask * inputs["tool_mask"]
         multimodal_inputs = {field: inputs[field] for field in MULTIMODAL_FIELDS if field in inputs}
@@ -664,23 +685,7 @@ class OPSDTrainer(DistillationTrainer):
                 student_softcap=student_softcap,
                 teacher_softcap=teacher_softcap,
             )
-        num_tokens = valid.sum()
-        measured = (
-            tokens.divergence.detach() if tokens.unclipped is None else tokens.unclipped,
-            tokens.clip_fraction,
-            tokens.student_entropy,
-            tokens.teacher_entropy,
-            tokens.top1_agreement,
-        )
-        # What a backend does not measure is NaN, which `log` shows as missing
-        nan = torch.full((), torch.nan, device=device)
-        sums = torch.stack([num_tokens.float(), *(nan if values is None else values.sum() for values in measured)])
-        mode = "train" if self.model.training else "eval"
-        self._token_sums[mode] += sums.double().cpu()
-        if num_items_in_batch is None:
-            num_items_in_batch = num_tokens.clamp(min=1)
-        loss = tokens.divergence.sum() / num_items_in_batch
-        return loss, sums[1 + TOKEN_METRICS.index("opsd/student_entropy")], num_tokens
+        return tokens, valid
 
     @torch.no_grad()
     def _teacher_forward(self, unwrapped_student, teacher_inputs, multimodal_inputs):

@@ -1,0 +1,131 @@
+"""
+The probe: student and teacher-in-context, measured before any training.
+
+The gain of distillation follows the gap between the two (https://huggingface.co/papers/2605.30070), so what the probe
+finds says whether training can help, at the price of a few rollouts.
+"""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
+
+# Parts of a trace, from its beginning to its end, that the divergence is averaged over
+NUM_PARTS = 4
+
+
+def probe(trainer, num_prompts: int) -> dict[str, Any]:
+    """
+    Measures the student on its own prompt, the student in the teacher's context (the prompt-only baseline, which costs
+    nothing), and how the teacher scores the student's rollouts. The trainer, its random numbers and its logs are as
+    they were afterwards.
+
+    Args:
+        trainer ([`OPSDTrainer`]):
+            Trainer, before training. Not under FSDP or DeepSpeed, which prepare the model when training starts.
+        num_prompts (`int`):
+            Number of prompts of the training set, one rollout each.
+
+    Returns:
+        `dict[str, Any]`: For `student` and `prompt_only` (`None` without a context of its own): `correct`, a share
+        (`None` without a verifier), `tokens` (mean) and `truncated` (share). For the teacher: `kl` in nats and
+        `top1_agreement`, means over the tokens, and `kl_by_part`, the mean of each quarter of the traces. `warnings`:
+        sentences that say why training is unlikely to help.
+
+    Raises:
+        ValueError: Under FSDP or DeepSpeed.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "The probe runs before training, when FSDP and DeepSpeed have not prepared the model: set `probe_prompts: 0`."
+        )
+    rows = list(islice(iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), num_prompts))
+    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            batches, student = _roll_out(trainer, rows)
+            in_context = None
+            if trainer.teacher_context is not None and "sibling" not in trainer.teacher_context.fields:
+                contexts = [{**row, "prompt": trainer._teacher_prompt(row)} for row in rows]
+                with trainer._chat_template_kwargs(trainer.teacher_chat_template_kwargs):
+                    in_context = _roll_out(trainer, contexts)[1]
+            teacher = _score(trainer, batches)
+    finally:
+        trainer.model.train(was_training)
+        trainer._metrics["eval"].clear()
+    result = {"num_prompts": len(rows), "student": student, "prompt_only": in_context, "teacher": teacher}
+    result["warnings"] = _warnings(result)
+    for warning in result["warnings"]:
+        logger.warning(warning)
+    return result
+
+
+def _roll_out(trainer, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    metrics = trainer._metrics["eval"]
+    size = trainer.args.per_device_eval_batch_size
+    batches, counts = [], []
+    metrics.clear()
+    for start in range(0, len(rows), size):
+        batches.append(trainer._generate_and_score_completions(rows[start : start + size]))
+        counts.append(len(rows[start : start + size]))
+
+    def mean(name: str) -> float | None:
+        if name not in metrics:
+            return None
+        return sum(value * count for value, count in zip(metrics[name], counts, strict=True)) / sum(counts)
+
+    return batches, {
+        "correct": mean("opsd/correct"),
+        "tokens": mean("completions/mean_length"),
+        "truncated": mean("completions/clipped_ratio"),
+    }
+
+
+def _score(trainer, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    kl, agreement, parts = [], [], []
+    for batch in batches:
+        tokens, valid = trainer._compute_divergence(trainer.model, batch)
+        position = valid.cumsum(dim=1) - 1
+        length = valid.sum(dim=1, keepdim=True)
+        parts.append((position * NUM_PARTS // length.clamp(min=1))[valid])
+        kl.append(tokens.divergence if tokens.unclipped is None else tokens.unclipped)
+        agreement.append(
+            torch.full_like(kl[-1], torch.nan) if tokens.top1_agreement is None else tokens.top1_agreement
+        )
+    kl, agreement, parts = torch.cat(kl), torch.cat(agreement), torch.cat(parts)
+    return {
+        "kl": kl.mean().item(),
+        "top1_agreement": agreement.mean().item(),
+        "kl_by_part": [kl[parts == part].mean().item() for part in range(NUM_PARTS)],
+    }
+
+
+def _warnings(result: dict[str, Any]) -> list[str]:
+    student, in_context, kl = result["student"], result["prompt_only"], result["teacher"]["kl"]
+    warnings = []
+    if kl < 1e-6:
+        warnings.append(f"The teacher gives what the student gives ({kl:.1e} nats per token): nothing can be learned.")
+    if in_context is None:
+        return warnings
+    if student["correct"] is not None and in_context["correct"] < student["correct"]:
+        # The standard error of a difference of two shares of this many rollouts
+        error = sum(
+            share * (1 - share) / result["num_prompts"] for share in (student["correct"], in_context["correct"])
+        )
+        if student["correct"] - in_context["correct"] > 2 * error**0.5:
+            warnings.append(
+                f"The context makes the teacher worse: {in_context['correct']:.0%} correct in it, {student['correct']:.0%} "
+                "without. Training is unlikely to keep the accuracy."
+            )
+    if in_context["tokens"] > 0.95 * student["tokens"]:
+        warnings.append(
+            f"The context makes the answers no shorter: {in_context['tokens']:.0f} tokens in it, "
+            f"{student['tokens']:.0f} without. Training is unlikely to shorten them."
+        )
+    return warnings
