@@ -378,29 +378,29 @@ class OPSDTrainer(DistillationTrainer):
         if not is_conversational({"prompt": example["prompt"]}):
             return  # a plain string has no generation prompt: how it ends is the template's own business
         student, teacher = example["prompt"], self._teacher_prompt(example, sibling="")
-        endings, prompt_ids = [], []
+        endings = []
         for prompt, kwargs in ((student, self.chat_template_kwargs), (teacher, self.teacher_chat_template_kwargs)):
-            with_generation_prompt, without = (
-                self.processing_class.apply_chat_template(
-                    prompt,
-                    tools=self.tools or None,
-                    chat_template=self.chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **kwargs,
-                )
-                for add_generation_prompt in (True, False)
-            )
-            endings.append(with_generation_prompt.removeprefix(without))
             with self._chat_template_kwargs(kwargs):
-                prompt_ids.append(self._tokenize_prompts([prompt])[0][0])
-        length = max(len(self._tokenizer(ending, add_special_tokens=False)["input_ids"]) for ending in endings)
-        student_end, teacher_end = (ids[-length:] for ids in prompt_ids)
-        if endings[0] != endings[1] or student_end != teacher_end:
+                ids = self._tokenize_prompts([prompt])[0][0]
+            without = self.processing_class.apply_chat_template(
+                conversation=[prompt],
+                tools=self.tools or None,
+                chat_template=self.chat_template,
+                add_generation_prompt=False,
+                tokenize=True,
+                return_dict=True,
+                **kwargs,
+            )["input_ids"][0]
+            # Not always a prefix: some templates end a conversation that has no generation prompt
+            same = next(
+                (i for i, pair in enumerate(zip(ids, without, strict=False)) if pair[0] != pair[1]), len(without)
+            )
+            endings.append(ids[same:])
+        if endings[0] != endings[1]:
             raise ValueError(
                 "The student and the teacher are asked for the completion in different ways, so the teacher would "
                 f"score tokens in a place where it never writes them: the student's prompt ends in "
-                f"{self._tokenizer.decode(student_end)!r} and the teacher's in {self._tokenizer.decode(teacher_end)!r}. "
+                f"{self._tokenizer.decode(endings[0])!r} and the teacher's in {self._tokenizer.decode(endings[1])!r}. "
                 "Make `chat_template_kwargs` and `teacher_chat_template_kwargs` agree on it."
             )
 
