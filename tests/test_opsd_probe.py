@@ -65,6 +65,20 @@ def test_a_run_after_the_probe_is_the_run_without_it(tmp_path, small_model, toke
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
+def test_what_has_no_number_is_none(tmp_path, small_model, tokenizer, rows):
+    teacher = small_model(1)
+    config = OPSDConfig(**settings(tmp_path))
+    trainer = OPSDTrainer(
+        model=small_model(0), teacher_model=teacher, args=config, train_dataset=rows, processing_class=tokenizer
+    )
+    with same_rollouts([[tokenizer.eos_token_id]]):  # one token has no second quarter
+        assert [value is None for value in probe(trainer, 4)["teacher"]["kl_by_part"]] == [False, True, True, True]
+    with torch.no_grad():
+        trainer.teacher_model.lm_head.weight.fill_(torch.nan)
+    found = probe(trainer, 4)
+    assert found["teacher"]["kl"] is None and "not finite" in found["warnings"][0]
+
+
 def test_without_a_context_there_is_no_prompt_only(tmp_path, small_model, tokenizer, rows):
     trainer, _ = train(
         OPSDTrainer,
@@ -96,6 +110,7 @@ def sides(student_correct, student_tokens, context_correct, context_tokens, kl=0
         (sides(0.9, 100.0, 0.8, 40.0, num_prompts=10), []),  # within the error of so few
         (sides(0.9, 100.0, 0.95, 99.0), ["no shorter: 99 tokens in it, 100 without"]),
         (sides(0.9, 100.0, 0.9, 40.0, kl=0.0), ["nothing can be learned"]),
+        (sides(0.9, 100.0, 0.9, 40.0, kl=None), ["not finite"]),
     ],
 )
 def test_warnings_name_the_number(result, words):

@@ -60,10 +60,13 @@ def show_probe(result: dict) -> None:
             correct = "" if result[name]["correct"] is None else f"{result[name]['correct']:.1%} correct, "
             print(f"probe, {label}: {correct}{result[name]['tokens']:.1f} tokens")
     teacher = result["teacher"]
-    parts = ", ".join(f"{kl:.3f}" for kl in teacher["kl_by_part"])
+    kl, agreement, *parts = (
+        "unknown" if value is None else f"{value:.3f}"
+        for value in (teacher["kl"], teacher["top1_agreement"], *teacher["kl_by_part"])
+    )
     print(
-        f"probe, teacher on the student's rollouts: {teacher['kl']:.3f} nats per token (by quarter of the trace: "
-        f"{parts}), same most likely token at {teacher['top1_agreement']:.1%}"
+        f"probe, teacher on the student's rollouts: {kl} nats per token (by quarter of the trace: {', '.join(parts)}), "
+        f"same most likely token at a share of {agreement}"
     )
 
 

@@ -5,6 +5,7 @@ The gain of distillation follows the gap between the two (https://huggingface.co
 finds says whether training can help, at the price of a few rollouts.
 """
 
+import math
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,8 @@ def probe(trainer, num_prompts: int) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: For `student` and `prompt_only` (`None` without a context of its own): `correct`, a share
         (`None` without a verifier), `tokens` (mean) and `truncated` (share). For the teacher: `kl` in nats and
-        `top1_agreement`, means over the tokens, and `kl_by_part`, the mean of each quarter of the traces. `warnings`:
+        `top1_agreement`, means over the tokens, and `kl_by_part`, the mean of each quarter of the traces; `None` where
+        there is no finite number. `warnings`:
         sentences that say why training is unlikely to help.
 
     Raises:
@@ -99,17 +101,24 @@ def _score(trainer, batches: list[dict[str, Any]]) -> dict[str, Any]:
             torch.full_like(kl[-1], torch.nan) if tokens.top1_agreement is None else tokens.top1_agreement
         )
     kl, agreement, parts = torch.cat(kl), torch.cat(agreement), torch.cat(parts)
+
+    def mean(values: torch.Tensor) -> float | None:
+        value = values.mean().item()  # NaN of no tokens, of what the backend does not measure, of broken weights
+        return value if math.isfinite(value) else None
+
     return {
-        "kl": kl.mean().item(),
-        "top1_agreement": agreement.mean().item(),
-        "kl_by_part": [kl[parts == part].mean().item() for part in range(NUM_PARTS)],
+        "kl": mean(kl),
+        "top1_agreement": mean(agreement),
+        "kl_by_part": [mean(kl[parts == part]) for part in range(NUM_PARTS)],
     }
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:
     student, in_context, kl = result["student"], result["prompt_only"], result["teacher"]["kl"]
     warnings = []
-    if kl < 1e-6:
+    if kl is None:
+        warnings.append("The divergence is not finite: the teacher's weights may not have been loaded.")
+    elif kl < 1e-6:
         warnings.append(f"The teacher gives what the student gives ({kl:.1e} nats per token): nothing can be learned.")
     if in_context is None:
         return warnings
