@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment: .venv in the checkout, with the package, its test tools and torch. Run again, it does nothing
-# until what it installs has changed.
+# Makes the environment: .venv in the checkout, with torch and the package with the extra that is named (by default
+# `dev`, the test tools). Run again, it does nothing until what it installs has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp=.venv/.installed
+extra=${1:-dev}
+stamp=.venv/.installed-$extra
 want=$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
     exit 0
@@ -25,5 +26,5 @@ else
     # The version that the CPU numbers in recipes/results come from. Where the index offers a CPU build, this takes it.
     "${pip[@]}" 'torch==2.13.0'
 fi
-"${pip[@]}" --editable '.[dev]'
+"${pip[@]}" --editable ".[$extra]"
 echo "$want" >"$stamp"

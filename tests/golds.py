@@ -2,7 +2,7 @@
 Every reference answer of GSM8K's and MATH-500's test sets against spellings of itself and against wrong neighbours.
 
 `python tests/golds.py` judges all of them and writes what went wrong, by number, to
-recipes/results/math_reward/golds.json; test_rewards.py judges a fixed part, and all of them where asked for `slow`.
+recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same.
 """
 
 import re
@@ -114,11 +114,11 @@ def neighbours(gold: str, following: str) -> Iterator[tuple[str, str]]:
         yield "letters in another order", word[1][::-1] if len(word[1]) > 1 else "D" if word[1] != "D" else "A"
 
 
-def judge(name: str, every: int = 1) -> tuple[int, int, list[dict]]:
-    """Returns how many spellings and neighbours were judged, and those judged wrongly."""
+def judge(name: str) -> dict:
+    """Returns how many spellings and neighbours of a set's answers were judged, and those judged wrongly."""
     gold = load_prompts(f"{name}:{SETS[name]}", "test")["answer"][:]
     wrong, right_count, wrong_count = [], 0, 0
-    for number in range(0, len(gold), every):
+    for number in range(len(gold)):
         following = gold[(number + 1) % len(gold)]
         kinds, texts, only_flexible = zip(*spellings(gold[number]), strict=True)
         assert len(kinds) - sum(only_flexible) >= 3
@@ -142,22 +142,21 @@ def judge(name: str, every: int = 1) -> tuple[int, int, list[dict]]:
                     {"set": name, "number": number, "mistake": mistake, "kind": kind, "gold": gold[number]}
                     | {"text": text, "strict": score, "flexible": score}
                 )
-    return right_count, wrong_count, wrong
+    mistakes = [case["mistake"] for case in wrong]
+    return {
+        "set": name,
+        "answers": len(gold),
+        "spellings": right_count,
+        "neighbours": wrong_count,
+        "false_negatives": mistakes.count("false negative"),
+        "false_positives": mistakes.count("false positive"),
+        "cases": wrong,
+    }
 
 
 def main() -> None:
-    rows = []
-    for name in SETS:
-        spelled, others, wrong = judge(name)
-        counts = {
-            kind: sum(case["mistake"] == kind for case in wrong) for kind in ("false negative", "false positive")
-        }
-        rows.append(
-            {"set": name, "spellings": spelled, "neighbours": others}
-            | {kind.replace(" ", "_") + "s": count for kind, count in counts.items()}
-            | {"cases": wrong}
-        )
-    write_results(ROOT / "recipes" / "results" / "math_reward" / "golds.json", rows, {"sets": list(SETS)})
+    path = ROOT / "recipes" / "results" / "math_reward" / "golds.json"
+    write_results(path, [judge(name) for name in SETS], {"sets": list(SETS)})
 
 
 if __name__ == "__main__":

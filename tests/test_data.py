@@ -5,7 +5,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_opsd.cli import UserError
-from trl_opsd.data import SOURCES, check_columns, load_prompts
+from trl_opsd.data import SOURCES, check_columns, decontaminate, load_prompts
+from trl_opsd.data.__main__ import main
+from trl_opsd.data.decontaminate import normalize, problem_text
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -81,6 +83,54 @@ class TestSources:
         assert row["answer"] == "34" and row["data_source"] == "d" and "solution" not in row
         assert row["prompt"][0]["content"].startswith("p\n\n")
 
+    @pytest.mark.parametrize(
+        ("solution", "answer"),
+        [
+            (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+            (r"$\boxed{1}$, no, $\boxed{x^{2}}$", "x^{2}"),
+            (r"so $\boxed 2$.", "2"),
+            (r"so \fbox{3} {and}", "3"),
+        ],
+    )
+    def test_math_row(self, solution, answer):
+        row = SOURCES["math"].to_row({"problem": "p", "solution": solution, "level": "Level 5", "type": "Algebra"})
+        assert (row["answer"], row["solution"], row["level"]) == (answer, solution, "Level 5")
+
+    def test_mbpp_row(self):
+        raw = {
+            "task_id": 2,
+            "text": "Write a function to find the shared elements.",
+            "code": "import re\ndef help(a):\n  return set(a)\ndef shared(a, b):\n  return tuple(help(a) & help(b))",
+            "test_list": ["assert set(shared((3, 4),(4, 5))) == set((4,))", "assert shared((), ()) == ()"],
+            "test_setup_code": "import math",
+            "challenge_test_list": [],
+        }
+        row = SOURCES["mbpp"].to_row(raw)
+        assert row["entry_point"] == "shared" and raw["test_list"][0] in row["prompt"][0]["content"]
+        assert raw["test_list"][1] not in row["prompt"][0]["content"]
+        assert row["tests"] == "import math\n" + "\n".join(raw["test_list"]) + "\n"
+        assert row["solution"] == f"```python\n{raw['code']}\n```"
+        names = {}
+        exec(raw["code"], names)
+        exec(row["tests"], names)
+        with pytest.raises(AssertionError):
+            exec(row["tests"], {**names, "shared": lambda a, b: ()})
+
+    def test_every_hub_name_is_asked_for(self, monkeypatch):
+        asked = []
+
+        def load(hub_id, config, split):
+            asked.append((hub_id, config, split))
+            return Dataset.from_list([{"input": "not True is", "target": "False"}])
+
+        monkeypatch.setattr("trl_opsd.data.prompts.load_dataset", load)
+        assert load_prompts("bbh:word_sorting", "test")["task"][:] == ["word_sorting"]
+        assert asked == [("lukaemon/bbh", "word_sorting", "test")]
+        assert len(load_prompts("bbh", "test")) == 27 == len({config for _, config, _ in asked})
+        with pytest.raises(UserError, match="needs the column `question`"):
+            load_prompts("gsm8k")
+        assert asked[-1] == ("openai/gsm8k", "main", "train")
+
     def test_local_copy_of_a_source(self, tmp_path):
         write_jsonl(tmp_path / "test.jsonl", [GSM8K])
         for path in (tmp_path, tmp_path / "test.jsonl"):
@@ -97,6 +147,158 @@ class TestSources:
             assert min(map(len, dataset["solution"])) > 0
         dataset = load_prompts(f"math-500:{SHARED / 'math500' / 'test.jsonl'}", "test", ["answer"])
         assert len(dataset) == 500 and all(dataset["answer"])
+
+    def test_real_code(self):
+        if not SHARED.is_dir():
+            return
+        dataset = load_prompts(f"humaneval:{SHARED / 'humaneval'}", "test", ["tests", "entry_point", "solution"])
+        assert len(dataset) == 164 and "canonical_solution" not in dataset.column_names
+        for row in dataset:
+            program = row["solution"].removeprefix("```python\n").removesuffix("```")
+            assert f"def {row['entry_point']}(" in row["prompt"][0]["content"]
+            compile(program + row["tests"], row["task_id"], "exec")
+            if int(row["task_id"].split("/")[1]) % 20 == 0:
+                exec(program + row["tests"], {})
+                with pytest.raises((AssertionError, TypeError)):
+                    exec(f"{program}\n{row['entry_point']} = lambda *_: None\n{row['tests']}", {})
+
+    def test_real_tasks(self):
+        if not SHARED.is_dir():
+            return
+        dataset = load_prompts(f"bbh:{SHARED / 'bbh'}", "test", ["answer", "task"])
+        assert len(dataset) == 6511 and set(dataset["task"]) == set(SOURCES["bbh"].tasks)
+        assert all(dataset["answer"])
+        one = load_prompts(f"bbh:{SHARED / 'bbh' / 'snarks.json'}", "test")
+        assert len(one) == 178 and set(one["task"]) == {"snarks"}
+
+
+class TestReasoningGym:
+    def test_parameters_and_seeds(self):
+        short = load_prompts("reasoning-gym:chain_sum:size=20,min_terms=2,max_terms=2")
+        assert len(short) == 20
+        metadata = [json.loads(text) for text in short["metadata"]]
+        assert {row["num_terms"] for row in metadata} == {2} and {row["source_dataset"] for row in metadata} == {
+            "chain_sum"
+        }
+        assert short.to_list() == load_prompts("reasoning-gym:chain_sum:size=20,min_terms=2,max_terms=2").to_list()
+        other = load_prompts("reasoning-gym:chain_sum:size=20,min_terms=2,max_terms=2,seed=1")
+        assert other["prompt"][:19] == short["prompt"][1:]  # why splits are not neighbouring seeds
+        test = load_prompts("reasoning-gym:chain_sum:size=20,min_terms=2,max_terms=2", "test")
+        assert not {row["content"] for (row,) in test["prompt"]} & {row["content"] for (row,) in short["prompt"]}
+
+    def test_lists(self):
+        rows = load_prompts("reasoning-gym:basic_arithmetic:size=30,operators=['+','-']")
+        assert not any("*" in row["content"] or "/" in row["content"] for (row,) in rows["prompt"])
+
+    @pytest.mark.slow
+    def test_every_task(self):
+        from reasoning_gym.factory import DATASETS
+
+        from trl_opsd.rewards import reasoning_gym_reward
+
+        without = []
+        for task in sorted(DATASETS.keys() - {"composite", "game_of_life_halting"}):
+            rows = load_prompts(f"reasoning-gym:{task}:size=2")
+            columns = {"answer": rows["answer"][:], "metadata": rows["metadata"][:]}
+            if columns["answer"] == [None, None]:
+                without.append(task)
+                continue
+            texts = [rf"\boxed{{{answer}}}" for answer in columns["answer"]]
+            assert reasoning_gym_reward(texts, **columns) == [1.0, 1.0], task
+            assert max(reasoning_gym_reward([r"\boxed{zzz}"] * 2, **columns)) < 1.0, task
+        assert without == ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("reasoning-gym:chain_sums", "no task `chain_sums`: choose from ab, "),
+            ("reasoning-gym:", "no task ``"),
+            ("reasoning-gym:game_of_life_halting", "accepts any answer"),
+            ("reasoning-gym:chain_sum:size", "`size` of `reasoning-gym:chain_sum` must be NAME=VALUE"),
+            ("reasoning-gym:chain_sum:size=[1", "`size=\\[1` of `reasoning-gym:chain_sum` is not YAML"),
+            ("reasoning-gym:chain_sum:seed=x", "does not take these parameters"),
+            ("reasoning-gym:chain_sum:sizes=3", "does not take these parameters: .*sizes"),
+            ("reasoning-gym:chain_sum:min_terms=5,max_terms=2", "does not take these parameters: .*max_terms"),
+        ],
+    )
+    def test_errors(self, name, message):
+        with pytest.raises(UserError, match=message):
+            load_prompts(name)
+
+    def test_split(self):
+        with pytest.raises(UserError, match="no split `dev`: choose from train, test"):
+            load_prompts("reasoning-gym:chain_sum", "dev")
+
+
+class TestDecontaminate:
+    TRAIN = ("What is $1 + 2$?", "what  is 1+2", "What is 1 - 2?", r"Find $\dfrac{1}{2}$.", "Find 1.5", "New", "New")
+    EVALUATION = ("What is $1 + 2$?", r"Find $\frac{1}{2} $", "Find 15", "Other")
+
+    def test_counts(self):
+        train = Dataset.from_list([{"prompt": text, "id": number} for number, text in enumerate(self.TRAIN)])
+        evaluation = Dataset.from_list(
+            [SOURCES["math-500"].to_row({"problem": text, "answer": "1"}) for text in self.EVALUATION]
+        )
+        kept, counts = decontaminate(train, evaluation)
+        assert kept["id"][:] == [2, 4, 5, 6]
+        assert counts == {
+            "train": 7,
+            "evaluation": 4,
+            "exact": 1,
+            "normalized": 2,
+            "kept": 4,
+            "evaluation_seen": 2,
+        }
+
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_the_wording_is_no_part_of_the_problem(self, name):
+        prompt = SOURCES[name].prompt.replace("{problem}", "Prove it.")
+        assert problem_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt}]) == (
+            "Prove it."
+        )
+
+    def test_normalize(self):
+        assert normalize(r"Let $x \, = \left( 1.5 \right)$, and  y!") == "letx=(1.5)andy"
+        assert normalize("1-2") != normalize("1+2") and normalize("1.5") != normalize("15")
+
+    def test_command_line(self, tmp_path, capsys):
+        train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": text} for text in self.TRAIN])
+        evaluation = write_jsonl(tmp_path / "b.jsonl", [{"prompt": text} for text in self.EVALUATION])
+        for suffix in ("jsonl", "parquet"):
+            output = tmp_path / "out" / f"clean.{suffix}"
+            main(["--train", train, "--evaluation", evaluation, "--output", str(output)])
+            assert "exact: 1\nnormalized: 2\nkept: 4\n" in capsys.readouterr().out
+            assert load_prompts(str(output))["prompt"][:] == [self.TRAIN[index] for index in (2, 4, 5, 6)]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clean.jsonl", "clean.parquet"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--train", "a.jsonl"], "belong together"),
+            (["--train", "a.jsonl", "--evaluation", "b.jsonl"], "There is no data at `a.jsonl`"),
+            (["--train", "a", "--evaluation", "b", "--output", "c.csv"], "must end in .jsonl or .parquet"),
+        ],
+    )
+    def test_mistakes(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+    def test_table(self, capsys):
+        main([])
+        table = capsys.readouterr().out
+        for name, source in SOURCES.items():
+            (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+            assert source.licence in line and source.verifier in line and source.hub_id in line
+
+    def test_real_files(self):
+        if not SHARED.is_dir():
+            return
+        train = load_prompts(f"gsm8k:{SHARED / 'gsm8k'}", "train")
+        test = load_prompts(f"gsm8k:{SHARED / 'gsm8k'}", "test")
+        assert decontaminate(train, test)[1]["evaluation_seen"] == 0
+        kept, counts = decontaminate(test, test)
+        assert len(kept) == counts["kept"] == 0 and counts["exact"] == 1319
 
 
 class TestErrors:

@@ -9,7 +9,8 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..cli import UserError
-from .sources import SOURCES
+from .gym import REASONING_GYM, generate_prompts
+from .sources import SOURCES, Source
 
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -27,6 +28,8 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
             - a folder written by `save_to_disk`, or one with a file per split (`train.jsonl`, `test.parquet`, ...);
             - the name of a source (see [`SOURCES`]), which is taken from the Hub and mapped to the schema;
             - `NAME:PATH`, a local copy of a named source's raw rows, mapped in the same way (`gsm8k:test.jsonl`);
+            - `NAME:TASK`, one task of a source that has several (`bbh:word_sorting`);
+            - `reasoning-gym:TASK` or `reasoning-gym:TASK:NAME=VALUE,...`, generated (see [`generate_prompts`]);
             - the id of any other data set on the Hub, whose columns are already in the schema.
         split (`str`, *optional*, defaults to `"train"`):
             Split to load. A single file and a single `Dataset` are loaded whole, whatever the split.
@@ -42,17 +45,28 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
     """
     name, _, path = name_or_path.partition(":")
     source = SOURCES.get(name)
-    if source is None or (not path and Path(name).exists()):
-        source, path = None, name_or_path
-    if source is None:
-        local = Path(path).exists() or path.endswith(_SUFFIXES) or path.startswith((".", "/", "~"))
-        dataset = _read_local(Path(path), split) if local else _read_hub(path, None, split)
+    if not path and Path(name).exists():
+        source = None
+    if name == REASONING_GYM:
+        dataset = generate_prompts(path, split)
+    elif source is None:
+        local = (
+            Path(name_or_path).exists() or name_or_path.endswith(_SUFFIXES) or name_or_path.startswith((".", "/", "~"))
+        )
+        dataset = _read_local(Path(name_or_path), split) if local else _read_hub(name_or_path, None, split)
     else:
         if split not in source.splits and not Path(path).is_file():
             raise UserError(f"`{name}` has no split `{split}`: choose from {', '.join(source.splits)}.")
-        dataset = _read_local(Path(path), split) if path else _read_hub(source.hub_id, source.config, split)
-        check_columns(dataset, (source.problem, source.answer), f"The source `{name}`")
-        dataset = Dataset.from_list([source.to_row(row) for row in dataset])
+        parts = _read_source(source, path, split)
+        for dataset in parts.values():
+            check_columns(dataset, (source.problem, *source.needed), f"The source `{name}`")
+        dataset = Dataset.from_list(
+            [
+                {**source.to_row(row), **({"task": task} if source.tasks else {})}
+                for task, part in parts.items()
+                for row in part
+            ]
+        )
     if len(dataset) == 0:
         raise UserError(f"`{name_or_path}` (split `{split}`) has no rows: check that it is the right file and split.")
     check_columns(dataset, ("prompt", *columns), f"The data set `{name_or_path}`")
@@ -77,13 +91,28 @@ def check_columns(dataset: Dataset, needed: Iterable[str], what_for: str) -> Non
     missing = [f"`{column}`" for column in dict.fromkeys(needed) if column not in dataset.column_names]
     if not missing:
         return
-    raw = [name for name, source in SOURCES.items() if {source.problem, source.answer} <= set(dataset.column_names)]
+    found = set(dataset.column_names)
+    raw = [name for name, source in SOURCES.items() if {source.problem, *source.needed} <= found]
     # Raw rows of a named source are the likely cause, and the prefix is the whole fix.
     hint = f" (if these are raw `{raw[0]}` rows, write `{raw[0]}:PATH`)" if raw and "`prompt`" in missing else ""
     raise UserError(
         f"{what_for} needs the column {', '.join(missing)}; the columns found are "
         f"{', '.join(f'`{column}`' for column in dataset.column_names)}: add or rename one{hint}."
     )
+
+
+def _read_source(source: Source, path: str, split: str) -> dict[str | None, Dataset]:
+    """Reads the raw rows of a named source, by task."""
+    if not path or (path in source.tasks and not Path(path).exists()):
+        tasks = [path] if path else source.tasks or [source.config]
+        return {task: _read_hub(source.hub_id, task, split) for task in tasks}
+    folder = Path(path).expanduser()
+    if not source.tasks or not folder.is_dir():
+        return {folder.stem: _read_local(folder, split)}
+    files = {task: folder / f"{task}.json" for task in source.tasks if (folder / f"{task}.json").is_file()}
+    if not files:
+        raise UserError(f"The folder `{folder}` has no file named after a task, such as {source.tasks[0]}.json.")
+    return {task: _read_file(file) for task, file in files.items()}
 
 
 def _read_local(path: Path, split: str) -> Dataset:
@@ -141,6 +170,8 @@ def _read_json(path: Path) -> list[dict]:
                     rows.append((number, json.loads(line)))
                 except json.JSONDecodeError as error:
                     raise UserError(f"`{path}`, line {number}: not valid JSON ({error.msg}); fix the line.") from None
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("examples"), list):
+        rows = list(enumerate(rows[0][1]["examples"], start=1))  # a task file of BIG-Bench
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(

@@ -1,4 +1,7 @@
-"""The data sets that have a name here: where each lies and how its columns become `prompt`, `answer`, `solution`."""
+"""
+The data sets that have a name here: where each lies, its licence, what the model is asked, and how its columns become
+`prompt` and `answer` or `tests`, `entry_point` and `solution`. `python -m trl_opsd.data` prints them as a table.
+"""
 
 import re
 from collections.abc import Callable
@@ -8,6 +11,9 @@ from typing import Any
 
 # The wording that reasoning models are trained with; the verifier reads the answer from where it asks for it.
 MATH_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+CODE_PROMPT = (
+    "{problem}\n\nPlease reason step by step, and put the whole program in one ```python code block at the end."
+)
 
 
 @dataclass(frozen=True)
@@ -20,34 +26,39 @@ class Source:
             Repository of the data set on the Hub.
         licence (`str`):
             Licence of the data, as its authors state it.
+        verifier (`str`):
+            Name of the reward function that its rows are made for.
         problem (`str`):
             Column that holds the problem.
-        answer (`str`):
-            Column that holds the final answer.
-        solution (`str`, *optional*):
-            Column that holds the reference reasoning. A row without it has no `solution`.
-        config (`str`, *optional*):
-            Configuration of the data set on the Hub.
-        splits (`tuple[str, ...]`, *optional*, defaults to `("train", "test")`):
-            Splits there are.
+        needed (`tuple[str, ...]`):
+            Columns that must be there beside `problem`.
+        read (`Callable`):
+            Function from a raw row to the columns `answer`, `tests`, `entry_point` and `solution` that it has, and to
+            `problem` where that is more than its column.
         prompt (`str`, *optional*, defaults to `MATH_PROMPT`):
             Wording of the user message, with `{problem}` where the problem goes.
-        read_answer (`Callable`, *optional*):
-            Function from the text of the answer column to the answer. Defaults to the text itself.
-        read_solution (`Callable`, *optional*):
-            Function from the text of the solution column to the solution. Defaults to the text itself.
+        splits (`tuple[str, ...]`, *optional*, defaults to `("train", "test")`):
+            Splits there are.
+        config (`str`, *optional*):
+            Configuration of the data set on the Hub.
+        tasks (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Configurations on the Hub, or files of a local copy, that together are the data set; `NAME:TASK` is one of
+            them, and rows say in `task` which one they are from.
+        used (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Further columns that `read` takes up, so that they are not kept beside what it makes of them.
     """
 
     hub_id: str
     licence: str
+    verifier: str
     problem: str
-    answer: str
-    solution: str | None = None
-    config: str | None = None
-    splits: tuple[str, ...] = ("train", "test")
+    needed: tuple[str, ...]
+    read: Callable[[dict[str, Any]], dict[str, Any]]
     prompt: str = MATH_PROMPT
-    read_answer: Callable[[str], str] = str.strip
-    read_solution: Callable[[str], str] = str.strip
+    splits: tuple[str, ...] = ("train", "test")
+    config: str | None = None
+    tasks: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
 
     def to_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -58,25 +69,73 @@ class Source:
                 Row as the Hub, or a local copy of it, has it.
 
         Returns:
-            `dict`: Row with `prompt` (one user message), `answer` and, where the source has one, `solution`.
+            `dict`: Row with `prompt` (one user message), `answer` or `tests`, and where the source has them
+            `entry_point` and `solution`.
         """
-        mapped = {key: value for key, value in row.items() if key not in (self.problem, self.answer, self.solution)}
-        content = self.prompt.replace("{problem}", row[self.problem].strip())
-        mapped["prompt"] = [{"role": "user", "content": content}]
-        mapped["answer"] = self.read_answer(row[self.answer])
-        if self.solution in row:
-            mapped["solution"] = self.read_solution(row[self.solution])
-        return mapped
+        used = {self.problem, *self.needed, *self.used}
+        mapped = {key: value for key, value in row.items() if key not in used}
+        read = {"problem": row[self.problem], **self.read(row)}
+        content = self.prompt.replace("{problem}", read.pop("problem").strip())
+        return {**mapped, "prompt": [{"role": "user", "content": content}], **read}
 
 
-def _gsm8k_answer(text: str) -> str:
-    return text.rpartition("####")[2].strip().replace(",", "")
-
-
-def _gsm8k_solution(text: str) -> str:
+def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:
+    reasoning, _, answer = row["answer"].rpartition("####")
     # <<48/2=24>> are notes for a calculator tool, which no model of today writes
-    return re.sub(r"<<.*?>>", "", text.rpartition("####")[0]).strip()
+    return {
+        "answer": answer.strip().replace(",", ""),
+        "solution": re.sub(r"<<.*?>>", "", reasoning).strip(),
+    }
 
+
+def _math(row: dict[str, Any]) -> dict[str, Any]:
+    rest = re.split(r"\\(?:boxed|fbox)", row["solution"])[-1]
+    depth = 0
+    for brace in re.finditer(r"[{}]", rest):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            break
+    # a few solutions write `\boxed 2$`
+    answer = rest[1 : brace.start()] if rest.startswith("{") else re.match(r"\s*([^\s$.]*)", rest)[1]
+    return {"answer": answer.strip(), "solution": row["solution"].strip()}
+
+
+def _math_500(row: dict[str, Any]) -> dict[str, Any]:
+    solution = {"solution": row["solution"].strip()} if "solution" in row else {}
+    return {"answer": row["answer"].strip(), **solution}
+
+
+def _humaneval(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "problem": f"Please complete this Python function:\n\n```python\n{row['prompt'].strip()}\n```",
+        "tests": f"{row['test'].strip()}\n\ncheck({row['entry_point']})\n",
+        "entry_point": row["entry_point"],
+        "solution": f"```python\n{row['prompt'].strip()}\n{row['canonical_solution'].rstrip()}\n```",
+    }
+
+
+def _mbpp(row: dict[str, Any]) -> dict[str, Any]:
+    first = row["test_list"][0]
+    functions = re.findall(r"^def (\w+)", row["code"], re.MULTILINE)
+    setup = row.get("test_setup_code")
+    return {
+        "problem": f"{row['text'].strip()}\n\nYour program has to pass this test:\n\n```python\n{first}\n```",
+        "tests": "\n".join([*([setup] if setup else []), *row["test_list"]]) + "\n",
+        "entry_point": next((name for name in functions if re.search(rf"\b{name}\(", first)), None),
+        "solution": f"```python\n{row['code'].strip()}\n```",
+    }
+
+
+_BBH_TASKS = (
+    *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages"),
+    *("formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects"),
+    *("logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation"),
+    *("multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table"),
+    *("reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks"),
+    *("sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects"),
+    *("tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies"),
+    "word_sorting",
+)
 
 SOURCES = {
     # https://huggingface.co/papers/2110.14168; the answer column holds the reasoning, then `#### 42`
@@ -84,28 +143,75 @@ SOURCES = {
         hub_id="openai/gsm8k",
         config="main",
         licence="MIT",
+        verifier="math_reward",
         problem="question",
-        answer="answer",
-        solution="answer",
-        read_answer=_gsm8k_answer,
-        read_solution=_gsm8k_solution,
+        needed=("answer",),
+        read=_gsm8k,
     ),
-    # https://huggingface.co/papers/2305.20050: 500 of the test problems of https://huggingface.co/papers/2103.03874
+    # https://huggingface.co/papers/2103.03874; the answer is what the solution boxes last
+    "math": Source(
+        hub_id="DigitalLearningGmbH/MATH-lighteval",
+        licence="MIT",
+        verifier="math_reward",
+        problem="problem",
+        needed=("solution",),
+        read=_math,
+    ),
+    # https://huggingface.co/papers/2305.20050: 500 of the test problems of `math`
     "math-500": Source(
         hub_id="HuggingFaceH4/MATH-500",
         licence="MIT",
+        verifier="math_reward",
         splits=("test",),
         problem="problem",
-        answer="answer",
-        solution="solution",
+        needed=("answer",),
+        used=("solution",),
+        read=_math_500,
     ),
     # https://huggingface.co/papers/2503.14476, deduplicated; here the solution column holds the bare final answer
     "dapo-math-17k": Source(
         hub_id="open-r1/DAPO-Math-17k-Processed",
         config="en",
         licence="Apache-2.0",
+        verifier="math_reward",
         splits=("train",),
         problem="prompt",
-        answer="solution",
+        needed=("solution",),
+        read=lambda row: {"answer": row["solution"].strip()},
+    ),
+    # https://huggingface.co/papers/2107.03374
+    "humaneval": Source(
+        hub_id="openai/openai_humaneval",
+        licence="MIT",
+        verifier="code_reward",
+        splits=("test",),
+        problem="prompt",
+        needed=("test", "entry_point", "canonical_solution"),
+        prompt=CODE_PROMPT,
+        read=_humaneval,
+    ),
+    # https://huggingface.co/papers/2108.07732; the first test is shown, because it alone says what to call the function
+    "mbpp": Source(
+        hub_id="google-research-datasets/mbpp",
+        config="full",
+        licence="CC-BY-4.0",
+        verifier="code_reward",
+        splits=("train", "validation", "test", "prompt"),
+        problem="text",
+        needed=("code", "test_list"),
+        used=("test_setup_code",),
+        prompt=CODE_PROMPT,
+        read=_mbpp,
+    ),
+    # https://huggingface.co/papers/2210.09261: for evaluation only, which a canary in each file asks for
+    "bbh": Source(
+        hub_id="lukaemon/bbh",
+        licence="MIT",
+        verifier="math_reward",
+        splits=("test",),
+        problem="input",
+        needed=("target",),
+        tasks=_BBH_TASKS,
+        read=lambda row: {"answer": row["target"].strip()},
     ),
 }

@@ -7,10 +7,20 @@ from collections.abc import Callable
 import trl.rewards
 
 from ..cli import UserError
+from .code import code_reward
+from .format import format_reward, length_reward
 from .math import math_reward
+from .reasoning_gym import reasoning_gym_reward
+from .sandbox import require_isolation
 
 
-_OWN = {"math_reward": math_reward}
+_OWN = {
+    "math_reward": math_reward,
+    "format_reward": format_reward,
+    "length_reward": length_reward,
+    "reasoning_gym_reward": reasoning_gym_reward,
+    "code_reward": code_reward,
+}
 _TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 # What TRL's trainers hand to every reward function themselves, so that no column has to.
 _GIVEN = {
@@ -30,19 +40,22 @@ def load_reward_funcs(names: list[str]) -> list[Callable]:
 
     Args:
         names (`list[str]`):
-            Names of this package's functions (`math_reward`), of TRL's (`accuracy_reward`,
+            Names of this package's functions (such as `math_reward`), of TRL's (`accuracy_reward`,
             `reasoning_accuracy_reward`, `think_format_reward`), or dotted paths (`my_module.my_reward`).
 
     Returns:
         `list[Callable]`: The functions, in the order of their names.
 
     Raises:
-        UserError: If a name is unknown, naming it and the known ones.
+        UserError: If a name is unknown, naming it and the known ones, or if this machine cannot isolate the programs
+            that `code_reward` runs.
     """
     return [_load(name) for name in names]
 
 
 def _load(name: str) -> Callable:
+    if name == "code_reward":
+        require_isolation()  # now, and not at the first rollout
     if name in _OWN:
         return _OWN[name]
     if name in _TRL:
