@@ -624,7 +624,7 @@ class OPSDTrainer(DistillationTrainer):
         nan = torch.full((), torch.nan, device=valid.device)
         sums = torch.stack([num_tokens.float(), *(nan if values is None else values.sum() for values in measured)])
         mode = "train" if self.model.training else "eval"
-        self._token_sums[mode] += sums.double().cpu()
+        self._token_sums[mode] += sums.cpu().double()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens.clamp(min=1)
         loss = tokens.divergence.sum() / num_items_in_batch
