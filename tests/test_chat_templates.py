@@ -83,7 +83,7 @@ def test_both_sides_end_in_the_generation_prompt(tmp_path, name, context):
     kwargs, ending = ENDINGS[name]
     trainer = build(tmp_path, name, teacher_context=context, chat_template_kwargs=kwargs)
     student_ids, _, _ = trainer._tokenize_prompts(list(ROWS["prompt"]))
-    teacher = trainer._tokenize_teacher_prompts(list(ROWS), [None, None])
+    teacher = trainer._tokenize_teacher_prompts(list(ROWS), [None, None], 12)
     for row, student, ids, mask in zip(
         ROWS, student_ids, teacher["teacher_prompt_ids"], teacher["teacher_prompt_mask"], strict=True
     ):
@@ -115,6 +115,6 @@ def test_thinking_on_one_side_only_is_an_error_that_shows_both_endings(tmp_path,
 
 def test_a_system_prompt_of_the_teacher(tmp_path):
     trainer = build(tmp_path, "qwen3", teacher_context="concise", teacher_system_prompt="Be terse.")
-    ids = trainer._tokenize_teacher_prompts(list(ROWS), [None, None])["teacher_prompt_ids"]
+    ids = trainer._tokenize_teacher_prompts(list(ROWS), [None, None], 12)["teacher_prompt_ids"]
     texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert all("Be terse." in text for text in texts) and "Think." not in texts[0]

@@ -284,7 +284,7 @@ def test_too_long_cuts_the_privileged_text_and_never_the_problem(tmp_path, small
     problem = example["prompt"][0]["content"]
     config = OPSDConfig(**settings(tmp_path, max_teacher_prompt_length=60), teacher_prompt_template=SOLUTION_TEMPLATE)
     trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)
-    batch = trainer._tokenize_teacher_prompts([example, rows[0]], [None, None])
+    batch = trainer._tokenize_teacher_prompts([example, rows[0]], [None, None], 12)
     lengths = batch["teacher_prompt_mask"].sum(dim=1).tolist()
     text = tokenizer.decode(batch["teacher_prompt_ids"][0])
     assert lengths[0] == 60 and lengths[1] < 60
@@ -294,14 +294,17 @@ def test_too_long_cuts_the_privileged_text_and_never_the_problem(tmp_path, small
     assert "A privileged text was cut to fit 60 tokens" in caplog.text
     trainer.max_teacher_prompt_length = 5
     with pytest.raises(ValueError, match="the problem is never cut"):
-        trainer._tokenize_teacher_prompts([example], [None])
+        trainer._tokenize_teacher_prompts([example], [None], 12)
 
 
-def test_the_default_limit_leaves_room_for_the_completion(tmp_path, small_model, tokenizer, rows):
-    config = OPSDConfig(**settings(tmp_path), teacher_prompt_template=CONCISE_TEMPLATE)
-    model = small_model(0)
-    trainer = OPSDTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
-    assert trainer.max_teacher_prompt_length == model.config.max_position_embeddings - 12
+def test_the_default_limit_leaves_room_for_the_longest_completion(tmp_path, small_model, tokenizer, rows):
+    # More may be generated than there are positions; what counts is what was
+    config = OPSDConfig(**settings(tmp_path, max_completion_length=512), teacher_prompt_template=SOLUTION_TEMPLATE)
+    trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)
+    example = {**rows[0], "solution": rows[0]["solution"] * 100}
+    for completion_length in (12, 400):
+        batch = trainer._tokenize_teacher_prompts([example], [None], completion_length)
+        assert batch["teacher_prompt_mask"].sum() == 512 - completion_length
 
 
 @pytest.mark.parametrize(

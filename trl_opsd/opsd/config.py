@@ -34,7 +34,7 @@ class OPSDConfig(DistillationConfig):
             System prompt of the teacher, in place of the one that a conversational prompt may have.
         max_teacher_prompt_length (`int`, *optional*):
             Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the problem.
-            Defaults to what the teacher's positions leave beside a completion.
+            Defaults to what the teacher's positions leave beside the longest completion of the batch.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template on the teacher's side. Defaults to `chat_template_kwargs`, the
             student's.
@@ -127,7 +127,7 @@ class OPSDConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the "
-            "problem. Defaults to what the teacher's positions leave beside a completion."
+            "problem. Defaults to what the teacher's positions leave beside the longest completion of the batch."
         },
     )
     teacher_chat_template_kwargs: dict | str | None = field(

@@ -289,11 +289,7 @@ class OPSDTrainer(DistillationTrainer):
             ready.wait()
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
-        # What the teacher's positions leave beside a completion
-        teacher_config = (self.model if self.teacher_model is None else self.teacher_model).config.get_text_config()
-        self.max_teacher_prompt_length = args.max_teacher_prompt_length or max(
-            teacher_config.max_position_embeddings - self.max_completion_length, 1
-        )
+        self.max_teacher_prompt_length = args.max_teacher_prompt_length
         self.alarms = AlarmCallback(self)
         self.add_callback(self.alarms)
         if train_dataset is not None and self._has_own_teacher_prompt:
@@ -461,21 +457,25 @@ class OPSDTrainer(DistillationTrainer):
                     "trained on, and the weights stay as they are."
                 )
         if self._has_own_teacher_prompt:
-            output.update(self._tokenize_teacher_prompts(inputs, siblings))
+            output.update(self._tokenize_teacher_prompts(inputs, siblings, output["completion_ids"].size(1)))
         return output
 
     def _tokenize_teacher_prompts(
-        self, inputs: list[dict[str, Any]], siblings: list[str | None]
+        self, inputs: list[dict[str, Any]], siblings: list[str | None], completion_length: int
     ) -> dict[str, torch.Tensor]:
         """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
         mode = "train" if self.model.training else "eval"
+        limit = self.max_teacher_prompt_length
+        if limit is None:
+            teacher = self.model if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+            limit = teacher.config.get_text_config().max_position_embeddings - completion_length
         with self._chat_template_kwargs(self.teacher_chat_template_kwargs):
             pairs = list(zip(inputs, siblings, strict=True))
             prompt_ids, _, _ = self._tokenize_prompts([self._teacher_prompt(*pair) for pair in pairs])
-            too_long = [len(ids) > self.max_teacher_prompt_length for ids in prompt_ids]
+            too_long = [len(ids) > limit for ids in prompt_ids]
             if self.teacher_context is not None:
                 prompt_ids = [
-                    self._cut_teacher_prompt(*pair) if cut else ids
+                    self._cut_teacher_prompt(*pair, limit) if cut else ids
                     for pair, ids, cut in zip(pairs, prompt_ids, too_long, strict=True)
                 ]
                 self._metrics[mode]["opsd/privileged_cut"].append(sum(too_long) / len(too_long))
@@ -488,7 +488,7 @@ class OPSDTrainer(DistillationTrainer):
             "teacher_prompt_mask": mask.to(self.accelerator.device),
         }
 
-    def _cut_teacher_prompt(self, example: dict[str, Any], sibling: str | None) -> list[int]:
+    def _cut_teacher_prompt(self, example: dict[str, Any], sibling: str | None, limit: int) -> list[int]:
         """Ids of a teacher's prompt that fits, with as many tokens of each privileged text as there is room for."""
 
         def prompt_ids(num_tokens: int) -> list[int]:
@@ -499,20 +499,20 @@ class OPSDTrainer(DistillationTrainer):
 
             return self._tokenize_prompts([self._teacher_prompt(example, sibling, cut)])[0][0]
 
-        if len(prompt_ids(0)) > self.max_teacher_prompt_length:
+        if len(prompt_ids(0)) > limit:
             raise ValueError(
-                f"The teacher's prompt is longer than {self.max_teacher_prompt_length} tokens even without its "
+                f"The teacher's prompt is longer than {limit} tokens even without its "
                 f"privileged text, and the problem is never cut: raise `max_teacher_prompt_length` or filter out the "
                 f"row with the prompt {str(example['prompt'])[:80]!r}."
             )
         logger.warning_once(
-            f"A privileged text was cut to fit {self.max_teacher_prompt_length} tokens of teacher prompt; the share of "
+            f"A privileged text was cut to fit {limit} tokens of teacher prompt; the share of "
             "prompts is logged as `opsd/privileged_cut`."
         )
-        fits, too_many = 0, self.max_teacher_prompt_length
+        fits, too_many = 0, limit
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if len(prompt_ids(middle)) <= self.max_teacher_prompt_length:
+            if len(prompt_ids(middle)) <= limit:
                 fits = middle
             else:
                 too_many = middle
