@@ -5,7 +5,7 @@ Ablations on the tiny reasoner: teacher (strong, weak) x context x gate x diverg
 
 Makes the teachers it does not find (strong: warm start and RLVR; weak: a warm start that stops early, no RLVR), trains
 every arm from them with recipes/tiny/opsd.yaml, evaluates it on the held-out problems, and writes one results file for
-each seed and teacher: recipes/results/tiny_ablation/<teacher>-<seed>.json. Finished files are kept. `--report` makes
+each seed and teacher: recipes/results/<table>/<teacher>-<seed>.json. Finished files are kept. `--report` makes
 the table and the plot from whatever files there are.
 """
 
@@ -33,7 +33,7 @@ from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "recipes" / "results" / "tiny_ablation"
+RESULTS = ROOT / "recipes" / "results"
 TEMPLATES = {
     "concise": CONCISE_TEMPLATE,
     "solution": SOLUTION_TEMPLATE,
@@ -41,21 +41,34 @@ TEMPLATES = {
     "answer": ANSWER_TEMPLATE,
 }
 DIVERGENCES = {"reverse KL": 1.0, "JSD": 0.5, "forward KL": 0.0}
-# (context, gate, divergence, kl_clip)
-ARMS = [
-    ("concise", "correct", "reverse KL", None),
-    ("concise", "incorrect", "reverse KL", None),
-    ("concise", "all", "reverse KL", None),
-    ("concise", "correct", "JSD", None),
-    ("concise", "correct", "forward KL", None),
-    ("concise", "correct", "reverse KL", 0.05),
-    ("solution", "correct", "reverse KL", None),
-    ("brief", "correct", "reverse KL", None),
-    ("brief", "incorrect", "reverse KL", None),
-    ("brief", "all", "reverse KL", None),
-    ("brief", "correct", "forward KL", None),
-    ("answer", "correct", "reverse KL", None),
-]
+ARM = {"context": "concise", "gate": "correct", "divergence": "reverse KL", "kl_clip": None, "weights": "initial"}
+TABLES = {
+    # What the teacher sees, which rollouts are trained on, and how far apart the two are counted
+    "tiny_ablation": [
+        ARM,
+        ARM | {"gate": "incorrect"},
+        ARM | {"gate": "all"},
+        ARM | {"divergence": "JSD"},
+        ARM | {"divergence": "forward KL"},
+        ARM | {"kl_clip": 0.05},
+        ARM | {"context": "solution"},
+        ARM | {"context": "brief"},
+        ARM | {"context": "brief", "gate": "incorrect"},
+        ARM | {"context": "brief", "gate": "all"},
+        ARM | {"context": "brief", "divergence": "forward KL"},
+        ARM | {"context": "answer"},
+    ],
+    # Whose weights the teacher has: its own, or the student's sooner or later
+    "tiny_teachers": [
+        ARM,
+        ARM | {"weights": "ema"},
+        ARM | {"weights": "snapshot 50"},
+        ARM | {"weights": "snapshot 10"},
+        ARM | {"weights": "live"},
+        ARM | {"weights": "snapshot 10", "divergence": "forward KL"},
+        ARM | {"weights": "live", "divergence": "forward KL"},
+    ],
+}
 # An arm is measured on the way too: what collapses may look well at first
 HALFWAY = 25
 
@@ -119,20 +132,21 @@ class Halfway(TrainerCallback):
             self.seconds = time.perf_counter() - start
 
 
-def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: tuple, halfway: Halfway):
+def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, halfway: Halfway):
     """Trains one arm. Returns the trainer and the seconds it took."""
-    context, gate, divergence, kl_clip = arm
+    weights, _, every = arm["weights"].partition(" ")
     options = ["--config", str(ROOT / "recipes/tiny/opsd.yaml"), "--output_dir", tempfile.mkdtemp()]
     options += [
         "--teacher_prompt_template",
-        TEMPLATES[context],
+        TEMPLATES[arm["context"]],
         "--gate",
         gate,
         "--beta",
-        str(DIVERGENCES[divergence]),
+        str(DIVERGENCES[arm["divergence"]]),
     ]
-    options += ["--seed", str(seed), "--disable_tqdm", "true", "--logging_strategy", "no"]
-    options += ["--kl_clip", str(kl_clip)] if kl_clip else []
+    options += ["--seed", str(seed), "--disable_tqdm", "true"]
+    options += ["--teacher_weights", weights, *(["--teacher_sync_steps", every] if every else [])]
+    options += ["--kl_clip", str(arm["kl_clip"])] if arm["kl_clip"] else []
     options += ["--max_steps", str(steps)] if steps else []
     _, config, _ = parse((OPSDScriptArguments, OPSDConfig, ModelConfig), options)
     start = time.perf_counter()
@@ -148,7 +162,7 @@ def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: tuple, 
 
 
 def run(kind: str, seed: int, args: argparse.Namespace) -> None:
-    output = RESULTS / f"{kind}-{seed}.json"
+    output = RESULTS / args.table / f"{kind}-{seed}.json"
     if output.is_file():
         return
     path, data = make_teacher(kind, seed, Path(args.runs))
@@ -156,18 +170,16 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
     for name, options in {"teacher": {}, "prompt-only": {"prompt_template": CONCISE_TEMPLATE}}.items():
         for row in evaluate_model(path, data, seed, args.max_samples, **options):
             rows.append({"teacher": kind, "arm": name, **row})
-    for arm in ARMS:
+    for arm in TABLES[args.table]:
         halfway = Halfway(lambda model: evaluate_model(path, data, seed, 512, model=model, decoding="sampled"))
         trainer, seconds = train_arm(path, data, seed, args.max_steps, arm, halfway)
         final = evaluate_model(path, data, seed, args.max_samples, model=trainer.model)
-        context, gate, divergence, kl_clip = arm
         for steps, measured in ((HALFWAY, halfway.rows), (trainer.state.global_step, final)):
             for row in measured:
                 row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_s": seconds}
-                settings = {"context": context, "gate": gate, "divergence": divergence, "kl_clip": kl_clip}
-                rows.append({"teacher": kind, "arm": "opsd", **settings, **row})
+                rows.append({"teacher": kind, "arm": "opsd", **arm, "alarm": trainer.alarms.stopped_by, **row})
         print(
-            f"{kind} {seed} {arm}: "
+            f"{kind} {seed} {tuple(arm.values())}, {trainer.alarms.stopped_by}: "
             + ", ".join(f"{row['decoding']} {row['accuracy']:.3f} / {row['mean_tokens']:.1f}" for row in rows[-3:]),
             f"{seconds:.0f} s",
             flush=True,
@@ -175,12 +187,13 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
     write_results(output, rows, {"seed": seed, "teacher": kind, **vars(args)})
 
 
-def report() -> None:
+def report(table: str) -> None:
     """Writes table.md: every arm's mean over the seeds, with the lowest and the highest."""
-    rows = [row for file in sorted(RESULTS.glob("*-*.json")) for row in json.loads(file.read_text())["rows"]]
+    files = sorted((RESULTS / table).glob("*-*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["teacher"], row["arm"], *(row.get(k) for k in ("context", "gate", "divergence", "kl_clip")))
+        key = (row["teacher"], row["arm"], *(row.get(name) for name in ARM))
         groups.setdefault(key, []).append(row)
 
     def cell(group: list[dict], decoding: str, field: str, scale: int, halfway: bool = False) -> str:
@@ -197,15 +210,19 @@ def report() -> None:
         "greedy accuracy": ("greedy", "accuracy", 100),
         "tokens, sampled": ("sampled", "mean_tokens", 1),
     }
-    lines = ["| teacher | context | gate | divergence | clip | " + " | ".join(columns) + " |", "|---" * 10 + "|"]
-    for (teacher, arm, context, gate, divergence, clip), group in groups.items():
-        what = [f"*{arm}*", "", "", ""] if arm != "opsd" else [context, gate, divergence, str(clip or "")]
+    lines = [
+        "| teacher | context | gate | divergence | clip | weights | " + " | ".join(columns) + " |",
+        "|---" * 11 + "|",
+    ]
+    for (teacher, arm, context, gate, divergence, clip, weights), group in groups.items():
+        what = [context, gate, divergence, str(clip or ""), weights or "initial"]
+        what = [f"*{arm}*", *[""] * (len(what) - 1)] if arm != "opsd" else what
         lines.append(
             "| " + " | ".join([teacher, *what, *(cell(group, *column) for column in columns.values())]) + " |"
         )
     seeds = sorted({row["seed"] for row in rows})
     text = f"Means over the seeds {seeds}, with the lowest and the highest. Made by `scripts/ablate_tiny.py --report`."
-    write_text(RESULTS / "table.md", "\n".join([text, "", *lines, ""]))
+    write_text(RESULTS / table / "table.md", "\n".join([text, "", *lines, ""]))
     print("\n".join(lines))
 
 
@@ -216,13 +233,14 @@ def main() -> None:
     parser.add_argument("--runs", default=str(ROOT / "runs" / "ablation"), help="folder for the teachers")
     parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems for each decoding")
     parser.add_argument("--max_steps", type=int, help="optimizer steps of an arm, in place of the recipe's")
+    parser.add_argument("--table", choices=list(TABLES), default="tiny_ablation", help="which arms")
     parser.add_argument("--report", action="store_true", help="only make the table")
     args = parser.parse_args()
     if not args.report:
         for seed in args.seeds:
             for kind in args.teachers:
                 run(kind, seed, args)
-    report()
+    report(args.table)
 
 
 if __name__ == "__main__":
