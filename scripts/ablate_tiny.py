@@ -140,7 +140,7 @@ def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, h
         "--teacher_prompt_template",
         TEMPLATES[arm["context"]],
         "--gate",
-        gate,
+        arm["gate"],
         "--beta",
         str(DIVERGENCES[arm["divergence"]]),
     ]
