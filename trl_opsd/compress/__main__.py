@@ -47,7 +47,7 @@ class Display:
             self.current = stage
             self.task = self.progress.add_task(description.replace("[", r"\["), total=None, steps="", left="")
             if not self.console.is_terminal:
-                print(f"{description} ({left})", flush=True)
+                print(f"{description} ({'finished earlier' if total == 1 else left})", flush=True)
         steps = f"{done}/{total}" if total > 1 else "finished earlier" if total == 1 else ""
         self.progress.update(self.task, completed=done, total=total or None, steps=steps, left=left)
 
