@@ -53,7 +53,7 @@ class Judge:
     """
 
     def __init__(self, library: str):
-        self.library = library
+        self._library = library
         self._forget()
         atexit.register(self.stop)
         os.register_at_fork(after_in_child=self._forget)  # a forked worker must not share its parent's pipes
@@ -102,7 +102,7 @@ class Judge:
     def _start(self) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, __file__, self.library],
+            [sys.executable, "-c", _START, __file__, self._library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
