@@ -48,7 +48,7 @@ class AlarmCallback(TrainerCallback):
         self.stopped_by: str | None = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        num_tokens, kl, *_ = self.trainer._token_sums["train"].tolist()
+        num_tokens, kl, _, _, teacher_entropy, _ = self.trainer._token_sums["train"].tolist()
         if num_tokens == 0:
             return
         if not math.isfinite(kl):
@@ -56,8 +56,8 @@ class AlarmCallback(TrainerCallback):
                 f"The divergence of step {state.global_step + 1} is {kl / num_tokens}: the weights of the teacher or of "
                 "the student are not finite, or their logits overflow. Nothing was updated in this step."
             )
-        entropy = self.trainer._token_sums["train"].tolist()[4] / num_tokens
-        uniform = math.log(self.trainer.model.config.get_text_config().vocab_size)
+        entropy = teacher_entropy / num_tokens
+        uniform = math.log(self.trainer.valid_vocab or self.trainer.model.config.get_text_config().vocab_size)
         if entropy >= 0.99 * uniform:  # never true where the backend does not measure it (NaN)
             raise OPSDAlarm(
                 f"The teacher is dead: in step {state.global_step + 1} its entropy is {entropy:.3f} nats, that of the "

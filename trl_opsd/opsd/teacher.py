@@ -9,6 +9,7 @@ from a row: `{prompt}` is the student's own prompt, `{solution}` and `{answer}` 
 Its weights may follow the student's: [`TeacherSyncCallback`] is how.
 """
 
+import copy
 from collections.abc import Callable
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -290,6 +291,40 @@ def load_like_student(
         init_kwargs["device_map"] = None
     init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model, **init_kwargs)
+
+
+def copy_of_student(model: str | PreTrainedModel, args: "OPSDConfig") -> PreTrainedModel:
+    """
+    A frozen copy of the student, for a teacher that starts with its weights.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student. Given as a path, it is loaded a second time.
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Copy, in evaluation mode.
+
+    Raises:
+        ValueError: If there are arguments for loading an external teacher, or if a copy would be empty under ZeRO-3.
+    """
+    if args.teacher_model_init_kwargs is not None:
+        raise ValueError(
+            "`teacher_model_init_kwargs` are for an external teacher, and this one is loaded as the student is: "
+            "set `model_init_kwargs` instead."
+        )
+    if isinstance(model, str):
+        teacher = load_like_student(model, args.model_init_kwargs, args)
+    elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # The parameters of an instantiated model are sharded already, so a copy of it would be empty
+        raise ValueError(
+            "A teacher with the student's weights needs, under ZeRO-3, the model as a path, so that it can be "
+            "loaded a second time: pass `model` as a string."
+        )
+    else:
+        teacher = copy.deepcopy(model)
+    return teacher.requires_grad_(False).eval()
 
 
 def check_vocabularies(

@@ -1,5 +1,4 @@
 import atexit
-import copy
 import os
 import shutil
 import textwrap
@@ -37,7 +36,13 @@ from .config import OPSDConfig
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .gate import RewardFunc, name_errors, resolve_gate, shortest, shortest_siblings
 from .head import gather_head, logit_transform
-from .teacher import TeacherSyncCallback, check_vocabularies, load_like_student, resolve_teacher_weights
+from .teacher import (
+    TeacherSyncCallback,
+    check_vocabularies,
+    copy_of_student,
+    load_like_student,
+    resolve_teacher_weights,
+)
 
 
 logger = get_logger(__name__)
@@ -216,7 +221,7 @@ class OPSDTrainer(DistillationTrainer):
             if not same_size:
                 teacher_model = load_like_student(teacher_model, args.teacher_model_init_kwargs, args)
         elif self.teacher_weights != "live" and not has_adapter:
-            teacher_model = self._copy_initial_weights(model, args)
+            teacher_model = copy_of_student(model, args)
 
         super().__init__(
             model=model,
@@ -298,26 +303,6 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def _has_own_teacher_prompt(self) -> bool:
         return self.teacher_context is not None or self.teacher_chat_template_kwargs != self.chat_template_kwargs
-
-    @staticmethod
-    def _copy_initial_weights(model: str | PreTrainedModel, args: OPSDConfig) -> PreTrainedModel:
-        """A frozen copy of the student, loaded as the student is where it is given as a path."""
-        if args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                "`teacher_model_init_kwargs` are for an external teacher, and this one is loaded as the student is: "
-                "set `model_init_kwargs` instead."
-            )
-        if isinstance(model, str):
-            teacher = load_like_student(model, args.model_init_kwargs, args)
-        elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            # The parameters of an instantiated model are sharded already, so a copy of it would be empty
-            raise ValueError(
-                "A teacher with the student's weights needs, under ZeRO-3, the model as a path, so that it can be "
-                "loaded a second time: pass `model` as a string."
-            )
-        else:
-            teacher = copy.deepcopy(model)
-        return teacher.requires_grad_(False).eval()
 
     def _add_teacher_adapter(self) -> None:
         """Adds a second adapter, `teacher`, equal to the student's and frozen."""
