@@ -68,6 +68,13 @@ TABLES = {
         ARM | {"weights": "snapshot 10", "divergence": "forward KL"},
         ARM | {"weights": "live", "divergence": "forward KL"},
     ],
+    # All three at once
+    "tiny_grid": [
+        ARM | {"weights": weights, "context": context, "gate": gate}
+        for weights in ("initial", "ema", "snapshot 50", "live")
+        for context in ("concise", "brief")
+        for gate in ("correct", "all")
+    ],
 }
 # An arm is measured on the way too: what collapses may look well at first
 HALFWAY = 25
@@ -127,13 +134,13 @@ class Halfway(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == HALFWAY:
-            start = time.perf_counter()
+            start = time.process_time()
             self.rows = self.measure_model(model)
-            self.seconds = time.perf_counter() - start
+            self.seconds = time.process_time() - start
 
 
 def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, halfway: Halfway):
-    """Trains one arm. Returns the trainer and the seconds it took."""
+    """Trains one arm. Returns the trainer and the processor seconds it took, which other jobs do not lengthen."""
     weights, _, every = arm["weights"].partition(" ")
     options = ["--config", str(ROOT / "recipes/tiny/opsd.yaml"), "--output_dir", tempfile.mkdtemp()]
     options += [
@@ -149,7 +156,7 @@ def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, h
     options += ["--kl_clip", str(arm["kl_clip"])] if arm["kl_clip"] else []
     options += ["--max_steps", str(steps)] if steps else []
     _, config, _ = parse((OPSDScriptArguments, OPSDConfig, ModelConfig), options)
-    start = time.perf_counter()
+    start = time.process_time()
     trainer = OPSDTrainer(
         model=str(path),
         args=config,
@@ -158,7 +165,7 @@ def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, h
         callbacks=[halfway],
     )
     trainer.train()
-    return trainer, time.perf_counter() - start - halfway.seconds
+    return trainer, time.process_time() - start - halfway.seconds
 
 
 def run(kind: str, seed: int, args: argparse.Namespace) -> None:
@@ -176,7 +183,7 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
         final = evaluate_model(path, data, seed, args.max_samples, model=trainer.model)
         for steps, measured in ((HALFWAY, halfway.rows), (trainer.state.global_step, final)):
             for row in measured:
-                row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_s": seconds}
+                row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_cpu_s": seconds}
                 rows.append({"teacher": kind, "arm": "opsd", **arm, "alarm": trainer.alarms.stopped_by, **row})
         print(
             f"{kind} {seed} {tuple(arm.values())}, {trainer.alarms.stopped_by}: "
@@ -198,7 +205,7 @@ def report(table: str) -> None:
 
     def cell(group: list[dict], decoding: str, field: str, scale: int, halfway: bool = False) -> str:
         chosen = [row for row in group if row["decoding"] == decoding and (row.get("steps") == HALFWAY) == halfway]
-        values = [scale * row[field] for row in chosen]
+        values = [scale * row[field] for row in chosen if field in row]
         if not values:
             return ""
         return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -209,17 +216,20 @@ def report(table: str) -> None:
         "sampled accuracy": ("sampled", "accuracy", 100),
         "greedy accuracy": ("greedy", "accuracy", 100),
         "tokens, sampled": ("sampled", "mean_tokens", 1),
+        "processor seconds": ("sampled", "train_cpu_s", 1),
     }
     lines = [
-        "| teacher | context | gate | divergence | clip | weights | " + " | ".join(columns) + " |",
-        "|---" * 11 + "|",
+        "| teacher | context | gate | divergence | clip | weights | "
+        + " | ".join(columns)
+        + " | stopped by the alarm, at step |",
+        "|---" * (7 + len(columns)) + "|",
     ]
     for (teacher, arm, context, gate, divergence, clip, weights), group in groups.items():
         what = [context, gate, divergence, str(clip or ""), weights or "initial"]
         what = [f"*{arm}*", *[""] * (len(what) - 1)] if arm != "opsd" else what
-        lines.append(
-            "| " + " | ".join([teacher, *what, *(cell(group, *column) for column in columns.values())]) + " |"
-        )
+        stopped = {(row["seed"], row["steps"]) for row in group if row.get("alarm") and row["steps"] != HALFWAY}
+        cells = [teacher, *what, *(cell(group, *column) for column in columns.values())]
+        lines.append("| " + " | ".join([*cells, ", ".join(str(steps) for _, steps in sorted(stopped))]) + " |")
     seeds = sorted({row["seed"] for row in rows})
     text = f"Means over the seeds {seeds}, with the lowest and the highest. Made by `scripts/ablate_tiny.py --report`."
     write_text(RESULTS / table / "table.md", "\n".join([text, "", *lines, ""]))

@@ -86,9 +86,10 @@ def test_falling_accuracy_stops_the_run_and_names_the_best_checkpoint(
             save_steps=2,
             save_total_limit=2,
         )
+        trainer.alarms.window = 5
         trainer.train()
-    # Of the last five logs three are at 50% after step 11: 70% is the margin of 20 points below the start, and 12 passes
-    assert trainer.state.global_step == 11 or trainer.state.global_step == 12
+    # 80% is 20 points below the start. Of the last five steps two are at 50% after step 10, three after step 11
+    assert trainer.state.global_step == 11
     assert "at the start they were 100%" in trainer.alarms.stopped_by
     best = trainer.alarms.best_checkpoint(0.2)
     assert best in trainer.alarms.stopped_by and best in caplog.text
@@ -96,9 +97,30 @@ def test_falling_accuracy_stops_the_run_and_names_the_best_checkpoint(
     assert (tmp_path / "out" / best.split("/")[-1] / "model.safetensors").is_file()  # kept through rotation
 
 
+def test_a_resumed_run_remembers_how_it_started(tmp_path, small_model, tokenizer, rows, completions):
+    options = {"learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 4, "logging_steps": 2}
+    with same_rollouts(completions):
+        model = small_model(0)
+        reward = falling(1.0, 4, 0.5)
+        trainer = build(tmp_path, model, tokenizer, rows, reward_funcs=reward, max_steps=4, **options)
+        trainer.train()
+        trainer = build(tmp_path, model, tokenizer, rows, reward_funcs=reward, max_steps=30, **options)
+        trainer.alarms.window = 3
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    # Without its memory it would take 50% for its start and go on to the end
+    assert trainer.state.global_step == 6
+    assert trainer.alarms.stopped_by.endswith("The best checkpoint is " + str(tmp_path / "out" / "checkpoint-4") + ".")
+
+
+def test_an_alarm_looks_at_256_rollouts(tmp_path, small_model, tokenizer, rows):
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, per_device_train_batch_size=6)
+    assert trainer.args.gradient_accumulation_steps == 2
+    assert trainer.alarms.window == 22  # steps, of 264 rollouts
+
+
 def test_the_best_checkpoint_is_the_shortest_of_the_accurate_ones(tmp_path, small_model, tokenizer, rows):
     alarms = build(tmp_path, small_model(0), tokenizer, rows).alarms
-    alarms.history = [{"opsd/correct": 0.9, "completions/mean_length": 50.0}]
+    alarms.correct = [0.9]
     alarms.checkpoints = [("a", 0.9, 40.0), ("b", 0.75, 30.0), ("c", 0.6, 10.0), ("d", 0.88, 35.0)]
     assert alarms.best_checkpoint(0.2) == "b"
     assert alarms.best_checkpoint(0.1) == "d"
@@ -109,13 +131,14 @@ def test_the_best_checkpoint_is_the_shortest_of_the_accurate_ones(tmp_path, smal
 def test_warnings_carry_their_numbers(tmp_path, small_model, tokenizer, rows, caplog):
     trainer = build(tmp_path, small_model(0), tokenizer, rows)
     log = {"opsd/kl": 0.1, "opsd/correct": 0.9, "completions/mean_length": 100.0, "completions/clipped_ratio": 0.0}
+    trainer.alarms.window = 5
+    trainer.alarms.lengths = [100.0] * 8
     for changes in [{}] * 6 + [{"opsd/kl": 2.0}, {"completions/clipped_ratio": 0.75}]:
         trainer.alarms.on_log(trainer.args, trainer.state, trainer.control, logs={**log, **changes})
     assert "20.0 times its recent median" in caplog.text and "75% of the rollouts are truncated" in caplog.text
     caplog.clear()
-    for _ in range(5):
-        logs = {**log, "completions/mean_length": 15.0}
-        trainer.alarms.on_log(trainer.args, trainer.state, trainer.control, logs=logs)
+    trainer.alarms.lengths += [15.0] * 5
+    trainer.alarms.on_log(trainer.args, trainer.state, trainer.control, logs=log)
     assert "the rollouts are 15.0 tokens long, at the start they were 100.0" in caplog.text
     assert not trainer.control.should_training_stop
     caplog.clear()

@@ -1,7 +1,6 @@
 """Alarms: what ruins a run, said with its number, and stopped where going on would ruin the model."""
 
 import math
-from collections import deque
 from pathlib import Path
 from statistics import mean, median
 
@@ -11,8 +10,11 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 
-# Logs that a mean is taken over, so that one small batch does not raise an alarm
-WINDOW = 5
+# Rollouts that a share or a mean is taken over: the standard error of a share of this many is 3 points at most, so an
+# alarm is neither raised by chance nor much later than it could be
+WINDOW = 256
+# Logs that the divergence is compared with
+RECENT = 20
 
 
 class OPSDAlarm(RuntimeError):
@@ -33,8 +35,10 @@ class AlarmCallback(TrainerCallback):
     | length collapse | the mean length is below `alarm_length_floor` times that of the start | warning |
     | spike | the divergence is `alarm_kl_spike` times its recent median | warning |
 
-    When accuracy falls, the run names its best checkpoint and keeps it through rotation: of those whose share of
-    correct rollouts was not below the start by the margin, the one with the fewest tokens.
+    Shares and lengths are means over the last 256 rollouts, and over the first 256 for the start. When accuracy falls,
+    the run names its best checkpoint and keeps it through rotation: of those whose share of correct rollouts was not
+    below the start by the margin, the one with the fewest tokens. A resumed run takes the start, and the checkpoints
+    it had written, from its log.
 
     Args:
         trainer ([`OPSDTrainer`]):
@@ -43,9 +47,40 @@ class AlarmCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.history: list[dict[str, float]] = []
+        args = trainer.args
+        self.window = math.ceil(
+            WINDOW / (args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps)
+        )
+        # One entry for each step: share of correct rollouts, their mean length
+        self.correct: list[float] = []
+        self.lengths: list[float] = []
+        self.kls: list[float] = []
         self.checkpoints: list[tuple[str, float, float]] = []
         self.stopped_by: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        last = 0
+        for log in state.log_history:
+            if "completions/mean_length" in log:
+                steps, last = log["step"] - last, log["step"]
+                self.lengths += [log["completions/mean_length"]] * steps
+                self.correct += [log.get("opsd/correct", 1.0)] * steps
+        folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step + 1)}
+        self.checkpoints = [self._measured(str(path), step) for step, path in folders.items() if path.is_dir()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        metrics = self.trainer._metrics["train"]
+        self.lengths.append(metrics["completions/mean_length"][-1])
+        # Without a verifier nothing is known to be wrong
+        self.correct.append(metrics["opsd/correct"][-1] if "opsd/correct" in metrics else 1.0)
+        if args.alarm_correct_drop is not None and len(self.correct) > self.window:
+            start, now = self._start_and_now(self.correct)
+            if now < start - args.alarm_correct_drop:
+                self._stop(
+                    control,
+                    f"{now:.0%} of the rollouts are correct, at the start they were {start:.0%} "
+                    f"(`alarm_correct_drop={args.alarm_correct_drop}`).",
+                )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         num_tokens, kl, _, _, teacher_entropy, _ = self.trainer._token_sums["train"].tolist()
@@ -68,16 +103,16 @@ class AlarmCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "opsd/kl" not in logs:
             return
-        recent = [log["opsd/kl"] for log in self.history[-20:]]
-        self.history.append(logs)
+        recent = self.kls[-RECENT:]
         kl, truncated = logs["opsd/kl"], logs["completions/clipped_ratio"]
+        self.kls.append(kl)
         if kl < 1e-9:
             self._stop(
                 control,
                 f"The divergence is {kl:.1e} nats, so nothing is learned: the teacher gives what the student gives. "
                 "Check that its context says something and that its weights are those you meant.",
             )
-        if args.alarm_kl_spike is not None and len(recent) >= WINDOW and kl > args.alarm_kl_spike * median(recent):
+        if args.alarm_kl_spike is not None and len(recent) >= 5 and kl > args.alarm_kl_spike * median(recent):
             logger.warning(
                 f"Step {state.global_step}: the divergence is {kl:.3g} nats, {kl / median(recent):.1f} times its recent "
                 f"median (`alarm_kl_spike={args.alarm_kl_spike}`)."
@@ -87,27 +122,18 @@ class AlarmCallback(TrainerCallback):
                 f"Step {state.global_step}: {truncated:.0%} of the rollouts are truncated "
                 f"(`alarm_truncated={args.alarm_truncated}`): raise `max_completion_length`."
             )
-        start, now = self._mean("completions/mean_length")
+        start, now = self._start_and_now(self.lengths)
         if args.alarm_length_floor is not None and now < args.alarm_length_floor * start:
             logger.warning(
                 f"Step {state.global_step}: the rollouts are {now:.1f} tokens long, at the start they were {start:.1f} "
                 f"(`alarm_length_floor={args.alarm_length_floor}`): what the answers depend on may be gone."
             )
-        if args.alarm_correct_drop is not None and "opsd/correct" in logs and len(self.history) > WINDOW:
-            start, now = self._mean("opsd/correct")
-            if now < start - args.alarm_correct_drop:
-                self._stop(
-                    control,
-                    f"{now:.0%} of the rollouts are correct, at the start they were {start:.0%} "
-                    f"(`alarm_correct_drop={args.alarm_correct_drop}`).",
-                )
 
     def on_save(self, args, state, control, **kwargs):
-        if not self.history:
+        if not self.correct:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        correct = self._mean("opsd/correct")[1] if "opsd/correct" in self.history[-1] else 1.0
-        self.checkpoints.append((str(folder), correct, self._mean("completions/mean_length")[1]))
+        folder = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.checkpoints.append(self._measured(folder, len(self.correct)))
         best = self.best_checkpoint(args.alarm_correct_drop)
         if best is not None:
             state.best_model_checkpoint = best  # which `save_total_limit` then keeps
@@ -123,13 +149,17 @@ class AlarmCallback(TrainerCallback):
         Returns:
             `str` or `None`: Its folder.
         """
-        start = self._mean("opsd/correct")[0] if "opsd/correct" in self.history[-1] else 1.0
+        start = mean(self.correct[: self.window])
         good = [(tokens, folder) for folder, correct, tokens in self.checkpoints if correct >= start - (margin or 1.0)]
         return min(good)[1] if good else None
 
-    def _mean(self, name: str) -> tuple[float, float]:
-        values = [log[name] for log in self.history]
-        return mean(values[:WINDOW]), mean(deque(values, maxlen=WINDOW))
+    def _start_and_now(self, values: list[float]) -> tuple[float, float]:
+        return mean(values[: self.window]), mean(values[-self.window :])
+
+    def _measured(self, folder: str, step: int) -> tuple[str, float, float]:
+        """A checkpoint with the share of correct rollouts and the mean length at its step."""
+        correct, lengths = (self._start_and_now(values[:step])[1] for values in (self.correct, self.lengths))
+        return folder, correct, lengths
 
     def _stop(self, control, reason: str) -> None:
         best = self.best_checkpoint(self.trainer.args.alarm_correct_drop)
