@@ -71,7 +71,7 @@ TABLES = {
     # All three at once
     "tiny_grid": [
         ARM | {"weights": weights, "context": context, "gate": gate}
-        for weights in ("initial", "ema", "snapshot 50", "live")
+        for weights in ("initial", "ema", "snapshot 10", "live")
         for context in ("concise", "brief")
         for gate in ("correct", "all")
     ],
