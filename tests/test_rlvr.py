@@ -1,18 +1,27 @@
 """Stage 1: what `RLVRTrainer` changes, and its command line."""
 
+import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import rlvr_worker
 import torch
 import yaml
+from datasets import Dataset, IterableDataset
+from rlvr_worker import SIZE, by_prompt, examples, generate, is_right, make_trainer, prompt_of, reply
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOTrainer, ModelConfig
+from trl import GRPOTrainer, ModelConfig, get_peft_config
 
 from trl_opsd import RLVRConfig, RLVRTrainer
 from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
 from trl_opsd.rlvr.__main__ import RLVRScriptArguments, main
+from trl_opsd.rlvr.bank import prompt_id, read_attempts, read_rollouts
 
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +75,236 @@ def test_only_positive_rewards_are_taken_away(small_model, tokenizer, rows, tmp_
     arguments = (small_model(), tokenizer, rows, tmp_path, [right], [math_reward, punish, abstain])
     scores = rewards(RLVRTrainer, *arguments)[0]
     assert scores[:2].tolist() == [0, -0.5] and scores[2].isnan()
+
+
+# Refilling, and the bank, in one process and in two. Of twelve rollouts the second group lies on both of two processes
+
+
+def run(folder, processes, per_device, rounds):
+    folder.mkdir()
+    options = ["--output", str(folder), "--per_device", str(per_device), "--rounds", *map(str, rounds)]
+    if processes == 1:
+        rlvr_worker.main(options)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(ROOT / "tests" / "rlvr_worker.py"), *options]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return [torch.load(folder / f"process-{process}.pt", weights_only=False) for process in range(processes)]
+
+
+ROUNDS = [1, 2, 40]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rlvr")
+    return folder, run(folder / "one", 1, 12, ROUNDS), run(folder / "two", 2, 6, ROUNDS)
+
+
+def trained_on(output, tokenizer):
+    """What the rows of a batch say: prompt, completion, advantage."""
+    # Prompts are padded on the left and completions on the right
+    assert (output["prompt_mask"].diff() >= 0).all() and (output["completion_mask"].diff() <= 0).all()
+    for part in ("prompt", "completion"):
+        assert (output[f"{part}_ids"][output[f"{part}_mask"] == 0] == tokenizer.pad_token_id).all()
+    rows = []
+    for index, advantage in enumerate(output["advantages"].tolist()):
+        prompt = output["prompt_ids"][index][output["prompt_mask"][index].bool()].tolist()
+        completion = output["completion_ids"][index][output["completion_mask"][index].bool()].tolist()
+        rows.append((prompt_of(prompt), tokenizer.decode(completion, skip_special_tokens=True), round(advantage, 4)))
+    return rows
+
+
+def by_definition(prompt):
+    """The advantages of a group."""
+    rewards = torch.tensor([float(is_right(prompt, rollout)) for rollout in range(SIZE)])
+    return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
+
+
+@pytest.mark.parametrize("case", range(len(ROUNDS)), ids=ROUNDS)
+def test_groups_without_variance_are_replaced_by_fresh_ones(runs, tokenizer, case):
+    _, ((*results,),), _ = runs
+    rows = trained_on(results[case]["output"], tokenizer)
+    groups = [rows[start : start + SIZE] for start in range(0, len(rows), SIZE)]
+    prompts = [group[0][0] for group in groups]
+    # The batch asks prompts 0, 1 and 2: always solved, mixed, never solved
+    assert prompts[1] == 1
+    mixed = [prompt % 5 == 1 for prompt in prompts]
+    assert mixed == [True] * 3 if ROUNDS[case] == 40 else mixed[1]
+    assert (prompts == [0, 1, 2]) == (ROUNDS[case] == 1)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert [text for _, text, _ in group] == [reply(prompt, index) for index in range(SIZE)]
+        assert {other for other, _, _ in group} == {prompt}
+        advantages = by_definition(prompt)
+        assert [advantage for _, _, advantage in group] == pytest.approx(advantages, abs=1e-3)
+    output = results[case]["output"]
+    assert output["num_items_in_batch"] == output["completion_mask"].sum()
+    assert output["completion_mask"].shape == output["completion_ids"].shape
+
+
+def test_the_metrics_are_those_of_the_first_round(runs):
+    _, ((once, twice, often),), _ = runs
+    own = {"num_tokens", "rlvr/generation_rounds", "rlvr/groups_without_variance"}
+    for result in (twice, often):
+        assert {k: v for k, v in result["metrics"].items() if k not in own} == {
+            k: v for k, v in once["metrics"].items() if k not in own
+        }
+        assert result["metrics"]["num_tokens"][0] > once["metrics"]["num_tokens"][0]
+    assert once["metrics"]["rewards/math_reward/mean"] == [pytest.approx(6 / 12)]
+    assert twice["metrics"]["rlvr/generation_rounds"] == [2]
+    assert 2 < often["metrics"]["rlvr/generation_rounds"][0] < 40
+    assert twice["metrics"]["rlvr/groups_without_variance"][0] > 0
+    assert often["metrics"]["rlvr/groups_without_variance"] == [0]
+    assert "rlvr/generation_rounds" not in once["metrics"]
+
+
+@pytest.mark.parametrize("case", range(len(ROUNDS)), ids=ROUNDS)
+def test_two_processes_train_on_what_one_does(runs, tokenizer, case):
+    _, (one,), two = runs
+    # Without this, two processes may silently be one
+    assert [result[case]["num_processes"] for result in (one, *two)] == [1, 2, 2]
+    together = [row for result in two for row in trained_on(result[case]["output"], tokenizer)]
+    assert together == trained_on(one[case]["output"], tokenizer)
+    for result in two:
+        assert result[case]["output"]["num_items_in_batch"] == one[case]["output"]["num_items_in_batch"]
+        assert result[case]["metrics"].keys() == one[case]["metrics"].keys()
+        for name, values in one[case]["metrics"].items():
+            assert result[case]["metrics"][name] == pytest.approx(values), name
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_bank_holds_what_was_correct_and_counts_all(runs, name):
+    folder = runs[0]
+    bank = folder / name / "1" / "bank"
+    found = {}
+    for row in read_rollouts(bank):
+        found.setdefault(row["prompt"][0]["content"], []).append(row["completion"][0]["content"])
+    texts = [row["prompt"][0]["content"] for row in examples[:3]]
+    assert found == {texts[0]: [reply(0, i) for i in range(4)], texts[1]: [reply(1, 0), reply(1, 2)]}
+    counts = dict(zip((prompt_id(row["prompt"]) for row in examples[:3]), [(4, 4), (4, 2), (4, 0)], strict=True))
+    assert read_attempts(bank) == counts
+    # Further rounds are paid for as well
+    both = [read_rollouts(folder / run / "40" / "bank").to_list() for run in ("one", "two")]
+    assert both[0] == both[1] and len(both[0]) > 6
+
+
+@pytest.fixture
+def fixed_rollouts(monkeypatch):
+    asked = []
+
+    def recorded(self, prompt_ids, *args):
+        asked.append([prompt_of(ids) for ids in prompt_ids][::SIZE])
+        return generate(self, prompt_ids, *args)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", recorded)
+    return asked
+
+
+def test_what_does_not_finish_or_is_only_evaluated_is_not_banked(tmp_path, fixed_rollouts):
+    options = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "max_steps": 1}
+    trainer = make_trainer(tmp_path, [examples[4], examples[0]], **options, bank_rollouts_per_prompt=3)
+    trainer.eval_dataset = Dataset.from_list([examples[9]])
+    trainer.evaluate()
+    trainer.train()
+    found = {}
+    for row in read_rollouts(tmp_path / "bank"):
+        found.setdefault(by_prompt[row["prompt"][0]["content"]], []).append(row["completion"][0]["content"])
+    # The shortest three of four; the last one of prompt 4 is right and does not end
+    assert found == {4: [reply(4, i) for i in range(3)], 0: [reply(0, i) for i in range(3)]}
+    assert read_attempts(tmp_path / "bank") == {
+        prompt_id(examples[4]["prompt"]): (4, 3),
+        prompt_id(examples[0]["prompt"]): (4, 4),
+    }
+
+
+def test_no_bank_if_none_is_asked_for(tmp_path, fixed_rollouts):
+    trainer = make_trainer(tmp_path, examples, per_device_train_batch_size=8, max_steps=1, bank_rollouts_per_prompt=0)
+    trainer.train()
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_punishment_makes_nothing_wrong(tmp_path, fixed_rollouts):
+    # Completions of 6 to 9 tokens, of at most 32, are all punished
+    options = {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, examples[:1], soft_punish_cache=31, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    lengths = read_rollouts(tmp_path / "bank")["num_tokens"]
+    assert log["rewards/math_reward/mean"] == 1 and len(lengths) == 4
+    expected = sum((32 - 31 - length) / 31 for length in lengths) / 4
+    assert log["rewards/soft_overlong_punishment_reward/mean"] == pytest.approx(expected)
+    assert log["reward"] == pytest.approx(1 + expected) and log["reward"] < 1
+    assert read_rollouts(tmp_path / "bank")["reward"] == [1.0] * 4
+
+
+def test_a_resumed_run_asks_and_counts_what_an_uninterrupted_one_does(tmp_path, fixed_rollouts):
+    options = {"per_device_train_batch_size": 8, "max_steps": 4, "max_generation_rounds": 2, "shuffle_dataset": True}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "whole", examples, **options).train()
+    whole = list(fixed_rollouts)
+    fixed_rollouts.clear()
+    make_trainer(tmp_path / "parts", examples, **options).train()  # as if it were interrupted after its last step
+    fixed_rollouts.clear()
+    make_trainer(tmp_path / "parts", examples, **options).train(
+        resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")
+    )
+    assert 2 <= len(fixed_rollouts) < len(whole)
+    assert fixed_rollouts == whole[-len(fixed_rollouts) :]
+    assert len({tuple(prompts) for prompts in whole}) == len(whole)  # every round asks others
+    whole, parts = (tmp_path / name / "bank" for name in ("whole", "parts"))
+    assert read_attempts(parts) == read_attempts(whole)
+    assert read_rollouts(parts).to_list() == read_rollouts(whole).to_list()
+
+
+@pytest.mark.parametrize(
+    "options, arguments, message",
+    [
+        ({"max_generation_rounds": 0}, {}, "`max_generation_rounds` must be at least 1"),
+        ({"max_generation_rounds": 2, "scale_rewards": "batch"}, {}, "`scale_rewards='batch'` exclude each other"),
+        (
+            {"max_generation_rounds": 2, "multi_objective_aggregation": "normalize_then_sum"},
+            {},
+            "'normalize_then_sum'` exclude each other",
+        ),
+        ({"soft_punish_cache": 9}, {}, "from 1 to `max_completion_length`, which is 8, and is 9"),
+        ({"soft_punish_cache": 0}, {}, "from 1 to `max_completion_length`"),
+        ({"bank_rollouts_per_prompt": -1}, {}, "`bank_rollouts_per_prompt` must be at least 0"),
+        ({"max_generation_rounds": 2}, {"train_dataset": "stream"}, "is an IterableDataset"),
+        ({}, {"tools": [len]}, "rollouts that are text alone, and there is `tools`"),
+        (
+            {"bank_rollouts_per_prompt": 0, "max_generation_rounds": 2},
+            {"rollout_func": len},
+            "there is `rollout_func`",
+        ),
+        ({}, {"train_dataset": "images"}, "there is `images`"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, rows, options, arguments, message):
+    datasets = {
+        "stream": IterableDataset.from_generator(lambda: iter(rows)),
+        "images": rows.map(lambda row: {"image": "?"}),
+        None: rows,
+    }
+    arguments = {**arguments, "train_dataset": datasets[arguments.get("train_dataset")]}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RLVRTrainer("no/model", math_reward, RLVRConfig(str(tmp_path), **{**OPTIONS, **options}), **arguments)
+
+
+def test_the_private_names_of_grpo_that_we_rely_on():
+    source = inspect.getsource(GRPOTrainer)
+    for name in ("_metrics", "_tokenizer", "accelerator", "eos_token_ids", "num_generations", "reward_funcs"):
+        assert f"self.{name}" in source
+    assert "self.reward_weights = " in source and "self.state.num_input_tokens_seen += " in source
+    parameters = {
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    }
+    for name, expected in parameters.items():
+        assert list(inspect.signature(inspect.unwrap(getattr(GRPOTrainer, name))).parameters) == expected
+    ours, theirs = (list(inspect.signature(owner.__init__).parameters) for owner in (RLVRTrainer, GRPOTrainer))
+    assert ours == theirs
 
 
 @pytest.fixture
@@ -122,6 +361,10 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
         ({"reward_funcs": None}, "`reward_funcs` is missing"),
         ({"reward_funcs": ["mathreward"]}, "Unknown reward function `mathreward`"),
         ({"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 entries and `reward_funcs` 1"),
+        (
+            {"reward_weights": [1.0], "soft_punish_cache": 4},
+            "`reward_weights` has 1 entries and `reward_funcs` 1: give one weight for each function, and a last one for",
+        ),
         ({"num_generations": 3}, "must be divisible by num_generations (3)"),
         ({"reward_funcs": ["accuracy_reward"]}, "The verifier `accuracy_reward` needs the column"),
     ],
@@ -142,12 +385,39 @@ def test_a_mistake_is_one_sentence(tmp_path, recipe, rows, monkeypatch, capsys, 
     assert error.startswith("error: ") and fill(message) in error, error
 
 
-@pytest.mark.parametrize("name", ["recipes/rlvr.yaml", "recipes/tiny/rlvr.yaml"])
-def test_the_recipes_parse(name):
+RECIPES = [
+    path.relative_to(ROOT) for path in (*sorted(ROOT.glob("recipes/rlvr*.yaml")), ROOT / "recipes/tiny/rlvr.yaml")
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_the_recipes_parse_and_their_numbers_fit(path):
     # No GPU here: everything else is read as on the machine that the recipe is for
     overrides = ["--bf16", "false", "--use_cpu", "true"]
     script_args, config, model_args = parse(
-        (RLVRScriptArguments, RLVRConfig, ModelConfig), ["--config", str(ROOT / name), *overrides]
+        (RLVRScriptArguments, RLVRConfig, ModelConfig), ["--config", str(ROOT / path), *overrides]
     )
-    assert script_args.reward_funcs == ["math_reward"]
+    assert script_args.reward_funcs in (["math_reward"], ["code_reward"])
     assert model_args.model_name_or_path and script_args.dataset_name and config.max_steps > 0
+    assert (get_peft_config(model_args) is not None) == ("lora" in path.name)
+    text = (ROOT / path).read_text()
+    command = re.search(
+        r"#   (?:accelerate launch (?:--num_processes (\d+) )?|python )-m trl_opsd\.rlvr --config (\S+)", text
+    )
+    assert command[2] == str(path)
+    processes = int(command[1] or 1)
+    if named := re.search(r"(\d)gpu", path.name):
+        assert processes == int(named[1]) and config.output_dir == f"runs/{path.stem}"
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    assert rollouts % config.num_generations == 0
+    if stated := re.search(r"# (\d+) rollouts a step: (\d+) problems, (\d+) rollouts each", text):
+        problems = rollouts // config.num_generations
+        assert [int(number) for number in stated.groups()] == [rollouts, problems, config.num_generations]
+    if config.use_vllm:
+        assert config.max_completion_length < config.vllm_max_model_length
+
+
+def test_there_is_a_recipe_for_every_size():
+    names = {path.name for path in RECIPES}
+    assert names >= {"rlvr.yaml", "rlvr_math_1gpu_lora.yaml", "rlvr_math_8gpu.yaml"}
+    assert names >= {"rlvr_code_1gpu_lora.yaml", "rlvr_code_4gpu.yaml", "rlvr_code_8gpu.yaml"}

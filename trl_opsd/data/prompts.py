@@ -1,8 +1,10 @@
 """Loads prompts, from a named source, the Hub or a local file, and checks them before anything costly starts."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -62,14 +64,15 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
             check_columns(dataset, (source.problem, *source.needed), f"The source `{name}`")
         dataset = Dataset.from_list(
             [
-                {**source.to_row(row), **({"task": task} if source.tasks else {})}
+                {**_to_row(source, row, f"`{name_or_path}`, row {number}"), **({"task": task} if source.tasks else {})}
                 for task, part in parts.items()
-                for row in part
+                for number, row in enumerate(part, start=1)
             ]
         )
     if len(dataset) == 0:
         raise UserError(f"`{name_or_path}` (split `{split}`) has no rows: check that it is the right file and split.")
     check_columns(dataset, ("prompt", *columns), f"The data set `{name_or_path}`")
+    check_values(dataset, name_or_path)
     return dataset
 
 
@@ -101,6 +104,66 @@ def check_columns(dataset: Dataset, needed: Iterable[str], what_for: str) -> Non
     )
 
 
+def check_values(dataset: Dataset, name: str) -> None:
+    """
+    Checks that the columns of the schema hold what they should, where a wrong type would only show as a wrong score.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data set to look at.
+        name (`str`):
+            Its name, for the message.
+
+    Raises:
+        UserError: If a value is of the wrong type, naming its row.
+    """
+    for column, (fits, what) in _VALUES.items():
+        if column not in dataset.column_names:
+            continue
+        for number, value in enumerate(dataset[column], start=1):
+            if not fits(value):
+                shown = repr(value)
+                shown = shown if len(shown) <= 80 else shown[:77] + "..."
+                raise UserError(f"`{name}`, row {number}: `{column}` must be {what}, and is {shown}: correct the row.")
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+        and all(isinstance(message.get("content"), str) for message in value)
+        and any(message["content"].strip() for message in value)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_answer(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_text(value) or number
+
+
+_VALUES = {
+    "prompt": (_is_prompt, "a text, or messages with `role` and `content`"),
+    "answer": (_is_answer, "a text or a number"),
+    **dict.fromkeys(
+        ("tests", "entry_point", "solution", "privileged_context", "instructions", "metadata"), (_is_text, "a text")
+    ),
+}
+
+
+def _to_row(source: Source, row: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return source.to_row(row)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a row of this source ({error}); correct or remove it.") from None
+
+
 def _read_source(source: Source, path: str, split: str) -> dict[str | None, Dataset]:
     """Reads the raw rows of a named source, by task."""
     if not path or (path in source.tasks and not Path(path).exists()):
@@ -122,7 +185,10 @@ def _read_local(path: Path, split: str) -> Dataset:
     if path.is_file():
         return _read_file(path)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        dataset = load_from_disk(str(path))
+        try:
+            dataset = load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            raise UserError(f"`{path}` is a damaged data set ({' '.join(str(error).split()):.200}).") from None
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise UserError(f"`{path}` has no split `{split}`: choose from {', '.join(dataset)}.")
@@ -146,8 +212,10 @@ def _read_file(path: Path) -> Dataset:
         if path.suffix == ".parquet":
             return Dataset(pyarrow.parquet.read_table(path))
         return Dataset.from_list(_read_json(path))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, OverflowError, TypeError, ValueError) as error:
+        reason = f"{' '.join(str(error).split()):.200}"
         raise UserError(f"`{path}` cannot be read as a table with one type per column: {reason}.") from None
 
 
@@ -158,8 +226,8 @@ def _read_json(path: Path) -> list[dict]:
         raise UserError(f"`{path}` is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
     if text.lstrip().startswith("["):
         try:
-            rows = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
+            rows = list(enumerate(_parse(text), start=1))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"`{path}` is not valid JSON: {error}.") from None
     else:
         rows = []
@@ -167,9 +235,9 @@ def _read_json(path: Path) -> list[dict]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    rows.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"`{path}`, line {number}: not valid JSON ({error.msg}); fix the line.") from None
+                    rows.append((number, _parse(line)))
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"`{path}`, line {number}: not valid JSON ({error}); fix the line.") from None
     if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("examples"), list):
         rows = list(enumerate(rows[0][1]["examples"], start=1))  # a task file of BIG-Bench
     for number, row in rows:
@@ -179,6 +247,22 @@ def _read_json(path: Path) -> list[dict]:
             )
     columns = dict.fromkeys(key for _, row in rows for key in row)
     return [{column: row.get(column) for column in columns} for _, row in rows]
+
+
+def _parse(text: str) -> Any:
+    """Parses JSON, and nothing else: no NaN, and no object with the same name twice, of which one would be lost."""
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not a number that JSON has")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+            raise ValueError(f"{twice!r:.80} is there twice in one object")
+        return values
+
+    return json.loads(text, parse_constant=constant, object_pairs_hook=unique)
 
 
 def _read_hub(hub_id: str, config: str | None, split: str) -> Dataset:

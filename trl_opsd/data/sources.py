@@ -3,6 +3,7 @@ The data sets that have a name here: where each lies, its licence, what the mode
 `prompt` and `answer` or `tests`, `entry_point` and `solution`. `python -m trl_opsd.data` prints them as a table.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ class Source:
 
 
 def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:
-    reasoning, _, answer = row["answer"].rpartition("####")
+    reasoning, mark, answer = row["answer"].rpartition("####")
+    if not mark or not answer.strip():
+        raise ValueError("its answer does not end in `#### NUMBER`")
     # <<48/2=24>> are notes for a calculator tool, which no model of today writes
     return {
         "answer": answer.strip().replace(",", ""),
@@ -89,12 +92,16 @@ def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _math(row: dict[str, Any]) -> dict[str, Any]:
-    rest = re.split(r"\\(?:boxed|fbox)", row["solution"])[-1]
+    *before, rest = re.split(r"\\(?:boxed|fbox)", row["solution"])
+    if not before:
+        raise ValueError("its solution has no `\\boxed{}`")
     depth = 0
     for brace in re.finditer(r"[{}]", rest):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
             break
+    if depth and rest.startswith("{"):
+        raise ValueError("its solution has a `\\boxed{` that is not closed")
     # a few solutions write `\boxed 2$`
     answer = rest[1 : brace.start()] if rest.startswith("{") else re.match(r"\s*([^\s$.]*)", rest)[1]
     return {"answer": answer.strip(), "solution": row["solution"].strip()}
@@ -124,6 +131,16 @@ def _mbpp(row: dict[str, Any]) -> dict[str, Any]:
         "entry_point": next((name for name in functions if re.search(rf"\b{name}\(", first)), None),
         "solution": f"```python\n{row['code'].strip()}\n```",
     }
+
+
+def _amc(row: dict[str, Any]) -> dict[str, Any]:
+    number = float(row["answer"])  # 27.0
+    return {"answer": f"{number:.0f}" if number.is_integer() else str(row["answer"])}
+
+
+def _ifeval(row: dict[str, Any]) -> dict[str, Any]:
+    # instructions differ in what they take, and a column has one type
+    return {"instructions": json.dumps({name: row[name] for name in ("instruction_id_list", "kwargs")})}
 
 
 _BBH_TASKS = (
@@ -207,11 +224,52 @@ SOURCES = {
     "bbh": Source(
         hub_id="lukaemon/bbh",
         licence="MIT",
-        verifier="math_reward",
+        verifier="logic_reward",
         splits=("test",),
         problem="input",
         needed=("target",),
         tasks=_BBH_TASKS,
         read=lambda row: {"answer": row["target"].strip()},
+    ),
+    # The competition's own problems; their answers are whole numbers from 0 to 999
+    "aime24": Source(
+        hub_id="HuggingFaceH4/aime_2024",
+        licence="not stated",
+        verifier="math_reward",
+        splits=("train",),
+        problem="problem",
+        needed=("answer",),
+        used=("solution",),
+        read=_math_500,
+    ),
+    "aime25": Source(
+        hub_id="math-ai/aime25",
+        licence="Apache-2.0",
+        verifier="math_reward",
+        splits=("test",),
+        problem="problem",
+        needed=("answer",),
+        read=_math_500,
+    ),
+    # AMC 12 of 2023, asked without the choices
+    "amc23": Source(
+        hub_id="math-ai/amc23",
+        licence="not stated",
+        verifier="math_reward",
+        splits=("test",),
+        problem="question",
+        needed=("answer",),
+        read=_amc,
+    ),
+    # https://huggingface.co/papers/2311.07911: instructions that a program can check, off the domain of reasoning
+    "ifeval": Source(
+        hub_id="google/IFEval",
+        licence="Apache-2.0",
+        verifier="trl_opsd.evaluate.ifeval.ifeval_reward",
+        splits=("train",),
+        problem="prompt",
+        needed=("instruction_id_list", "kwargs"),
+        prompt="{problem}",
+        read=_ifeval,
     ),
 }

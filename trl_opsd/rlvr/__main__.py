@@ -47,10 +47,12 @@ def main(args: list[str] | None = None) -> None:
         if not script_args.reward_funcs:
             raise UserError("`reward_funcs` is missing: give at least one verifier, such as `math_reward`.")
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
-        if training_args.reward_weights and len(training_args.reward_weights) != len(reward_funcs):
+        punishments = int(training_args.soft_punish_cache is not None)
+        if training_args.reward_weights and len(training_args.reward_weights) != len(reward_funcs) + punishments:
             raise UserError(
                 f"`reward_weights` has {len(training_args.reward_weights)} entries and `reward_funcs` "
-                f"{len(reward_funcs)}: give one weight for each function."
+                f"{len(reward_funcs)}: give one weight for each function"
+                + (", and a last one for the punishment of `soft_punish_cache`." if punishments else ".")
             )
 
         splits = [script_args.dataset_train_split]

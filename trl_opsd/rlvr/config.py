@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
@@ -8,5 +8,78 @@ class RLVRConfig(GRPOConfig):
     """
     Configuration class for the [`RLVRTrainer`].
 
-    It has the parameters of [`~trl.GRPOConfig`] and no others.
+    The only changes with respect to [`~trl.GRPOConfig`] are the parameters below. The other choices of
+    [DAPO](https://huggingface.co/papers/2503.14476) are TRL's: `loss_type="dapo"`, `epsilon_high`,
+    `mask_truncated_completions`.
+
+    Parameters:
+        > Parameters that control which rollouts are trained on
+
+        max_generation_rounds (`int`, *optional*, defaults to `1`):
+            How often rollouts are generated for one batch at most. Groups whose rewards are all the same teach nothing:
+            while there are some, and rounds left, they are replaced by those of other prompts, drawn from the training
+            set (DAPO's dynamic sampling). `1` replaces none.
+        soft_punish_cache (`int`, *optional*):
+            Number of tokens before `max_completion_length` from which on a completion is punished for its length, by a
+            reward that falls from 0 to -1 ([`~trl.rewards.get_soft_overlong_punishment`]). It is one more reward
+            function, the last one for `reward_weights`. `None` is no punishment.
+
+        > Parameters that control the rollout bank
+
+        bank_rollouts_per_prompt (`int`, *optional*, defaults to `4`):
+            Correct rollouts to keep for each prompt, the shortest, in the folder `bank` of `output_dir` (see
+            [`~trl_opsd.rlvr.bank.RolloutBank`]). `0` keeps no bank.
     """
+
+    # Parameters that control which rollouts are trained on
+    max_generation_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often rollouts are generated for one batch at most: groups whose rewards are all the same are "
+            "replaced by those of other prompts of the training set. 1 replaces none."
+        },
+    )
+    soft_punish_cache: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens before `max_completion_length` from which on a completion is punished for its "
+            "length, by one more reward function that falls from 0 to -1. None is no punishment."
+        },
+    )
+
+    # Parameters that control the rollout bank
+    bank_rollouts_per_prompt: int = field(
+        default=4,
+        metadata={
+            "help": "Correct rollouts to keep for each prompt, the shortest, in the folder `bank` of `output_dir`. 0 "
+            "keeps no bank."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        if self.max_generation_rounds < 1:
+            raise ValueError(f"`max_generation_rounds` must be at least 1, and is {self.max_generation_rounds}.")
+        by_batch = {
+            "scale_rewards='batch'": self.scale_rewards == "batch",
+            "multi_objective_aggregation='normalize_then_sum'": self.multi_objective_aggregation
+            != "sum_then_normalize",
+        }
+        for name, is_set in by_batch.items():
+            if is_set and self.max_generation_rounds > 1:
+                raise ValueError(
+                    f"`max_generation_rounds={self.max_generation_rounds}` and `{name}` exclude each other: rewards "
+                    "that are scaled by the batch would be scaled by another batch in each round. Drop one."
+                )
+        if self.soft_punish_cache is not None:
+            if self.max_completion_length is None or not 0 < self.soft_punish_cache <= self.max_completion_length:
+                raise ValueError(
+                    f"`soft_punish_cache` must be from 1 to `max_completion_length`, which is "
+                    f"{self.max_completion_length}, and is {self.soft_punish_cache}: use None for no punishment."
+                )
+        if self.bank_rollouts_per_prompt < 0:
+            raise ValueError(
+                f"`bank_rollouts_per_prompt` must be at least 0, and is {self.bank_rollouts_per_prompt}: use 0 for no "
+                "bank."
+            )

@@ -1,7 +1,27 @@
+import math
+import os
+import random
 import textwrap
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.rewards import get_soft_overlong_punishment
+from trl.trainer.utils import get_config_model_id
+
+from .bank import RolloutBank, prompt_id
+from .config import RLVRConfig
+
+
+# Reward from which on a rollout is correct, as OPSD's gate has it
+CORRECT = 1.0
 
 
 class RLVRTrainer(GRPOTrainer):
@@ -9,13 +29,26 @@ class RLVRTrainer(GRPOTrainer):
     Trainer for reinforcement learning with verifiable rewards (RLVR), as named in [Tülu
     3](https://huggingface.co/papers/2411.15124): group-relative policy optimization on rewards that a verifier decides.
 
-    The only change with respect to [`~trl.GRPOTrainer`] is that a truncated completion, one that does not end in an
-    end-of-sequence token, never earns a positive reward. A correct answer that the model doesn't stop after is not
-    correct, here as in the gate of [`~trl_opsd.OPSDTrainer`], so both stages train towards the same thing.
+    The only changes with respect to [`~trl.GRPOTrainer`] are:
+
+    - A truncated completion, one that does not end in an end-of-sequence token, never earns a positive reward. A correct
+      answer that the model doesn't stop after is not correct, here as in the gate of [`~trl_opsd.OPSDTrainer`], so both
+      stages train towards the same thing.
+    - Groups whose rewards are all the same can be replaced by those of other prompts (`max_generation_rounds`). The
+      metrics of rewards and completions stay those of the first round, which no reward has chosen;
+      `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
+      was done, and `num_tokens` counts every round.
+    - Completions that come close to the limit can be punished (`soft_punish_cache`).
+    - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
+      weighted and added up, reach 1; reward models and the punishment don't count.
 
     Args:
         model, reward_funcs, args, train_dataset, ...:
             As in [`~trl.GRPOTrainer`]. `args` is an [`RLVRConfig`].
+
+    Raises:
+        ValueError: If the bank, or a further round, is asked for and rollouts are more than text (tools, environments,
+            images), or if a further round is asked for and the training set can't be indexed. Before a model is loaded.
     """
 
     _tag_names = ["trl", "rlvr"]
@@ -33,9 +66,192 @@ class RLVRTrainer(GRPOTrainer):
             }"""),
     }
 
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,  # noqa: F821
+        args: RLVRConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,  # noqa: F821
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+        tools: list[Callable] | None = None,
+        rollout_func: "RolloutFunc | None" = None,  # noqa: F821
+        environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,  # noqa: F821
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = RLVRConfig(f"{model_name.split('/')[-1]}-RLVR")
+        if args.max_generation_rounds > 1 and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                f"`max_generation_rounds={args.max_generation_rounds}` draws prompts from the training set, and "
+                "`train_dataset` is an IterableDataset: load it without streaming, or set `max_generation_rounds=1`."
+            )
+        more_than_text = {
+            "tools": tools,
+            "rollout_func": rollout_func,
+            "environment_factory": environment_factory,
+            "images": train_dataset is not None and {"image", "images"} & set(train_dataset.column_names or ()),
+        }
+        for name, given in more_than_text.items():
+            if given and (args.bank_rollouts_per_prompt or args.max_generation_rounds > 1):
+                raise ValueError(
+                    f"The rollout bank and further generation rounds take rollouts that are text alone, and there is "
+                    f"`{name}`: set `bank_rollouts_per_prompt=0` and `max_generation_rounds=1`."
+                )
+        if args.soft_punish_cache is not None:
+            reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs.append(get_soft_overlong_punishment(args.max_completion_length, args.soft_punish_cache))
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+
+        functions = self.reward_funcs if args.soft_punish_cache is None else self.reward_funcs[:-1]
+        self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
+        self._bank: RolloutBank | None = None
+        self._last_rewards: torch.Tensor | None = None
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
         ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
         truncated = torch.tensor([ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
-        truncated = self.accelerator.gather(truncated).unsqueeze(1)
-        return rewards.masked_fill(truncated & (rewards > 0), 0.0)
+        truncated = self.accelerator.gather(truncated)
+        rewards = rewards.masked_fill(truncated.unsqueeze(1) & (rewards > 0), 0.0)
+        if self.model.training:
+            self._last_rewards = self._weighted(rewards, list(range(len(self.reward_funcs))))
+            if self.args.bank_rollouts_per_prompt:
+                verdicts = self._weighted(rewards, self._verifiers)
+                self._fill_bank(inputs, completion_ids_list, verdicts)
+        return rewards
+
+    def _weighted(self, rewards: torch.Tensor, functions: list[int]) -> torch.Tensor:
+        """Sum of the weighted rewards of some functions, of shape `(N,)`. NaN where none of them gave one."""
+        rewards = rewards[:, functions] * self.reward_weights.to(rewards.device)[functions]
+        return rewards.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+    def _fill_bank(self, inputs, completion_ids_list, verdicts: torch.Tensor) -> None:
+        """Hands what the verifiers have decided on to the bank; `verdicts` are those of all processes."""
+        correct = verdicts >= CORRECT  # never true of a truncated one
+        ids = [prompt_id(example["prompt"]) for example in inputs]
+        start = self.accelerator.process_index * len(inputs)
+        rollouts = []
+        for index, example in enumerate(inputs):
+            if correct[start + index]:
+                # What was generated, whole: a parsed completion may have its reasoning in a field of its own
+                text = self.processing_class.decode(completion_ids_list[index], skip_special_tokens=True)
+                is_chat = is_conversational({"prompt": example["prompt"]})
+                rollouts.append(
+                    {
+                        "prompt_id": ids[index],
+                        "prompt": example["prompt"],
+                        "completion": [{"role": "assistant", "content": text}] if is_chat else text,
+                        "completion_ids": completion_ids_list[index],
+                        "reward": verdicts[start + index].item(),
+                    }
+                )
+        ids, rollouts = gather_object(ids), gather_object(rollouts)
+        if self.accelerator.is_main_process:
+            if self._bank is None:
+                folder = os.path.join(self.args.output_dir, "bank")
+                self._bank = RolloutBank(folder, self.args.bank_rollouts_per_prompt)
+            scored = ~verdicts.isnan()
+            tried = Counter(prompt for prompt, counts in zip(ids, scored.tolist(), strict=True) if counts)
+            solved = Counter(prompt for prompt, counts in zip(ids, correct.tolist(), strict=True) if counts)
+            attempts = {prompt: (number, solved[prompt]) for prompt, number in tried.items()}
+            self._bank.add(self.state.global_step, rollouts, attempts)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        max_rounds = self.args.max_generation_rounds
+        if max_rounds == 1 or not self.model.training:
+            return output
+        metrics = self._metrics["train"]
+        first = {name: list(values) for name, values in metrics.items()}
+        num_groups = len(self._last_rewards) // self.num_generations
+        rounds, flat = 1, self._groups_without_variance()
+        while flat and rounds < max_rounds and (fresh := self._fresh_examples(len(flat))):
+            flat = self._replace_groups(output, flat, super()._generate_and_score_completions(fresh))
+            rounds += 1
+        first["num_tokens"] = metrics["num_tokens"]
+        metrics.clear()
+        metrics.update(first)
+        metrics["rlvr/generation_rounds"].append(rounds)
+        metrics["rlvr/groups_without_variance"].append(len(flat) / num_groups)
+        return output
+
+    def _groups_without_variance(self) -> list[int]:
+        """Of the rollouts scored last, over all processes, the groups whose rewards are all the same."""
+        rewards = self._last_rewards.view(-1, self.num_generations)
+        lowest, highest = rewards.nan_to_num(nan=torch.inf).amin(dim=1), rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
+        return (lowest >= highest).nonzero().flatten().tolist()  # above: no rollout of the group has a reward
+
+    def _fresh_examples(self, num_groups: int) -> list[dict[str, Any]]:
+        """This process's share of at least that many groups of prompts drawn from the training set."""
+        num_processes = self.accelerator.num_processes
+        # Every process generates as many rollouts, so the number of groups is rounded up to a multiple of this
+        unit = num_processes // math.gcd(num_processes, self.num_generations)
+        num_groups = min(math.ceil(num_groups / unit), len(self.train_dataset) // unit) * unit
+        # The tokens seen so far differ for every draw, are the same on all processes, and come back with a checkpoint
+        generator = random.Random(f"{self.args.seed} {self.state.num_input_tokens_seen}")
+        rows = generator.sample(range(len(self.train_dataset)), num_groups)
+        rows = [row for row in rows for _ in range(self.num_generations)]
+        share = len(rows) // num_processes
+        start = self.accelerator.process_index * share
+        return [self.train_dataset[row] for row in rows[start : start + share]]
+
+    def _replace_groups(self, output: dict[str, Any], flat: list[int], fresh: dict[str, Any]) -> list[int]:
+        """Puts groups of `fresh` that have variance in the place of those that do not. Returns the ones left."""
+        num_fresh = len(self._last_rewards) // self.num_generations
+        useless = set(self._groups_without_variance())
+        pairs = list(zip(flat, [group for group in range(num_fresh) if group not in useless], strict=False))
+        if not pairs:
+            return flat
+        # Rows of this process that are replaced, and by which rows of all that were generated
+        size, start = self.num_generations, self.accelerator.process_index * len(output["advantages"])
+        moves = [(old * size + i - start, new * size + i) for old, new in pairs for i in range(size)]
+        moves = [(row, source) for row, source in moves if 0 <= row < len(output["advantages"])]
+        rows, sources = (
+            torch.tensor(part, dtype=torch.long) for part in ([m[0] for m in moves], [m[1] for m in moves])
+        )
+        for name, values in output.items():
+            if values.ndim == 0:
+                continue
+            new, on_left = fresh[name], name.startswith("prompt_")
+            fill = self._tokenizer.pad_token_id if name.endswith("_ids") else 0
+            if values.ndim == 2:
+                new = self.accelerator.pad_across_processes(new, dim=1, pad_index=fill, pad_first=on_left)
+            new = self.accelerator.gather(new)
+            if values.ndim == 2:
+                width = max(values.size(1), new.size(1))
+                missing = [width - part.size(1) for part in (values, new)]
+                values, new = (
+                    nn.functional.pad(part, (number, 0) if on_left else (0, number), value=fill)
+                    for part, number in zip((values, new), missing, strict=True)
+                )
+            values[rows.to(values.device)] = new[sources.to(values.device)]
+            output[name] = values
+        output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+        return flat[len(pairs) :]
