@@ -132,10 +132,23 @@ def save_final(trainer: Trainer) -> None:
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        markers = ("config.json", "adapter_config.json")
-        for name in markers:
-            (folder / name).unlink(missing_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name in markers):
-            file.replace(folder / file.name)
-        staging.rmdir()
+        publish(staging, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """
+    Moves the files of a checkpoint to where they belong, the configuration last.
+
+    Args:
+        staging (`Path`):
+            Folder that holds them, which is removed.
+        folder (`Path`):
+            Where they belong.
+    """
+    markers = ("config.json", "adapter_config.json")
+    for name in markers:
+        (folder / name).unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name in markers):
+        file.replace(folder / file.name)
+    staging.rmdir()
