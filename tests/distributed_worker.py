@@ -1,6 +1,7 @@
 """Runs two steps on fixed rollouts in however many processes, once for each gate, and writes what comes out."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +19,13 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=Path)
 parser.add_argument("--per_device", type=int)
 parser.add_argument("--accumulation", type=int)
-parser.add_argument("--kept", nargs="+", help="gates: one character for each prompt of a batch, 1 is kept")
+parser.add_argument(
+    "--kept",
+    nargs="+",
+    help="gates: for each prompt of a batch the round in which its rollout passes, 0 is never. With an s in front the "
+    "same batch comes again, and what is not solved is skipped",
+)
+parser.add_argument("--max_tokens", type=int, help="budget of a micro-batch")
 args = parser.parse_args()
 
 tokenizer = make_tokenizer()
@@ -29,20 +36,37 @@ texts = ["6 a:-3=3", "5", "1 a:+2=3 b:*4=5", "2 a:+3=5", "0", "1 a:+2=3 b:*4=5 c
 completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
 
 
+asked = Counter()
+
+
 def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+    """The completion of the prompt, longer by a token for each time that it has been asked for before."""
     prompts = [tokenizer.decode(ids).split("\n")[1].removesuffix("<|im_end|>") for ids in prompt_ids]
-    return [list(completions[index[prompt]]) for prompt in prompts]
+    if self.max_generation_rounds > 1:
+        asked.update(prompts)
+    more = tokenizer("5")["input_ids"]
+    return [more * (asked[prompt] - 1) + completions[index[prompt]] for prompt in prompts]
 
 
 def train(kept: str) -> dict:
-    def verifier(prompts, completions, **kwargs):
-        return [float(kept[index[prompt[0]["content"]]]) for prompt in prompts]
+    asked.clear()
+    skip, kept = kept.startswith("s"), kept.removeprefix("s")
+
+    def verifier(prompts, completion_ids, **kwargs):
+        rows = [index[prompt[0]["content"]] for prompt in prompts]
+        rounds = [1 + len(ids) - len(completions[row]) for row, ids in zip(rows, completion_ids, strict=True)]
+        return [float(0 < int(kept[row]) <= number) for row, number in zip(rows, rounds, strict=True)]
 
     config = OPSDConfig(
-        output_dir=str(args.output.with_suffix("")),
+        output_dir=str(args.output.with_suffix("") / kept),
+        log_completions=True,
         per_device_train_batch_size=args.per_device,
         gradient_accumulation_steps=args.accumulation,
+        max_tokens_per_microbatch=args.max_tokens,
         teacher_prompt_template=CONCISE_TEMPLATE,
+        max_generation_rounds=max(1, int(max(kept))),
+        min_pass_rate=0.01 if skip else None,
+        pass_rate_rollouts=1,
         shuffle_dataset=False,
         max_steps=2,
         learning_rate=0.1,
@@ -59,7 +83,7 @@ def train(kept: str) -> dict:
     trainer = OPSDTrainer(
         model=make_model(size, tokenizer, seed=0),
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows[:8] if skip else rows),
         processing_class=tokenizer,
         reward_funcs=verifier,
     )
@@ -68,6 +92,7 @@ def train(kept: str) -> dict:
         "num_processes": trainer.accelerator.num_processes,
         "is_main": trainer.accelerator.is_main_process,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "pass_rates": trainer.pass_rates.state_dict() if skip else None,
         "logs": trainer.state.log_history[:2],
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }

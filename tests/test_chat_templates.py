@@ -1,4 +1,4 @@
-"""The boundary between prompt and completion, on the chat templates of real models that TRL ships."""
+"""The boundary between prompt and completion, on the chat templates of real models: TRL's, and SmolLM2's beside it."""
 
 from pathlib import Path
 
@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl_opsd import OPSDConfig, OPSDTrainer
 
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TEMPLATES = {
+    path.stem: path.read_text()
+    for folder in (Path(trl.__file__).parent, Path(__file__).parent)
+    for path in (folder / "chat_templates").glob("*.jinja")
+}
 ROWS = Dataset.from_list(
     [
         {
@@ -39,6 +43,7 @@ ENDINGS = {
     "llama3": ({}, "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     "gemma3": ({}, "<start_of_turn>model\n"),
     "phi3": ({}, "<|assistant|>\n"),
+    "smollm2": ({}, "<|im_start|>assistant\n"),
 }
 
 
@@ -54,7 +59,7 @@ def byte_tokenizer(name: str) -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         bos_token="<eos>",
         padding_side="left",
-        chat_template=(TEMPLATES / f"{name}.jinja").read_text(),
+        chat_template=TEMPLATES[name],
     )
 
 
@@ -118,3 +123,29 @@ def test_a_system_prompt_of_the_teacher(tmp_path):
     ids = trainer._tokenize_teacher_prompts(list(ROWS), [None, None], 12)["teacher_prompt_ids"]
     texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert all("Be terse." in text for text in texts) and "Think." not in texts[0]
+
+
+@pytest.mark.parametrize(
+    "name, default",
+    [("smollm2", "You are a helpful AI assistant named SmolLM"), ("qwen2_5", "You are Qwen, created by")],
+)
+def test_a_default_system_prompt_is_on_both_sides_or_neither(tmp_path, name, default):
+    """Some templates bring a system prompt where there is none: a context must not be what drops it."""
+
+    def sides(trainer):
+        student_ids, _, _ = trainer._tokenize_prompts(list(ROWS["prompt"]))
+        teacher = trainer._tokenize_teacher_prompts(list(ROWS), [None, None], 12)
+        teacher_ids = [
+            ids[mask.bool()]
+            for ids, mask in zip(teacher["teacher_prompt_ids"], teacher["teacher_prompt_mask"], strict=True)
+        ]
+        return trainer._tokenizer.batch_decode(student_ids), trainer._tokenizer.batch_decode(teacher_ids)
+
+    for texts in sides(build(tmp_path, name, teacher_context="concise")):
+        # The first row has a system prompt of its own, the second one does not
+        assert [default in text for text in texts] == [False, True]
+        assert ["Think." in text for text in texts] == [True, False]
+    # Asked for, and only then, it is another one on the teacher's side
+    student, teacher = sides(build(tmp_path, name, teacher_context="concise", teacher_system_prompt="Be terse."))
+    assert [default in text for text in student] == [False, True]
+    assert all("system\nBe terse." in text and default not in text and "Think." not in text for text in teacher)

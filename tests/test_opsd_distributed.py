@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -13,13 +14,17 @@ TESTS = Path(__file__).parent
 # What is kept of the eight rows of a batch. On two processes the second one has the last four: of those all are gated
 # out, some are, and in the last case nothing is left anywhere
 GATES = ["11010000", "01100111", "00000000"]
+# In which round it passes: of the second process some in the second and third, of the first nothing is rejected
+REFILLS = ["11110230", "20311111"]
+# The same batch twice, with what is not solved skipped the second time
+SKIPS = ["s11110110", "s00010111"]
 
 
-def run(output, processes, per_device, accumulation):
+def run(output, processes, per_device, accumulation, *options):
     command = [sys.executable, "-m"]
     command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(TESTS / "distributed_worker.py"), "--output", str(output), "--kept", *GATES]
-    command += ["--per_device", str(per_device), "--accumulation", str(accumulation)]
+    command += [str(TESTS / "distributed_worker.py"), "--output", str(output), "--kept", *GATES, *REFILLS, *SKIPS]
+    command += ["--per_device", str(per_device), "--accumulation", str(accumulation), *options]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -27,22 +32,61 @@ def run(output, processes, per_device, accumulation):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    return run(folder / "one.pt", 1, 8, 1), run(folder / "two.pt", 2, 2, 2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
 
 
-@pytest.mark.parametrize("gate", range(len(GATES)), ids=GATES)
-def test_two_processes_do_what_one_does(runs, gate):
-    one, two = (results[gate] for results in runs)
+@pytest.fixture(scope="module")
+def runs(folder):
+    return {
+        "one": run(folder / "one.pt", 1, 8, 1),
+        "two": run(folder / "two.pt", 2, 2, 2),
+        # Rollouts change places, and each process has several forward passes for each of its steps
+        "budget": run(folder / "budget.pt", 2, 2, 2, "--max_tokens", "50"),
+    }
+
+
+@pytest.mark.parametrize("case", range(len(GATES + REFILLS + SKIPS)), ids=GATES + REFILLS + SKIPS)
+@pytest.mark.parametrize("other", ["two", "budget"])
+def test_two_processes_do_what_one_does(runs, case, other):
+    one, two = runs["one"][case], runs[other][case]
+    gate = (GATES + REFILLS + SKIPS)[case]
     # Without these, two processes may silently be one
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["wrapper"] == "DistributedDataParallel"
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(one["logs"], two["logs"], strict=True):
-        assert ours["opsd/kept"] == GATES[gate].count("1") / 8
-        for key in ("loss", "opsd/kept", "opsd/kl", "opsd/student_entropy", "opsd/top1_agreement"):
+    assert one["pass_rates"] == two["pass_rates"]
+    for step, (ours, theirs) in enumerate(zip(one["logs"], two["logs"], strict=True)):
+        skips = gate.startswith("s")
+        assert ours["opsd/correct"] == gate.count("1") / 8
+        assert ours["opsd/kept"] == (1 if skips and step == 1 else 1 - gate.count("0") / 8)
+        if gate in REFILLS:
+            assert ours["opsd/generation_rounds"] == 3
+        if skips:
+            assert ours["opsd/skipped"] == step * gate.count("0") / 8
+        for key in (
+            "loss",
+            "opsd/correct",
+            "opsd/kept",
+            "opsd/kl",
+            "opsd/student_entropy",
+            "opsd/top1_agreement",
+            "opsd/generation_rounds",
+            "opsd/skipped",
+            "completions/mean_length",
+        ):
             assert (key in ours) == (key in theirs)
             if key in ours:
                 assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("other", ["two", "budget"])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_table_of_two_processes_is_that_of_one(runs, folder, gate, other):
+    one, two = (
+        pd.read_parquet(folder / run / gate / "completions" / "completions_00002.parquet") for run in ("one", other)
+    )
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4)
+    assert one["kept"].tolist() == [keep == "1" for keep in gate]
+    assert one["kl"].notna().tolist() == one["kept"].tolist()

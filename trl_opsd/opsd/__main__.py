@@ -7,15 +7,18 @@ of the command line, which overrides the file.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..cli import UserError, check_checkpoint, parse, save_final, user_errors
 from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
+from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from .config import OPSDConfig
-from .gate import resolve_gate
+from .gate import check_completion_ids, resolve_gate
 from .probe import probe
 from .teacher import resolve_teacher_weights
 from .trainer import OPSDTrainer
@@ -29,7 +32,16 @@ class OPSDScriptArguments(ScriptArguments):
     Args:
         reward_funcs (`list[str]`, *optional*):
             Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path. They
-            decide the gate.
+            decide the gate. Where nothing is written (`lmbda: 0`) and all is trained on (`gate: all`) they judge
+            nothing, and are left out.
+        rollout_bank (`str`, *optional*):
+            Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`). What it says
+            of their pass rates stands beside what this run measures: prompts outside `min_pass_rate` and
+            `max_pass_rate` are left out from the start.
+        solution (`str`, *optional*):
+            `"bank"` takes the reference solution of a prompt from `rollout_bank`, for data that has none: its shortest
+            correct rollout, without the thinking trace. Prompts that have no correct rollout are left out. By default
+            the solution is the column of that name.
         probe_prompts (`int`, *optional*, defaults to `32`):
             Number of prompts that student and teacher-in-context are measured on before training. `0` is no probe.
         probe_only (`bool`, *optional*, defaults to `False`):
@@ -41,6 +53,21 @@ class OPSDScriptArguments(ScriptArguments):
         metadata={
             "help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path. They "
             "decide the gate."
+        },
+    )
+    rollout_bank: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`), for "
+            "`solution`, `min_pass_rate` and `max_pass_rate`."
+        },
+    )
+    solution: str | None = field(
+        default=None,
+        metadata={
+            "help": "'bank' takes the reference solution of a prompt from `rollout_bank`: its shortest correct rollout, "
+            "without the thinking trace. By default the solution is the column of that name.",
+            "choices": ["bank"],
         },
     )
     probe_prompts: int = field(
@@ -70,6 +97,73 @@ def show_probe(result: dict) -> None:
     )
 
 
+def check_bank(script_args: OPSDScriptArguments, training_args: OPSDConfig) -> None:
+    """Checks that `solution` and `rollout_bank` go with each other and with the rest."""
+    if script_args.solution not in (None, "bank"):
+        raise UserError(f"`solution` must be 'bank', or left out for the column, and is {script_args.solution!r}.")
+    if script_args.solution == "bank":
+        if script_args.rollout_bank is None:
+            raise UserError("`solution: bank` needs a bank: give its folder with `--rollout_bank`.")
+        contexts = (training_args.build_teacher_context(), training_args.build_sibling_fallback())
+        if not any(context is not None and "solution" in context.fields for context in contexts):
+            raise UserError(
+                "`solution: bank` is for a teacher that sees a solution: set `teacher_context: solution`, or a "
+                "`teacher_prompt_template` with {solution}."
+            )
+    elif script_args.rollout_bank and training_args.min_pass_rate is None and training_args.max_pass_rate is None:
+        raise UserError(
+            "`rollout_bank` is used for nothing: set `solution: bank`, `min_pass_rate` or `max_pass_rate`, or drop it."
+        )
+
+
+def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDConfig) -> tuple[Dataset, str]:
+    """The rows of the training set that the bank leaves, with its solutions if asked for, and a line that counts them."""
+    folder = script_args.rollout_bank
+    rollouts, attempts = read_rollouts(folder), read_attempts(folder)
+    ids = [prompt_id(prompt) for prompt in dataset["prompt"]]
+    if attempts.keys().isdisjoint(ids):
+        raise UserError(
+            f"The rollout bank at `{folder}` has none of the prompts of `{script_args.dataset_name}`: it is of other "
+            "data, or of the same with another wording."
+        )
+    shortest = {}
+    for row in rollouts.select_columns(["prompt_id", "completion"]):  # of each prompt the shortest comes first
+        shortest.setdefault(row["prompt_id"], row["completion"])
+
+    def is_skipped(prompt: str) -> bool:
+        tried, correct = attempts.get(prompt, (0, 0))
+        if tried < args.pass_rate_rollouts:
+            return False
+        too_hard = args.min_pass_rate is not None and correct / tried < args.min_pass_rate
+        return too_hard or (args.max_pass_rate is not None and correct / tried > args.max_pass_rate)
+
+    takes_solution = script_args.solution == "bank"
+    unsolved = [takes_solution and prompt not in shortest for prompt in ids]
+    skipped = [is_skipped(prompt) for prompt in ids]
+    kept = [row for row, reasons in enumerate(zip(unsolved, skipped, strict=True)) if not any(reasons)]
+    counts = (
+        f"rollout bank: {len(kept)} of {len(ids)} prompts are left; {sum(unsolved)} have no correct rollout, "
+        f"{sum(skipped)} are outside `min_pass_rate` and `max_pass_rate`"
+    )
+    if not kept:
+        raise UserError(f"{counts}: choose another bank, or other pass rates.")
+    dataset = dataset.select(kept)
+    if takes_solution:
+        if "privileged_context" in dataset.column_names:
+            raise UserError(
+                f"`solution: bank` has no effect on `{script_args.dataset_name}`, whose column `privileged_context` "
+                "stands in for every solution: drop the column, or `solution: bank`."
+            )
+        texts = [shortest[ids[row]] for row in kept]
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+        # As the verifiers read it: the answer, and what leads to it there. Tags in a prompt confuse chat templates.
+        texts = [text.rpartition("</think>")[2].strip() for text in texts]
+        if "solution" in dataset.column_names:
+            dataset = dataset.remove_columns("solution")
+        dataset = dataset.add_column("solution", texts)
+    return dataset, counts
+
+
 def main(args: list[str] | None = None) -> None:
     with user_errors():
         script_args, training_args, model_args = parse(
@@ -86,14 +180,25 @@ def main(args: list[str] | None = None) -> None:
             )
         if script_args.probe_only and script_args.probe_prompts < 1:
             raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
-        reward_funcs = load_reward_funcs(script_args.reward_funcs or [])
+        is_judged = training_args.lmbda > 0 or training_args.gate != "all"
+        reward_funcs = load_reward_funcs((script_args.reward_funcs or []) if is_judged else [])
         resolve_gate(training_args, reward_funcs)
         resolve_teacher_weights(training_args, model_args.model_name_or_path, teacher)
 
+        check_bank(script_args, training_args)
         splits = [script_args.dataset_train_split]
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
-        datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        if (Path(script_args.dataset_name) / "rollouts").is_dir():
+            datasets = [read_rollouts(script_args.dataset_name)]
+        else:
+            datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        if training_args.lmbda < 1:
+            check_completion_ids(datasets[0].column_names, training_args.lmbda)
+        if script_args.rollout_bank is not None:
+            datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
+            if training_args.process_index == 0:
+                print(counts)
         context = training_args.build_teacher_context()
         for dataset in datasets:
             for func in reward_funcs:
@@ -126,7 +231,7 @@ def main(args: list[str] | None = None) -> None:
         reward_funcs=reward_funcs or None,
     )
     if script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None:
-        found = probe(trainer, script_args.probe_prompts)
+        found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
         if trainer.accelerator.is_main_process:
             show_probe(found)
             write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())

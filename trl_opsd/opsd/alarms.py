@@ -82,22 +82,29 @@ class AlarmCallback(TrainerCallback):
                     f"(`alarm_correct_drop={args.alarm_correct_drop}`).",
                 )
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def check_divergence(self) -> None:
+        """
+        Checks what the loss has measured. Called by the trainer before backward, because DeepSpeed takes the optimizer
+        step in there.
+
+        Raises:
+            OPSDAlarm: If the divergence is not finite, or the teacher is dead.
+        """
+        step = self.trainer.state.global_step + 1
         num_tokens, kl, _, _, teacher_entropy, _ = self.trainer._token_sums["train"].tolist()
         if num_tokens == 0:
             return
         if not math.isfinite(kl):
             raise OPSDAlarm(
-                f"The divergence of step {state.global_step + 1} is {kl / num_tokens}: the weights of the teacher or of "
-                "the student are not finite, or their logits overflow. Nothing was updated in this step."
+                f"The divergence of step {step} is {kl / num_tokens}: the weights of the teacher or of the student are "
+                "not finite, or their logits overflow. Nothing was updated in this step."
             )
         entropy = teacher_entropy / num_tokens
         uniform = math.log(self.trainer.valid_vocab or self.trainer.model.config.get_text_config().vocab_size)
         if entropy >= 0.99 * uniform:  # never true where the backend does not measure it (NaN)
             raise OPSDAlarm(
-                f"The teacher is dead: in step {state.global_step + 1} its entropy is {entropy:.3f} nats, that of the "
-                f"uniform distribution {uniform:.3f}. Check that its weights were loaded. Nothing was updated in this "
-                "step."
+                f"The teacher is dead: in step {step} its entropy is {entropy:.3f} nats, that of the uniform "
+                f"distribution {uniform:.3f}. Check that its weights were loaded. Nothing was updated in this step."
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

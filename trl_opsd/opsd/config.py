@@ -21,17 +21,28 @@ class OPSDConfig(DistillationConfig):
 
         teacher_weights (`str`, *optional*):
             Weights of the teacher. `"initial"` are the student's own starting weights, frozen; with a PEFT adapter
-            they are the base model with the adapter disabled, and cost no second copy. `"external"` is the model given
-            as `teacher_model`. Defaults to `"external"` if a teacher model is given and to `"initial"` if not.
+            they are the base model with the adapter disabled, and cost no second copy. `"ema"` and `"snapshot"` follow
+            the student, `"live"` are the student's own. `"external"` is the model given as `teacher_model`. Defaults
+            to `"external"` if a teacher model is given and to `"initial"` if not.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            Share of the way from the teacher to the student that an update of `"ema"` goes.
+        teacher_sync_steps (`int`, *optional*):
+            Number of optimizer steps between two updates of `"ema"` or `"snapshot"`. Defaults to `1` for `"ema"` and
+            to `50` for `"snapshot"`.
         teacher_context (`str`, *optional*):
             What the teacher sees and the student does not. One of `"solution"` (column `solution`), `"answer"` (column
-            `answer`), `"concise"` (an instruction to leave out what the result does not depend on), or `None` (on the
-            command line `none`) for the plain prompt. A column `privileged_context` stands in for `solution` and `answer` where a row has it.
+            `answer`), `"concise"` (an instruction to leave out what the result does not depend on),
+            `"concise_by_difficulty"` (the same, with room for what is hard), `"sibling"` (the shortest correct rollout
+            of the same prompt, other than the one being scored), or `None` (on the command line `none`) for the plain
+            prompt. A column `privileged_context` stands in for `solution` and `answer` where a row has it.
+        sibling_fallback (`str`, *optional*):
+            Context of a rollout without a correct sibling: `"concise"`, `"concise_by_difficulty"`, `"solution"` or
+            `"answer"`. If `None`, such a rollout is not trained on.
         teacher_prompt_template (`str`, *optional*):
             Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: `{prompt}`,
             `{solution}`, `{answer}`, `{sibling}`, `{privileged_context}`; a literal brace is written twice.
         teacher_system_prompt (`str`, *optional*):
-            System prompt of the teacher, in place of the one that a conversational prompt may have.
+            System prompt of the teacher, in place of that of the prompt, or of the chat template.
         max_teacher_prompt_length (`int`, *optional*):
             Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the problem.
             Defaults to what the teacher's positions leave beside the longest completion of the batch.
@@ -44,6 +55,10 @@ class OPSDConfig(DistillationConfig):
         num_generations (`int`, *optional*, defaults to `1`):
             Number of rollouts per prompt. The global batch (`per_device_train_batch_size` × processes ×
             `gradient_accumulation_steps`) counts rollouts, and must be divisible by it.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of the batches whose completions the student writes, as in
+            [GKD](https://huggingface.co/papers/2306.13649). The others take the completions that the data set holds,
+            as token ids in the column `completion_ids`, and generate nothing. `0.0` is off-policy distillation.
         gate (`str`, *optional*):
             Which rollouts are trained on: `"correct"`, `"incorrect"` or `"all"`. A rollout is correct if it has
             finished and its reward reaches `gate_threshold`. Decided before any forward pass, so that a rollout that
@@ -52,6 +67,18 @@ class OPSDConfig(DistillationConfig):
             Reward from which on a finished rollout is correct.
         keep_shortest (`int`, *optional*):
             Of the rollouts of one prompt that pass the gate, train on this many only, the shortest ones.
+        max_generation_rounds (`int`, *optional*, defaults to `1`):
+            How many times a batch is generated at most. From the second round on, the prompts of the rollouts that the
+            gate rejected are asked again, and a new rollout that passes takes the place of the rejected one. It ends
+            early when nothing is rejected any more. `keep_shortest` and siblings are decided on what is there after
+            the last round; what is logged of the student's accuracy, reward and length is measured in the first.
+        min_pass_rate (`float`, *optional*):
+            Prompts whose pass rate is below this are not asked any more for the rest of the run. `0.01` skips those
+            that are never solved. In the place of a skipped prompt another one of the training set is asked.
+        max_pass_rate (`float`, *optional*):
+            Prompts whose pass rate is above this are not asked any more. `0.99` skips those that are always solved.
+        pass_rate_rollouts (`int`, *optional*, defaults to `8`):
+            Rollouts of a prompt from which on its pass rate is known. Those of the first round count.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the reward. Defaults to a weight of `1.0` for each.
 
@@ -61,6 +88,15 @@ class OPSDConfig(DistillationConfig):
             Upper bound, in nats, on what one vocabulary entry adds to the divergence of one token. Each entry's term
             is written so that it is never negative (see [`~trl_opsd.opsd.divergence.divergence`]), so neither is the
             clipped loss. `None` is the exact divergence.
+
+        > Parameters that control the micro-batches
+
+        max_tokens_per_microbatch (`int`, *optional*):
+            Most tokens of one forward pass, padding included, of the longer of the student's and the teacher's input.
+            The kept rollouts of all processes are dealt out again in micro-batches of similar length, as many to each
+            process, and `per_device_train_batch_size` × `gradient_accumulation_steps` only says how many rollouts are
+            written. A rollout that is longer by itself is a micro-batch of its own. `None` is one forward pass for
+            each accumulation step, padded to its longest rollout.
 
         > Parameters that control the alarms (see [`~trl_opsd.opsd.alarms.AlarmCallback`]; `None` switches one off)
 
@@ -121,7 +157,7 @@ class OPSDConfig(DistillationConfig):
     )
     teacher_system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System prompt of the teacher, in place of the one that a conversational prompt may have."},
+        metadata={"help": "System prompt of the teacher, in place of that of the prompt, or of the chat template."},
     )
     max_teacher_prompt_length: int | None = field(
         default=None,
@@ -143,6 +179,13 @@ class OPSDConfig(DistillationConfig):
         default=1,
         metadata={"help": "Number of rollouts per prompt. The global batch must be divisible by it."},
     )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the batches whose completions the student writes. The others take those of the data "
+            "set's column `completion_ids`. 0.0 is off-policy distillation."
+        },
+    )
     gate: str | None = field(
         default=None,
         metadata={
@@ -161,6 +204,30 @@ class OPSDConfig(DistillationConfig):
             "help": "Of the rollouts of one prompt that pass the gate, train on this many only, the shortest ones."
         },
     )
+    max_generation_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How many times a batch is generated at most: from the second round on the prompts of the rollouts "
+            "that the gate rejected are asked again, and a new rollout that passes takes the place of the rejected one."
+        },
+    )
+    min_pass_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts whose pass rate is below this are not asked any more, and others of the training set in "
+            "their place. 0.01 skips those that are never solved."
+        },
+    )
+    max_pass_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts whose pass rate is above this are not asked any more, and others of the training set in "
+            "their place. 0.99 skips those that are always solved."
+        },
+    )
+    pass_rate_rollouts: int = field(
+        default=8, metadata={"help": "Rollouts of a prompt from which on its pass rate is known."}
+    )
     reward_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of each reward function in the reward. Defaults to 1.0 for each."},
@@ -172,6 +239,16 @@ class OPSDConfig(DistillationConfig):
         metadata={
             "help": "Upper bound, in nats, on what one vocabulary entry adds to the divergence of one token. None is "
             "the exact divergence."
+        },
+    )
+
+    # Parameters that control the micro-batches
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward pass, padding included, of the longer of the student's and the "
+            "teacher's input. The kept rollouts of all processes are dealt out again in micro-batches of similar "
+            "length. None is one forward pass for each accumulation step, padded to its longest rollout."
         },
     )
 
@@ -207,7 +284,7 @@ class OPSDConfig(DistillationConfig):
             )
         if self.teacher_sync_steps is not None and self.teacher_sync_steps < 1:
             raise ValueError(f"`teacher_sync_steps` must be at least 1, and is {self.teacher_sync_steps}.")
-        for name in ("max_teacher_prompt_length", "keep_shortest"):
+        for name in ("max_teacher_prompt_length", "keep_shortest", "max_tokens_per_microbatch"):
             value = self.__dict__[name]
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, and is {value}: use None for no limit.")
@@ -238,6 +315,13 @@ class OPSDConfig(DistillationConfig):
                 f"{self.sibling_fallback!r}."
             )
 
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"`lmbda` must be from 0 to 1, and is {self.lmbda}.")
+        if self.lmbda < 1 and self.num_generations > 1:
+            raise ValueError(
+                f"`lmbda={self.lmbda}` takes the one completion of a row, and `num_generations={self.num_generations}` "
+                "would repeat it: set `num_generations=1`, and give several completions of a prompt as several rows."
+            )
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
         global_batch = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
@@ -248,12 +332,39 @@ class OPSDConfig(DistillationConfig):
                 f"{self.gradient_accumulation_steps}) is not divisible by num_generations {self.num_generations}: "
                 "change one of them, so that every prompt gets all its rollouts in one batch."
             )
+        for name in ("max_generation_rounds", "pass_rate_rollouts"):
+            if self.__dict__[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, and is {self.__dict__[name]}.")
+        if self.min_pass_rate is not None and not 0 < self.min_pass_rate <= 1:
+            raise ValueError(
+                f"`min_pass_rate` must be above 0 and at most 1, and is {self.min_pass_rate}: use None to skip nothing."
+            )
+        if self.max_pass_rate is not None and not 0 <= self.max_pass_rate < 1:
+            raise ValueError(
+                f"`max_pass_rate` must be at least 0 and below 1, and is {self.max_pass_rate}: use None to skip nothing."
+            )
+        if None not in (self.min_pass_rate, self.max_pass_rate) and self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"`min_pass_rate={self.min_pass_rate}` is above `max_pass_rate={self.max_pass_rate}`, so every prompt "
+                "would be skipped: swap them, or drop one."
+            )
+        skips = self.min_pass_rate is not None or self.max_pass_rate is not None
+        if self.lmbda == 0 and (skips or self.max_generation_rounds > 1):
+            raise ValueError(
+                "`lmbda=0.0` generates nothing, so `max_generation_rounds`, `min_pass_rate` and `max_pass_rate` have nothing "
+                "to act on: drop them, or raise `lmbda`."
+            )
         if self.gate not in (None, "correct", "incorrect", "all"):
             raise ValueError(f"`gate` must be 'correct', 'incorrect' or 'all', and is {self.gate!r}.")
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"`kl_clip` must be positive, and is {self.kl_clip}: use None for no clip.")
+        if self.max_tokens_per_microbatch is not None and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                "`max_tokens_per_microbatch` pads as little as it can and `pad_to_multiple_of` pads to a fixed shape: "
+                "leave one of them at None."
+            )
         # Rewards and contexts read the other columns of a row
-        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or context is not None):
+        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or context is not None or skips):
             raise ValueError(
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
                 "at False."

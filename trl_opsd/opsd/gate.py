@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ def resolve_gate(args: OPSDConfig, reward_funcs: list[RewardFunc]) -> str:
         `str`: `"correct"`, `"incorrect"` or `"all"`.
 
     Raises:
-        ValueError: If the gate needs a verifier and there is none, if a reward function is not callable, or if the
-            number of reward weights is not that of the reward functions.
+        ValueError: If the gate, or what goes with it, needs a verifier and there is none, if `max_generation_rounds`
+            has nothing to ask again for, if a reward function is not callable, or if the number of reward weights is
+            not that of the reward functions.
     """
     gate = args.gate or ("correct" if reward_funcs else "all")
     if gate != "all" and not reward_funcs:
@@ -46,6 +48,19 @@ def resolve_gate(args: OPSDConfig, reward_funcs: list[RewardFunc]) -> str:
             f"`keep_shortest={args.keep_shortest}` chooses among rollouts that pass the gate, and there is no verifier: "
             "set `reward_funcs`."
         )
+    if args.max_generation_rounds > 1 and gate == "all":
+        raise ValueError(
+            f"`max_generation_rounds={args.max_generation_rounds}` asks again for the rollouts that the gate rejects, and "
+            "`gate='all'` rejects none: leave it at 1, or set `reward_funcs` and another gate."
+        )
+    if args.max_generation_rounds > 1 and gate == "incorrect" and context is not None and "sibling" in context.fields:
+        raise ValueError(
+            f"`max_generation_rounds={args.max_generation_rounds}` with `gate='incorrect'` replaces the correct rollouts "
+            "that the sibling context lives on: leave it at 1, or take another context."
+        )
+    bounds = [name for name in ("min_pass_rate", "max_pass_rate") if vars(args)[name] is not None]
+    if bounds and not reward_funcs:
+        raise ValueError(f"`{bounds[0]}` needs a verifier to measure it, and there is none: set `reward_funcs`.")
     for func in reward_funcs:
         if isinstance(func, torch.nn.Module) or not callable(func):
             raise ValueError(
@@ -57,6 +72,105 @@ def resolve_gate(args: OPSDConfig, reward_funcs: list[RewardFunc]) -> str:
             "weight for each function."
         )
     return gate
+
+
+def check_completion_ids(column_names: list[str], lmbda: float) -> None:
+    """
+    Checks that the completions of off-policy batches are there.
+
+    Args:
+        column_names (`list[str]`):
+            Columns of the training data.
+        lmbda (`float`):
+            Share of the batches that need none.
+
+    Raises:
+        ValueError: If the column is missing, naming those found.
+    """
+    if "completion_ids" not in column_names:
+        raise ValueError(
+            f"`lmbda={lmbda}` takes completions from the column `completion_ids`, and the columns found are "
+            f"{', '.join(f'`{name}`' for name in column_names)}: give a data set that has it, such as the bank of an "
+            "RLVR run, or set `lmbda=1.0`."
+        )
+
+
+@dataclass
+class Verdicts:
+    """
+    What the verifiers say of `N` rollouts.
+
+    Args:
+        rewards_per_func (`torch.Tensor`):
+            Reward by each function, of shape `(N, functions)`, NaN where a function has returned `None`.
+        rewards (`torch.Tensor`):
+            Their weighted sum, of shape `(N,)`.
+        verified (`torch.Tensor`):
+            Which rollouts any function has judged, `bool`, of shape `(N,)`.
+        correct (`torch.Tensor`):
+            Which are correct, `bool`, of shape `(N,)`.
+        passed (`torch.Tensor`):
+            Which pass the gate, `bool`, of shape `(N,)`.
+        lengths (`torch.Tensor`):
+            Their tokens, of shape `(N,)`.
+    """
+
+    rewards_per_func: torch.Tensor
+    rewards: torch.Tensor
+    verified: torch.Tensor
+    correct: torch.Tensor
+    passed: torch.Tensor
+    lengths: torch.Tensor
+
+    def replace(self, slots: torch.Tensor, others: "Verdicts", rows: torch.Tensor) -> None:
+        """
+        Puts the verdicts on other rollouts in the place of these.
+
+        Args:
+            slots (`torch.Tensor`):
+                Places to be taken.
+            others (`Verdicts`):
+                Verdicts on the rollouts that take them.
+            rows (`torch.Tensor`):
+                Which of the others, in the order of `slots`.
+        """
+        for field in fields(self):
+            vars(self)[field.name][slots] = vars(others)[field.name][rows]
+
+
+def judge(
+    rewards_per_func: torch.Tensor,
+    lengths: torch.Tensor,
+    finished: torch.Tensor,
+    reward_weights: torch.Tensor,
+    gate: str,
+    threshold: float,
+) -> Verdicts:
+    """
+    Verdicts from rewards.
+
+    Args:
+        rewards_per_func (`torch.Tensor`):
+            Reward by each function, of shape `(N, functions)`, NaN where a function has returned `None`.
+        lengths (`torch.Tensor`):
+            Tokens of the rollouts, of shape `(N,)`.
+        finished (`torch.Tensor`):
+            Which of them have come to an end, of shape `(N,)`.
+        reward_weights (`torch.Tensor`):
+            Weight of each function, of shape `(functions,)`.
+        gate (`str`):
+            `"correct"`, `"incorrect"` or `"all"`.
+        threshold (`float`):
+            Reward from which on a finished rollout is correct.
+
+    Returns:
+        `Verdicts`: A rollout that no function has judged is neither correct nor incorrect.
+    """
+    rewards = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+    verified = ~rewards_per_func.isnan().all(dim=1)
+    correct = verified & finished.bool() & (rewards >= threshold)
+    passed = {"correct": correct, "incorrect": verified & ~correct, "all": torch.ones_like(correct)}[gate]
+    return Verdicts(rewards_per_func, rewards, verified, correct, passed, lengths)
 
 
 def shortest(kept: torch.Tensor, lengths: torch.Tensor, group_size: int, number: int) -> torch.Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
+from .view import RolloutLog
+
 
 logger = get_logger(__name__)
 
@@ -19,7 +21,7 @@ logger = get_logger(__name__)
 NUM_PARTS = 4
 
 
-def probe(trainer, num_prompts: int) -> dict[str, Any]:
+def probe(trainer, num_prompts: int, page: str | None = None) -> dict[str, Any]:
     """
     Measures the student on its own prompt, the student in the teacher's context (the prompt-only baseline, which costs
     nothing), and how the teacher scores the student's rollouts. The trainer, its random numbers and its logs are as
@@ -30,6 +32,8 @@ def probe(trainer, num_prompts: int) -> dict[str, Any]:
             Trainer, before training. Not under FSDP or DeepSpeed, which prepare the model when training starts.
         num_prompts (`int`):
             Number of prompts of the training set, one rollout each.
+        page (`str`, *optional*):
+            HTML file to write, which shows a few of the student's rollouts with every token coloured by its divergence.
 
     Returns:
         `dict[str, Any]`: For `student` and `prompt_only` (`None` without a context of its own): `correct`, a share
@@ -49,22 +53,28 @@ def probe(trainer, num_prompts: int) -> dict[str, Any]:
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     was_training = trainer.model.training
     trainer.model.eval()
+    own_log, log = trainer._rollout_log, RolloutLog(trainer, num_kept=num_prompts)
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
+            trainer._rollout_log = log
             batches, student = _roll_out(trainer, rows)
+            trainer._rollout_log = None
             in_context = None
             if trainer.teacher_context is not None and "sibling" not in trainer.teacher_context.fields:
                 contexts = [{**row, "prompt": trainer._teacher_prompt(row)} for row in rows]
                 with trainer._chat_template_kwargs(trainer.teacher_chat_template_kwargs):
                     in_context = _roll_out(trainer, contexts)[1]
-            teacher = _score(trainer, batches)
+            teacher = _score(trainer, batches, log)
     finally:
+        trainer._rollout_log = own_log
         trainer.model.train(was_training)
         trainer._metrics["eval"].clear()
     result = {"num_prompts": len(rows), "student": student, "prompt_only": in_context, "teacher": teacher}
     result["warnings"] = _warnings(result)
     for warning in result["warnings"]:
         logger.warning(warning)
+    if page is not None and trainer.accelerator.is_main_process:
+        log.write_page(page, log.own("eval"), "Probe")
     return result
 
 
@@ -89,7 +99,7 @@ def _roll_out(trainer, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
     }
 
 
-def _score(trainer, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def _score(trainer, batches: list[dict[str, Any]], log: RolloutLog) -> dict[str, Any]:
     kl, agreement, parts = [], [], []
     for batch in batches:
         tokens, valid = trainer._compute_divergence(trainer.model, batch)
@@ -97,6 +107,8 @@ def _score(trainer, batches: list[dict[str, Any]]) -> dict[str, Any]:
         length = valid.sum(dim=1, keepdim=True)
         parts.append((position * NUM_PARTS // length.clamp(min=1))[valid])
         kl.append(tokens.divergence if tokens.unclipped is None else tokens.unclipped)
+        if not trainer.args.use_liger_kernel:
+            log.measure("eval", batch["rollout"], valid, kl[-1])
         agreement.append(
             torch.full_like(kl[-1], torch.nan) if tokens.top1_agreement is None else tokens.top1_agreement
         )

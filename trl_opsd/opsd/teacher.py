@@ -11,10 +11,15 @@ Its weights may follow the student's: [`TeacherSyncCallback`] is how.
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,6 +28,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 
@@ -68,7 +74,7 @@ class TeacherContext:
             Prompt template with the placeholder `{prompt}` and any of `{solution}`, `{answer}`, `{sibling}` and
             `{privileged_context}`. A literal brace is written twice.
         system_prompt (`str`, *optional*):
-            System prompt of the teacher, in place of the one that a conversational prompt may have.
+            System prompt of the teacher, in place of that of the prompt, or of the chat template.
 
     Attributes:
         fields (`set[str]`):
@@ -221,7 +227,98 @@ class TeacherSyncCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             for teacher, student in self.pairs().values():
-                teacher.lerp_(student.to(teacher.dtype), self.rate)
+                with gathered(student), gathered(teacher, is_changed=True):
+                    teacher.lerp_(student.to(teacher.dtype), self.rate)
+
+
+def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
+    """
+    Shards a teacher as FSDP2 shards the student, in place. `Accelerator.prepare_model` leaves a model without an optimizer
+    whole, on the CPU, and, where only the main process has read the weights, empty on the others.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]):
+            Teacher.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator under FSDP2.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    # The layers of a teacher may be of another class. The student, prepared later, gets its own
+    plugin.transformer_cls_names_to_wrap = None
+    fsdp2_prepare_model(accelerator, teacher)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, names
+
+
+def sharded_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    Parameters of a model by the names they have without wrappers, each one as it is trained: sharded, where FSDP2 shards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Parameters.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A forward without backward leaves the head whole, and later ones would not see what is written to its shards
+            module.reshard()
+    return fsdp2_canonicalize_names(dict(model.named_parameters()))
+
+
+def gathered(parameter: torch.Tensor, is_changed: bool = False) -> AbstractContextManager:
+    """
+    Makes a parameter that ZeRO-3 partitions whole. Entered on every process.
+
+    Args:
+        parameter (`torch.Tensor`):
+            Parameter.
+        is_changed (`bool`, *optional*, defaults to `False`):
+            Whether it is written to inside. All processes then get what the main one has written.
+
+    Returns:
+        Context manager, without effect elsewhere.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0 if is_changed else None)
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """
+    A copy, on the CPU, of a parameter that FSDP2 or ZeRO-3 may shard. Called on every process.
+
+    Args:
+        parameter (`torch.Tensor`):
+            Parameter.
+
+    Returns:
+        `torch.Tensor`: Copy.
+    """
+    with gathered(parameter):
+        parameter = parameter.detach()
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to("cpu", copy=True)
+
+
+@torch.no_grad()
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """
+    Gives a parameter that FSDP2 or ZeRO-3 may shard a new value. Called on every process.
+
+    Args:
+        parameter (`torch.Tensor`):
+            Parameter.
+        value (`torch.Tensor`):
+            Value of the whole parameter.
+    """
+    with gathered(parameter, is_changed=True):
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
 
 
 def resolve_teacher_weights(

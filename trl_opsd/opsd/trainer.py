@@ -1,7 +1,10 @@
 import atexit
+import json
 import os
+import random
 import shutil
 import textwrap
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
@@ -34,15 +37,31 @@ from trl.trainer.utils import (
 from .alarms import AlarmCallback
 from .config import OPSDConfig
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
-from .gate import RewardFunc, name_errors, resolve_gate, shortest, shortest_siblings
+from .gate import (
+    RewardFunc,
+    Verdicts,
+    check_completion_ids,
+    judge,
+    name_errors,
+    resolve_gate,
+    shortest,
+    shortest_siblings,
+)
 from .head import gather_head, logit_transform
+from .microbatch import token_budget_batches
+from .pass_rates import PassRates, prompt_key
 from .teacher import (
     TeacherSyncCallback,
+    assign,
     check_vocabularies,
     copy_of_student,
     load_like_student,
     resolve_teacher_weights,
+    shard_teacher,
+    sharded_parameters,
+    whole,
 )
+from .view import RolloutLog
 
 
 logger = get_logger(__name__)
@@ -62,6 +81,9 @@ MULTIMODAL_FIELDS = (
 # Name of a teacher that is a second adapter, and the file of a teacher that follows the student in a checkpoint
 TEACHER_ADAPTER = "teacher"
 TEACHER_FILE = "teacher.safetensors"
+
+# File of the prompts' pass rates in a checkpoint
+PASS_RATES_FILE = "pass_rates.json"
 
 # What the loss measures for each token
 TOKEN_METRICS = (
@@ -86,7 +108,10 @@ class OPSDTrainer(DistillationTrainer):
     - the teacher is weights × context: it may be the student's own initial weights, and may see the prompt in a
       privileged context (`teacher_weights`, `teacher_context`);
     - several rollouts per prompt (`num_generations`);
+    - off-policy batches, whose completions are those of the data set (`lmbda`);
     - a gate: rollouts are scored by reward functions before any forward pass, and only those that pass are trained on;
+      what it rejects can be asked again (`max_generation_rounds`), and prompts that are always or never solved can be
+      left out (`min_pass_rate`, `max_pass_rate`);
     - the divergence can be clipped per vocabulary entry without going negative (`kl_clip`).
 
     With none of them used, and an external teacher, it is `DistillationTrainer`, step by step.
@@ -116,8 +141,8 @@ class OPSDTrainer(DistillationTrainer):
         args ([`OPSDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with the column `prompt`, the columns that the teacher context takes, and the columns that the
-            reward functions take.
+            Dataset with the column `prompt`, the columns that the teacher context takes, the columns that the
+            reward functions take, and `completion_ids` if `lmbda` is below 1.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`):
             Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], [`~transformers.ProcessorMixin`], *optional*):
@@ -194,10 +219,23 @@ class OPSDTrainer(DistillationTrainer):
         for dataset in datasets:
             if self.teacher_context is not None and dataset is not None and dataset.column_names is not None:
                 self.teacher_context.check_columns(dataset.column_names)
+        if args.lmbda < 1 and train_dataset is not None and train_dataset.column_names is not None:
+            check_completion_ids(train_dataset.column_names, args.lmbda)
         if args.num_generations > 1 and isinstance(train_dataset, IterableDataset):
             raise ValueError(
                 f"`num_generations={args.num_generations}` needs a dataset that can be indexed, and `train_dataset` is "
                 "an IterableDataset: load it without streaming, or set `num_generations=1`."
+            )
+        skips_prompts = args.min_pass_rate is not None or args.max_pass_rate is not None
+        if skips_prompts and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "`min_pass_rate` and `max_pass_rate` need a dataset that can be indexed, to ask other prompts in place of "
+                "those that are skipped, and `train_dataset` is an IterableDataset: load it without streaming."
+            )
+        if args.max_generation_rounds > 1 and tools:
+            raise ValueError(
+                f"`max_generation_rounds={args.max_generation_rounds}` asks again for single completions, and `tools` make "
+                "conversations of them: leave it at 1, or drop the tools."
             )
         if args.use_liger_kernel and args.kl_clip is not None:
             raise ValueError(
@@ -242,6 +280,16 @@ class OPSDTrainer(DistillationTrainer):
                 "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a "
                 "multimodal processor: use an external teacher without a context."
             )
+        if (args.max_generation_rounds > 1 or skips_prompts) and self._is_vlm:
+            raise ValueError(
+                "`max_generation_rounds`, `min_pass_rate` and `max_pass_rate` work on text, and the processing class is a "
+                "multimodal processor: leave them as they are by default."
+            )
+        if args.max_tokens_per_microbatch is not None and self._is_vlm:
+            raise ValueError(
+                "`max_tokens_per_microbatch` divides a batch by the length of its text, and the processing class is a "
+                "multimodal processor: leave it at None."
+            )
         self.valid_vocab = None
         if not same_size:
             self.valid_vocab = len(self._tokenizer)
@@ -249,6 +297,8 @@ class OPSDTrainer(DistillationTrainer):
                 self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
             else:
                 self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+        if self.teacher_model is not None and self.accelerator.is_fsdp2:
+            shard_teacher(self.teacher_model, self.accelerator)
         if self.teacher_weights == "initial" and has_adapter:
             trained = [name for name, p in self.model.named_parameters() if "lora_B" in name and p.detach().any()]
             if trained:
@@ -259,10 +309,10 @@ class OPSDTrainer(DistillationTrainer):
                 )
 
         if follows_student:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ValueError(
-                    f"`teacher_weights={self.teacher_weights!r}` is not supported under DeepSpeed or FSDP yet: use "
-                    "'initial' or 'external'."
+                    f"`teacher_weights={self.teacher_weights!r}` is not supported under FSDP1, which hides the "
+                    "parameters of a model in flat ones: set `fsdp_version: 2`."
                 )
             if has_adapter:
                 self._add_teacher_adapter()
@@ -270,6 +320,8 @@ class OPSDTrainer(DistillationTrainer):
             self.add_callback(TeacherSyncCallback(self._teacher_pairs, rate, sync_steps))
 
         self.num_generations = args.num_generations
+        self.lmbda = args.lmbda
+        self._given_completion_ids = None
         self.keep_shortest = args.keep_shortest
         self.sibling_fallback = args.build_sibling_fallback()
         self.teacher_chat_template_kwargs = (
@@ -278,6 +330,16 @@ class OPSDTrainer(DistillationTrainer):
             else args.teacher_chat_template_kwargs
         )
         self.gate_threshold = args.gate_threshold
+        self.max_generation_rounds = args.max_generation_rounds
+        self.pass_rates = None
+        if skips_prompts:
+            self.pass_rates = PassRates(
+                self.train_dataset["prompt"],
+                args.min_pass_rate,
+                args.max_pass_rate,
+                args.pass_rate_rollouts,
+                args.seed,
+            )
         self.kl_clip = args.kl_clip
         self._token_sums = {mode: torch.zeros(1 + len(TOKEN_METRICS), dtype=torch.float64) for mode in self._metrics}
 
@@ -294,7 +356,12 @@ class OPSDTrainer(DistillationTrainer):
             ready.wait()
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
+        # Ours instead of the base class's, which has no rewards and knows nothing of the loss
+        self.log_completions = False
+        self._rollout_log = RolloutLog(self) if args.log_completions else None
+
         self.max_teacher_prompt_length = args.max_teacher_prompt_length
+        self.max_tokens_per_microbatch = args.max_tokens_per_microbatch
         self.alarms = AlarmCallback(self)
         self.add_callback(self.alarms)
         if train_dataset is not None and self._has_own_teacher_prompt:
@@ -312,13 +379,13 @@ class OPSDTrainer(DistillationTrainer):
         self.model.set_adapter(student_adapter)
         for teacher, student in self._teacher_pairs().values():
             teacher.requires_grad_(False)
-            teacher.data.copy_(student.data)
+            teacher.data.copy_(student.data)  # before FSDP or DeepSpeed shard the model
 
     def _teacher_pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Parameters of a teacher that follows the student, and the student's, by name."""
-        student = dict(self.model.named_parameters())
+        """Parameters of a teacher that follows the student, and the student's, by name; sharded where they are."""
+        student = sharded_parameters(self.model)
         if self.teacher_model is not None:
-            teacher = dict(self.accelerator.unwrap_model(self.teacher_model).named_parameters())
+            teacher = sharded_parameters(self.accelerator.unwrap_model(self.teacher_model))
             return {name: (teacher[name], parameter) for name, parameter in student.items()}
         own = f".{self.model.active_adapter}."
         return {
@@ -333,26 +400,45 @@ class OPSDTrainer(DistillationTrainer):
         shutil.rmtree(os.path.join(output_dir or self.args.output_dir, TEACHER_ADAPTER), ignore_errors=True)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.teacher_weights in ("ema", "snapshot") and self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            path = os.path.join(folder, TEACHER_FILE)
-            teacher = {name: teacher.detach().clone() for name, (teacher, _) in self._teacher_pairs().items()}
-            save_file(teacher, f"{path}.tmp")
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.pass_rates is not None and self.args.should_save:
+            # Before the rest, so that a checkpoint that is whole has it
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, PASS_RATES_FILE)
+            with open(f"{path}.tmp", "w") as file:
+                json.dump(self.pass_rates.state_dict(), file)
             os.replace(f"{path}.tmp", path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._save_checkpoint(model, trial)
         if self.teacher_weights in ("ema", "snapshot"):
-            path = os.path.join(resume_from_checkpoint, TEACHER_FILE)
+            # Every process takes part in making the parameters whole, and the main one keeps them
+            teacher = {name: whole(teacher) for name, (teacher, _) in self._teacher_pairs().items()}
+            if self.args.should_save:
+                path = os.path.join(folder, TEACHER_FILE)
+                save_file(teacher, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Here, because under DeepSpeed `_load_from_checkpoint` is not called
+        if checkpoint is not None and self.teacher_weights in ("ema", "snapshot"):
+            path = os.path.join(checkpoint, TEACHER_FILE)
             if not os.path.isfile(path):
                 raise ValueError(
-                    f"`{resume_from_checkpoint}` has no {TEACHER_FILE}, so the teacher cannot go on from where it was: "
+                    f"`{checkpoint}` has no {TEACHER_FILE}, so the teacher cannot go on from where it was: "
                     f"resume from a checkpoint that was written with `teacher_weights={self.teacher_weights!r}`."
                 )
             saved = load_file(path)
             for name, (teacher, _) in self._teacher_pairs().items():
-                teacher.data.copy_(saved[name])
+                assign(teacher, saved[name])
+        if checkpoint is not None and self.pass_rates is not None:
+            path = os.path.join(checkpoint, PASS_RATES_FILE)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"`{checkpoint}` has no {PASS_RATES_FILE}, so it is not known which prompts were skipped: resume "
+                    "from a checkpoint that was written with `min_pass_rate` or `max_pass_rate`, or resume without them."
+                )
+            with open(path) as file:
+                self.pass_rates.load_state_dict(json.load(file))
 
     def _check_teacher_boundary(self, example: dict[str, Any]) -> None:
         """Checks that student and teacher are asked for the completion by the same generation prompt."""
@@ -424,7 +510,18 @@ class OPSDTrainer(DistillationTrainer):
             seed=self.args.seed,
         )
 
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self._given_completion_ids is not None:
+            return self._given_completion_ids
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # Decided by seed and step: the same on every process, and after resuming
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        off_policy = self.model.training and draw >= self.lmbda
+        self._given_completion_ids = [example["completion_ids"] for example in inputs] if off_policy else None
+        if self.pass_rates is not None and self._is_rolling_out:
+            inputs = self._replace_skipped(inputs)
         output = super()._generate_and_score_completions(inputs)
         siblings = [None] * len(inputs)
         if self.reward_funcs:
@@ -443,7 +540,72 @@ class OPSDTrainer(DistillationTrainer):
                 )
         if self._has_own_teacher_prompt:
             output.update(self._tokenize_teacher_prompts(inputs, siblings, output["completion_ids"].size(1)))
+        if self._rollout_log is not None:
+            self._rollout_log.add("train" if self.model.training else "eval", output)
         return output
+
+    @property
+    def _is_rolling_out(self) -> bool:
+        """Whether the completions at hand are rollouts to train on, rather than those of an evaluation or given ones."""
+        return self.model.training and self._given_completion_ids is None
+
+    def _replace_skipped(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows, with others of the training set in the place of those whose prompt is skipped."""
+        keys = gather_object([prompt_key(example["prompt"]) for example in inputs])
+        taken = self.pass_rates.start_batch(keys, self.num_generations)
+        self._metrics["train"]["opsd/skipped"].append(len(taken) / len(keys))
+        start = self.accelerator.process_index * len(inputs)
+        return [
+            self.train_dataset[taken[slot]] if slot in taken else example
+            for slot, example in enumerate(inputs, start=start)
+        ]
+
+    def _refill(
+        self,
+        inputs: list[dict[str, Any]],
+        output: dict[str, Any],
+        completion_ids: list[list[int]],
+        verdicts: Verdicts,
+    ) -> None:
+        """Asks the prompts of rejected rollouts again, and puts those that pass in their place in all the arguments."""
+        process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        prompt_ids = [
+            ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+        ]
+        rounds = 1
+        while rounds < self.max_generation_rounds and not verdicts.passed.all():
+            # Generating and gathering take all processes: each asks for as many rows as the one with most rejected, its
+            # own rejected ones first, and drops what it has no place for
+            rejected = ~verdicts.passed.view(num_processes, -1)
+            rows = rejected.int().argsort(dim=1, descending=True, stable=True)[:, : rejected.sum(dim=1).max()]
+            slots = (rows + torch.arange(num_processes, device=rows.device).unsqueeze(1) * len(inputs)).flatten()
+            own = rows[process].tolist()
+            asked = [prompt_ids[row] for row in own]
+            answers = self._generate_single_turn(asked, None, {})
+            num_tokens = torch.tensor(sum(map(len, asked)) + sum(map(len, answers)), device=rows.device)
+            self.state.num_input_tokens_seen += self.accelerator.gather(num_tokens).sum().item()
+            answered = self._verify([inputs[row] for row in own], answers)
+            taken = answered.passed & ~verdicts.passed[slots]
+            verdicts.replace(slots[taken], answered, taken)
+            # What the verifiers logged of each answer goes where the answer goes
+            own_taken = taken.view(num_processes, -1)[process].tolist()
+            columns = [(column, column[len(inputs) :]) for column in self._pending_extra_logs.values()]
+            for column, new in [(completion_ids, answers), *columns]:
+                for row, value, is_taken in zip(own, new, own_taken, strict=False):
+                    if is_taken:
+                        column[row] = value
+                del column[len(inputs) :]
+            rounds += 1
+        self._metrics["train"]["opsd/generation_rounds"].append(rounds)
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        if rounds == 1:
+            return
+        padding = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ids = [torch.tensor(ids) for ids in completion_ids]
+        mask = [torch.ones_like(row) for row in ids]
+        device = self.accelerator.device
+        output["completion_ids"] = pad(ids, padding_value=self._tokenizer.pad_token_id, **padding).to(device)
+        output["completion_mask"] = pad(mask, padding_value=0, **padding).to(device)
 
     def _tokenize_teacher_prompts(
         self, inputs: list[dict[str, Any]], siblings: list[str | None], completion_length: int
@@ -503,74 +665,157 @@ class OPSDTrainer(DistillationTrainer):
                 too_many = middle
         return prompt_ids(fits)
 
+    def _verify(self, inputs: list[dict[str, Any]], completion_ids: list[list[int]]) -> Verdicts:
+        """Verdicts on the rollouts of all processes, `(B × processes,)`, those of a prompt side by side."""
+        prompts = [example["prompt"] for example in inputs]
+        completions = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
+        own = torch.tensor([[len(ids), ids[-1] in ends] for ids in completion_ids], device=rewards_per_func.device)
+        lengths, finished = self.accelerator.gather(own).unbind(dim=1)
+        return judge(rewards_per_func, lengths, finished, self.reward_weights, self.gate, self.gate_threshold)
+
     def _score_and_gate(
         self, inputs: list[dict[str, Any]], output: dict[str, Any]
     ) -> tuple[torch.Tensor, list[str | None]]:
         """
-        Scores the rollouts. Returns which of them are trained on, a `bool` tensor of shape `(B,)`, and the text of the
-        shortest correct sibling of each, where the teacher's context takes it.
+        Scores the rollouts, and has those that the gate rejects written again. Returns which of them are trained on, a
+        `bool` tensor of shape `(B,)`, and the text of the shortest correct sibling of each, where the teacher's context
+        takes it.
         """
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else 1
-        prompts = [example["prompt"] for example in inputs]
         completion_ids = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
         ]
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        completions = texts
-        if is_conversational({"prompt": prompts[0]}):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        verdicts = self._verify(inputs, completion_ids)
 
-        # From here on gathered over processes: (B × processes, functions), with the rollouts of a prompt side by side
-        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        verified = ~rewards_per_func.isnan().all(dim=1)
-        ends = (*self.eos_token_ids, self._tokenizer.pad_token_id)
-        own = torch.tensor([[len(ids), ids[-1] in ends] for ids in completion_ids], device=rewards.device)
-        lengths, finished = self.accelerator.gather(own).unbind(dim=1)
-        correct = verified & finished.bool() & (rewards >= self.gate_threshold)
-        kept = {"correct": correct, "incorrect": verified & ~correct, "all": torch.ones_like(correct)}[self.gate]
+        # Of the first round, which speaks for the student: whoever fails is asked again, and whoever does not is not
+        metrics = self._metrics[mode]
+        for name, column in zip(self.reward_func_names, verdicts.rewards_per_func.unbind(dim=1), strict=True):
+            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+        metrics["reward"].append(verdicts.rewards[verdicts.verified].mean().item())
+        solved = verdicts.correct.float()
+        if self.pass_rates is not None and self._is_rolling_out:
+            solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
+        metrics["opsd/correct"].append(solved.mean().item())
+        # What the verifiers log is part of their interface; GRPO drains both once per batch
+        for name, values in self._pending_metrics.items():
+            metrics[name].append(sum(values) / len(values))
+
+        if self.max_generation_rounds > 1 and self._is_rolling_out:
+            self._refill(inputs, output, completion_ids, verdicts)
+        self._pending_metrics.clear()
+
+        correct, kept, lengths = verdicts.correct, verdicts.passed, verdicts.lengths
         if self.keep_shortest is not None:
             kept = kept & shortest(kept, lengths, group_size, self.keep_shortest)
-        siblings = [None] * len(rewards)
+        siblings = [None] * len(kept)
         if self.teacher_context is not None and "sibling" in self.teacher_context.fields:
             chosen = shortest_siblings(correct, lengths, group_size)
-            all_texts = gather_object(texts)
+            all_texts = gather_object(self.processing_class.batch_decode(completion_ids, skip_special_tokens=True))
             siblings = [None if index is None else all_texts[index] for index in chosen]
             if self.sibling_fallback is None:
                 kept = kept & torch.tensor([index is not None for index in chosen], device=kept.device)
 
-        metrics = self._metrics[mode]
-        for name, column in zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True):
-            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-        metrics["reward"].append(rewards[verified].mean().item())
-        metrics["opsd/correct"].append(correct.float().mean().item())
         metrics["opsd/kept"].append(kept.float().mean().item())
-        # What the verifiers log is part of their interface; GRPO drains both once per batch
-        for name, values in self._pending_metrics.items():
-            metrics[name].append(sum(values) / len(values))
-        self._pending_metrics.clear()
-        self._pending_extra_logs.clear()
 
-        start = self.accelerator.process_index * len(prompts)
-        mine = slice(start, start + len(prompts))
+        start = self.accelerator.process_index * len(inputs)
+        mine = slice(start, start + len(inputs))
+        if self._rollout_log is not None:
+            total = verdicts.rewards.where(verdicts.verified, torch.nan)
+            output["rewards"] = torch.cat([verdicts.rewards_per_func, total.unsqueeze(1)], dim=1)[mine]
+            output["extra"] = dict(self._pending_extra_logs)
+        self._pending_extra_logs.clear()
         return kept[mine], siblings[mine]
+
+    def _prepare_inputs(self, generation_batch):
+        # A dictionary is a micro-batch of `training_step` below
+        return generation_batch if isinstance(generation_batch, dict) else super()._prepare_inputs(generation_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        if self.max_tokens_per_microbatch is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            # How many micro-batches it takes is known when the gate has decided: all of them run in the last of the
+            # accumulation steps, each of which has the whole generation batch
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        start = time.perf_counter()
+        model.train()  # the base class generates after this, and so knows a training step from an evaluation
+        *earlier, last = self._micro_batches(self._generate_and_score_completions(inputs))
+        loss = torch.zeros((), device=self.accelerator.device)
+        for micro_batch in earlier:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            with nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                # Not a step of its own for the base class, which counts and times them
+                loss += super(DistillationTrainer, self).training_step(model, micro_batch, num_items_in_batch)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        self._current_train_step_time += time.perf_counter() - start
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _micro_batches(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The kept rollouts of all processes, dealt out again under the budget: as many micro-batches on each."""
+        batch = self._gather_rows(batch)
+        kept = batch.pop(
+            "kept", torch.ones(len(batch["prompt_ids"]), dtype=torch.bool, device=self.accelerator.device)
+        )
+        lengths = batch["completion_mask"].sum(dim=1) + torch.stack(
+            [batch[name].sum(dim=1) for name in ("prompt_mask", "teacher_prompt_mask") if name in batch]
+        ).amax(dim=0)
+        rows = kept.nonzero().flatten()
+        steps = token_budget_batches(
+            lengths[rows].tolist(), self.max_tokens_per_microbatch, self.accelerator.num_processes
+        )
+        micro_batches = []
+        for step in steps or [[[]] * self.accelerator.num_processes]:
+            mine = step[self.accelerator.process_index]
+            chosen = torch.zeros_like(kept)
+            # Without a rollout it still takes part in the collectives of the others, with one that counts for nothing
+            chosen[rows[mine] if mine else lengths.argmin()] = True
+            micro_batch = self._select_rows(batch, chosen)
+            if not mine:
+                micro_batch["kept"] = chosen.new_zeros(1)
+            micro_batches.append(micro_batch)
+        return micro_batches
+
+    def _gather_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batches of all processes as one."""
+        if self.accelerator.num_processes == 1:
+            return batch
+        gathered = {}
+        for name, value in batch.items():
+            if value.ndim == 2:
+                value = self.accelerator.pad_across_processes(value, dim=1, pad_first="prompt" in name)
+            gathered[name] = value if value.ndim == 0 else self.accelerator.gather(value)
+        return gathered
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "kept" in inputs:
             kept = inputs["kept"]
             if not kept.any():
-                if inputs["num_items_in_batch"] == 0 or self.accelerator.num_processes == 1:
+                nothing_kept = inputs["num_items_in_batch"] == 0
+                is_alone = self.accelerator.distributed_type == DistributedType.NO
+                if is_alone or (nothing_kept and not self.is_deepspeed_enabled):
                     # Nothing to train on here, and no other process that waits for this one: no forward at all. The
                     # zero has a gradient of its own and leaves the parameters without one, so no optimizer moves them.
                     loss = torch.zeros((), device=kept.device, requires_grad=True)
                     return (loss, None) if return_outputs else loss
-                # Another process has rollouts, and its collectives need this one: one row that no token is read from
+                if nothing_kept and self.model.training:
+                    # DeepSpeed takes the optimizer step in the backward that ends an accumulation: this one is none
+                    self.accelerator.gradient_state._set_sync_gradients(False)
+                # Another process, or what wraps the model, has gradients to reduce in this step, and needs a forward
+                # and a backward of this one too: of one row that no token is read from
                 kept = torch.arange(len(kept), device=kept.device) == 0
                 inputs = {**inputs, "completion_mask": torch.zeros_like(inputs["completion_mask"])}
             inputs = self._select_rows(inputs, kept)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self.alarms.check_divergence()
+        return loss
 
     def _select_rows(self, inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
         """The batch with the given rows only (`rows` is a `bool` tensor of shape `(B,)`), and no padding of others."""
@@ -610,6 +855,8 @@ class OPSDTrainer(DistillationTrainer):
         sums = torch.stack([num_tokens.float(), *(nan if values is None else values.sum() for values in measured)])
         mode = "train" if self.model.training else "eval"
         self._token_sums[mode] += sums.cpu().double()
+        if "rollout" in inputs and not self.args.use_liger_kernel:  # whose loss has no values of single tokens
+            self._rollout_log.measure(mode, inputs["rollout"], valid, measured[0])
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens.clamp(min=1)
         loss = tokens.divergence.sum() / num_items_in_batch
@@ -622,16 +869,22 @@ class OPSDTrainer(DistillationTrainer):
         multimodal_inputs = {field: inputs[field] for field in MULTIMODAL_FIELDS if field in inputs}
 
         def with_completion(prompt_ids, prompt_mask):
-            return (
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, completion_mask], dim=1),
-                completion_ids.size(1),
-            )
+            ids = torch.cat([prompt_ids, completion_ids], dim=1)
+            mask = torch.cat([prompt_mask, completion_mask], dim=1)
+            start = torch.full_like(prompt_mask[:, 0], prompt_ids.size(1))
+            if not multimodal_inputs and self.pad_to_multiple_of is None:
+                # Prompts are padded on the left and completions on the right: all of it to the right, as far as needed
+                start = prompt_mask.sum(dim=1)
+                order = mask.argsort(dim=1, descending=True, stable=True)[:, : mask.sum(dim=1).max()]
+                ids, mask = ids.gather(1, order), mask.gather(1, order)
+            return (ids, mask, ids.size(1) - 1), start
 
-        student_inputs = with_completion(inputs["prompt_ids"], inputs["prompt_mask"])
-        teacher_inputs = student_inputs
+        student_inputs, student_start = with_completion(inputs["prompt_ids"], inputs["prompt_mask"])
+        teacher_inputs, teacher_start = student_inputs, student_start
         if self._has_own_teacher_prompt:
-            teacher_inputs = with_completion(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"])
+            teacher_inputs, teacher_start = with_completion(
+                inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
+            )
 
         # The teacher first: the student's activations are not there yet
         teacher_hidden, unwrapped_teacher = self._teacher_forward(unwrapped_student, teacher_inputs, multimodal_inputs)
@@ -644,8 +897,10 @@ class OPSDTrainer(DistillationTrainer):
                 f"{teacher_head.weight.device}: place both on one device in their `device_map`."
             )
         valid = loss_mask.to(device) != 0
-        student_hidden = student_hidden.to(device)[valid]  # (N, H_student)
-        teacher_hidden = teacher_hidden.to(device)[valid]  # (N, H_teacher)
+        # The state that predicts a token stands one place before it
+        row, position = valid.nonzero(as_tuple=True)
+        student_hidden = student_hidden.to(device)[row, student_start[row] + position - 1]  # (N, H_student)
+        teacher_hidden = teacher_hidden.to(device)[row, teacher_start[row] + position - 1]  # (N, H_teacher)
         student_scale, student_softcap = logit_transform(unwrapped_student.config)
         teacher_scale, teacher_softcap = logit_transform(unwrapped_teacher.config)
         # ZeRO-3 gathers a parameter in the forward of its own module, which the loss does not go through
@@ -710,3 +965,5 @@ class OPSDTrainer(DistillationTrainer):
                 self._metrics[mode][name].append(total / num_tokens)
         self._token_sums[mode].zero_()
         super().log(logs, start_time)
+        if self._rollout_log is not None:
+            self._rollout_log.write(mode)
