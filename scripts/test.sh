@@ -2,6 +2,8 @@
 # The tests. Arguments are passed on to pytest; `-m slow`, `-m vllm` and `-m gpu` run the slower tiers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh
+venv=.venv extra=dev
+case " $* " in *" -m vllm "*) venv=.venv-vllm extra=vllm ;; esac
+bash scripts/setup.sh "$extra"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest "$@"
+exec "$venv/bin/python" -m pytest "$@"

@@ -6,49 +6,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from evaluation_world import make_model, make_tokenizer, save_checkpoint, sum_rows, write_rows
+from transformers import Qwen3ForCausalLM
 
 from trl_opsd.cli import parse
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate.__main__ import main
-from trl_opsd.evaluate.measure import eos_token_ids, generate, summarize, tokenize, wilson_interval
+from trl_opsd.evaluate.engines import Request, Sampling, TransformersEngine, eos_token_ids
+from trl_opsd.evaluate.estimators import wilson_interval
+from trl_opsd.evaluate.measure import tokenize
+from trl_opsd.evaluate.tasks import TASKS
 from trl_opsd.results import write_results
-
-
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if terse %}!{% endif %}="
-
-
-def make_tokenizer():
-    tokens = ["<pad>", "<eos>", "<end>", "<think>", "</think>", *"0123456789+-=! x?", r"\boxed{", "}"]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
-    words = Regex(r"\\boxed\{|</?think>|.")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        extra_special_tokens=["<end>"],
-        chat_template=TEMPLATE,
-    )
-
-
-def make_model(tokenizer, cls=Qwen3ForCausalLM):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-    )
-    return cls(config).eval()
 
 
 class Scripted(Qwen3ForCausalLM):
@@ -56,7 +24,7 @@ class Scripted(Qwen3ForCausalLM):
 
     script: dict[str, str] = {}
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, attention_mask, generation_config, streamer=None):
         tokenizer = make_tokenizer()
         completions = []
         for row, mask in zip(input_ids, attention_mask, strict=True):
@@ -75,19 +43,12 @@ def tokenizer():
 
 @pytest.fixture
 def problems(tmp_path):
-    rows = [
-        {"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": str(a + b)} for a in (3, 12) for b in (4, 5)
-    ]
-    path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path / "test.jsonl", sum_rows())
 
 
 @pytest.fixture
-def checkpoint(tmp_path, tokenizer):
-    make_model(tokenizer).save_pretrained(tmp_path / "checkpoint")
-    tokenizer.save_pretrained(tmp_path / "checkpoint")
-    return str(tmp_path / "checkpoint")
+def checkpoint(tmp_path):
+    return save_checkpoint(tmp_path / "checkpoint")
 
 
 class TestArithmetic:
@@ -105,24 +66,6 @@ class TestArithmetic:
             for bound in wilson_interval(correct, n):
                 distance = (correct / n - bound) / math.sqrt(bound * (1 - bound) / n)
                 assert abs(distance) == pytest.approx(1.959964, abs=1e-5)
-
-    def test_summarize(self):
-        samples = [
-            {"tokens": tokens, "truncated": tokens == 40, "correct": tokens < 30, "correct_flexible": tokens <= 30}
-            for tokens in (10, 20, 30, 40)
-        ]
-        samples.append({"tokens": 1000, "truncated": True, "correct": None, "correct_flexible": None})
-        row = summarize(samples)
-        assert (row["n"], row["unverified"]) == (4, 1)
-        assert (row["accuracy"], row["accuracy_flexible"], row["truncated"]) == (0.5, 0.75, 0.25)
-        assert (row["mean_tokens"], row["median_tokens"]) == (25.0, 25.0)
-        # between the order statistics: 0.9 of the way from the first to the last is 0.7 between the 3rd and the 4th
-        assert row["p90_tokens"] == pytest.approx(37.0) and row["p99_tokens"] == pytest.approx(39.7)
-        assert (row["accuracy_low"], row["accuracy_high"]) == wilson_interval(2, 4)
-
-    def test_no_verdict_at_all(self):
-        with pytest.raises(ValueError, match="None of the 1 problems can be verified"):
-            summarize([{"tokens": 1, "truncated": False, "correct": None, "correct_flexible": None}])
 
 
 class TestScripted:
@@ -144,15 +87,25 @@ class TestScripted:
 
     def test_row(self, tokenizer, problems):
         row = self.run(tokenizer, problems, self.script, stage="rlvr", task="sums")
-        assert row.pop("wall_s") >= 0
+        assert row.pop("wall_s") >= row.pop("generation_s") >= 0
+        assert row.pop("peak_memory_bytes") > 100e6  # torch alone is larger
+        total = sum(parameter.numel() for parameter in make_model(tokenizer).parameters())
+        numbers = {
+            name: row.pop(name) for name in list(row) if name.startswith(("mean_tokens_", "strict", "flexible"))
+        }
+        assert numbers["mean_tokens_low"] < 5.75 < numbers["mean_tokens_high"]
+        assert (numbers["strict_only"], numbers["flexible_only"]) == (0, 1)
         assert row == {
             "stage": "rlvr",
             "checkpoint": "scripted",
             "task": "sums",
             "decoding": "greedy",
             "prompt": "plain",
+            "backend": "transformers",
             "n": 4,
+            "samples": 1,
             "unverified": 0,
+            "estimator": "mean@1",
             "accuracy": 0.5,
             "accuracy_low": wilson_interval(2, 4)[0],
             "accuracy_high": wilson_interval(2, 4)[1],
@@ -161,10 +114,24 @@ class TestScripted:
             "median_tokens": 4.5,
             "p90_tokens": pytest.approx(8.5),
             "p99_tokens": pytest.approx(9.85),
+            "mean_thinking_tokens": pytest.approx((0 + 0 + 0 + 5) / 4),  # <think>, the box of three, </think>
+            "mean_answer_tokens": pytest.approx(5.75 - 5 / 4),
             "truncated": 0.0,
-            "parameters": sum(parameter.numel() for parameter in make_model(tokenizer).parameters()),
+            "markers_per_1000_tokens": 0.0,
+            "weights_bytes": None,
+            "parameters": total,
+            "non_embedding_parameters": total - 2 * len(tokenizer) * 16,
+            "serving": [],
+            "cached": 0,
+            "cache_lines_skipped": 0,
+            "checkpoint_hash": None,
+            "task_version": "1",
             "seed": 42,
             "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "max_completion_length": 1024,
+            "reward_funcs": ["math_reward"],
         }
 
     def test_truncated_is_never_correct(self, tokenizer, problems):
@@ -202,7 +169,8 @@ class TestScripted:
         self.run(tokenizer, problems, self.script, output=str(output), save_completions=True)
         lines = output.with_name("result.completions.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        assert [record["id"] for record in records] == [0, 1, 2, 3]
+        assert [record["question"] for record in records] == ["3+4", "3+5", "12+4", "12+5"]
+        assert len({record["id"] for record in records}) == 4
         assert [record["tokens"] for record in records] == [4, 4, 5, 10]
         assert [record["correct"] for record in records] == [True, False, False, True]
         assert records[2]["completion"] == "x 16" and records[2]["correct_flexible"]
@@ -214,18 +182,17 @@ class TestScripted:
         model.script = {key: value.replace("<end>", "<eos>") for key, value in self.script.items()}
         config = EvaluateConfig(dataset_name=problems, decoding=["greedy", "sampled"], batch_size=3)
         evaluate(config, model, tokenizer, progress=lambda done, total: seen.append((done, total)))
-        assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]
+        assert seen == [(done, 8) for done in range(1, 9)]
 
 
 class TestGeneration:
-    def completions(self, model, tokenizer, texts, decoding="greedy", **kwargs):
-        config = EvaluateConfig(dataset_name="x", max_completion_length=12, **kwargs)
-        ends = eos_token_ids(model, tokenizer)
-        prompt_ids = tokenize(texts, tokenizer)
-        found = {}
-        for indices, batch in generate(config, decoding, model, tokenizer, prompt_ids, ends):
-            found.update(zip(indices, batch, strict=True))
-        return [found[index] for index in range(len(texts))]
+    def completions(self, model, tokenizer, texts, greedy=True, batch_size=64, seed=42, top_k=0, done=()):
+        ends = eos_token_ids(model.generation_config, tokenizer)
+        sampling = Sampling(0.0 if greedy else 1.0, 1.0, top_k, 12, tuple(ends))
+        requests = [Request(ids, seed + index) for index, ids in enumerate(tokenize(texts, tokenizer))]
+        engine = TransformersEngine(model, tokenizer.pad_token_id, batch_size)
+        found = dict(engine.generate(requests, sampling, done))
+        return [found.get(index) for index in range(len(texts))]
 
     texts = ["1+2=", "1", "12345678+9=", "7-", "3+3+3="]
 
@@ -252,21 +219,29 @@ class TestGeneration:
         model = make_model(tokenizer)
         model.generation_config.eos_token_id = tokenizer.eos_token = None
         with pytest.raises(ValueError, match="has an `eos_token_id`"):
-            eos_token_ids(model, tokenizer)
+            eos_token_ids(model.generation_config, tokenizer)
 
     def test_seed(self, tokenizer):
         model = make_model(tokenizer)
         first, again, other = (
-            self.completions(model, tokenizer, self.texts, "sampled", seed=seed, batch_size=2) for seed in (1, 1, 2)
+            self.completions(model, tokenizer, self.texts, greedy=False, seed=seed, batch_size=2) for seed in (1, 1, 2)
         )
         assert first == again != other
 
+    def test_what_is_done_changes_nothing_about_the_rest(self, tokenizer):
+        model = make_model(tokenizer)
+        whole = self.completions(model, tokenizer, self.texts, greedy=False, batch_size=2)
+        rest = self.completions(
+            model, tokenizer, self.texts, greedy=False, batch_size=2, done={0, 2}
+        )  # of two batches
+        assert rest == [None if index in (0, 2) else ids for index, ids in enumerate(whole)]
+
     def test_sampling_parameters_of_the_checkpoint_are_not_used(self, tokenizer):
         model = make_model(tokenizer)
-        expected = self.completions(model, tokenizer, self.texts, "sampled")
+        expected = self.completions(model, tokenizer, self.texts, greedy=False)
         model.generation_config.update(temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, do_sample=False)
-        assert self.completions(model, tokenizer, self.texts, "sampled") == expected
-        assert self.completions(model, tokenizer, self.texts, "sampled", top_k=1) != expected
+        assert self.completions(model, tokenizer, self.texts, greedy=False) == expected
+        assert self.completions(model, tokenizer, self.texts, greedy=False, top_k=1) != expected
 
     def test_random_numbers_and_mode_of_the_caller_are_kept(self, tokenizer, problems):
         model = make_model(tokenizer).train()
@@ -297,7 +272,7 @@ class TestCommandLine:
         for decoding, row in zip(("greedy", "sampled"), results["rows"], strict=True):
             tokens = [record["tokens"] for record in records if record["decoding"] == decoding]
             assert row["mean_tokens"] == np.mean(tokens) and max(tokens) <= 9
-        assert capsys.readouterr().out.count("accuracy") == 2
+        assert capsys.readouterr().out.count("mean@1") == 2
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -318,7 +293,15 @@ class TestCommandLine:
             (["--top_k", "-1"], "`top_k` must be at least 0"),
             (["--chat_template_kwargs", "{a"], "`chat_template_kwargs` is not valid JSON"),
             (["--chat_template_kwargs", "[1]"], "`chat_template_kwargs` must be a mapping"),
-            (["--save_completions", "true"], "`save_completions` needs `output`"),
+            (["--rescore", "true"], "`rescore` needs the generations of an earlier run"),
+            (["--num_samples", "0"], "`num_samples` must be at least 1"),
+            (["--concurrency", "0"], "`concurrency` must list numbers of at least 1"),
+            (["--backend", "server"], "`backend: server` and `server_url` belong together"),
+            (["--server_url", "http://localhost:1"], "`backend: server` and `server_url` belong together"),
+            (["--vllm_kwargs", "{a"], "`vllm_kwargs` is not valid JSON"),
+            (["--tasks", "gsm8k"], "`dataset_name` and `tasks` exclude each other"),
+            (["--checkpoints", "a=b"], "`checkpoints` excludes `model_name_or_path`"),
+            (["--max_completion_length", "50000"], "more than the 32768 positions"),
             (["--output", "."], "`output` must be a JSON file"),
             (["--device", "abacus"], "`device`: this machine has no `abacus`"),
         ],
@@ -329,10 +312,10 @@ class TestCommandLine:
         class Loaded(Exception):
             pass
 
-        def load_model(config):
+        def load_engine(config, tokenizer):
             raise Loaded
 
-        monkeypatch.setattr("trl_opsd.evaluate.__main__.load_model", load_model)
+        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", load_engine)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         arguments = ["--model_name_or_path", checkpoint, "--dataset_name", problems, *arguments]
         if message is None:
@@ -357,11 +340,17 @@ class TestCommandLine:
             main(["--config", str(tmp_path / "a.yaml")])
         assert "write `reward_funcs: [math_reward]`" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("recipe", ["evaluate.yaml", "tiny/evaluate.yaml"])
-    def test_recipes(self, recipe):
-        path = Path(__file__).parents[1] / "recipes" / recipe
-        (config,) = parse((EvaluateConfig,), ["--config", str(path), "--dataset_name", "gsm8k"])
-        assert config.reward_funcs == ["math_reward"] and config.decoding == ["greedy", "sampled"]
+    def test_recipes(self):
+        recipes = Path(__file__).parents[1] / "recipes"
+        (tiny,) = parse(
+            (EvaluateConfig,), ["--config", str(recipes / "tiny/evaluate.yaml"), "--dataset_name", "gsm8k"]
+        )
+        assert tiny.reward_funcs == ["math_reward"] and tiny.decoding == ["greedy", "sampled"]
+        arguments = ["--config", str(recipes / "evaluate.yaml"), "--checkpoints", "rlvr=a", "opsd=b"]
+        (config,) = parse((EvaluateConfig,), arguments)
+        runs = config.runs()
+        assert [run.stage for run in runs[::9]] == ["rlvr", "prompt-only", "opsd"] and len(runs) == 27
+        assert {run.task for run in runs} | {"reasoning-gym"} == set(TASKS)
 
     def test_tokenizer_without_a_chat_template(self, checkpoint, problems, capsys):
         Path(checkpoint, "chat_template.jinja").unlink()

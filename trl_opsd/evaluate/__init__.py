@@ -1,4 +1,4 @@
-"""Accuracy and tokens of a checkpoint on any data set of the project's schema."""
+"""Accuracy, tokens, latency, throughput and memory of checkpoints, on benchmarks and on any data set of the schema."""
 
 from .config import EvaluateConfig
 from .measure import evaluate

@@ -1,13 +1,18 @@
+import copy
+import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..opsd.teacher import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from .tasks import OTHER, Task, find_task
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_BACKENDS = ("transformers", "vllm", "server")
 
 
 @dataclass
@@ -19,17 +24,30 @@ class EvaluateConfig:
         > Parameters that control what is measured
 
         model_name_or_path (`str`, *optional*):
-            Folder of the checkpoint, or a model id on the Hub.
+            Checkpoint: a folder, an adapter's folder, or an id on the Hub. Quantised ones are read as transformers, or
+            vLLM, reads them.
+        checkpoints (`list[str]`, *optional*):
+            Several of them in place of `model_name_or_path`, each `PATH` or `STAGE=PATH`.
+        prompt_only (`bool`, *optional*):
+            Whether to measure the first checkpoint once more with `prompt_template: concise`, as the stage
+            `prompt-only`: the baseline of compaction that costs nothing. By default, if there are several checkpoints.
+        tasks (`list[str]`, *optional*):
+            Benchmarks by name (see `trl_opsd/evaluate/tasks.py`), alone or with what
+            [`~trl_opsd.data.load_prompts`] takes after a colon (`gsm8k:test.jsonl`, `bbh:word_sorting`,
+            `reasoning-gym:chain_sum`), or other data sets, as in `dataset_name`. With `[:N]` at the end, N problems of
+            it. A task brings values for all options below that are not set.
         dataset_name (`str`, *optional*):
-            Problems: a file, a folder, a named source or a data set on the Hub (see
+            One data set in place of `tasks`: a file, a folder, a named source or a data set on the Hub (see
             [`~trl_opsd.data.load_prompts`]).
-        dataset_split (`str`, *optional*, defaults to `"test"`):
-            Split of the data set.
+        dataset_split (`str`, *optional*):
+            Split of the data set. Defaults to the task's, or `"test"`.
         max_samples (`int`, *optional*):
-            Number of problems, from the first on. All of them if not set.
-        reward_funcs (`list[str]`, *optional*, defaults to `["math_reward"]`):
+            Number of problems, from the first on, and equally many from each part of a set that has several. All of
+            them if not set.
+        reward_funcs (`list[str]`, *optional*):
             Verifiers by name, as in [`~trl_opsd.rewards.load_reward_funcs`]. A completion is correct if it ended and
             each of them scores it at least 1.0. Problems that one of them cannot judge (`None`) are not counted.
+            Defaults to the task's, or `["math_reward"]`.
         prompt_template (`str`, *optional*):
             Context to put each prompt in: one of `"solution"`, `"answer"` and `"concise"` (the teacher contexts of
             [`OPSDConfig`]), or a text with `{prompt}` and any of `{solution}`, `{answer}`; a literal brace is written
@@ -39,16 +57,21 @@ class EvaluateConfig:
 
         > Parameters that control generation
 
-        decoding (`list[str]`, *optional*, defaults to `["greedy"]`):
-            Ways of decoding, each giving one row of results: `"greedy"` and `"sampled"`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of `"sampled"`.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Share of the probability mass that `"sampled"` draws from; `1.0` is all of it.
-        top_k (`int`, *optional*, defaults to `0`):
-            Number of tokens that `"sampled"` draws from; `0` is the whole vocabulary.
-        max_completion_length (`int`, *optional*, defaults to `1024`):
+        decoding (`list[str]`, *optional*):
+            Ways of decoding, each giving one row of results: `"greedy"` and `"sampled"`. Defaults to the task's, or
+            `["greedy"]`.
+        num_samples (`int`, *optional*):
+            Completions per problem of `"sampled"`. Defaults to the task's, or 1.
+        temperature (`float`, *optional*):
+            Temperature of `"sampled"`. Defaults to the task's, or 1.0.
+        top_p (`float`, *optional*):
+            Share of the probability mass that `"sampled"` draws from; `1.0` is all of it. Defaults to the task's, or
+            1.0.
+        top_k (`int`, *optional*):
+            Number of tokens that `"sampled"` draws from; `0` is the whole vocabulary. Defaults to the task's, or 0.
+        max_completion_length (`int`, *optional*):
             Maximum number of tokens of a completion. One that has not ended by then is truncated, and never correct.
+            Defaults to the task's, or 1024.
         batch_size (`int`, *optional*, defaults to `64`):
             Number of completions generated at a time.
         seed (`int`, *optional*, defaults to `42`):
@@ -56,41 +79,85 @@ class EvaluateConfig:
 
         > Parameters that control the model
 
+        backend (`str`, *optional*, defaults to `"transformers"`):
+            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running vLLM).
+        server_url (`str`, *optional*):
+            Address of the server, for instance `http://localhost:8000`. The tokenizer is that of the checkpoint.
+        server_model (`str`, *optional*):
+            Name of the model or the adapter at the server. Defaults to the only one it has.
+        vllm_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments for `vllm.LLM`, for instance `{"tensor_parallel_size": 2}`.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Precision of the weights: `"auto"` (the checkpoint's own), `"float32"`, `"bfloat16"` or `"float16"`.
         device (`str`, *optional*):
-            Device to run on. Defaults to the accelerator of the machine if there is one, and to the CPU if not.
+            Device of the transformers backend. Defaults to the accelerator of the machine if there is one, and to the
+            CPU if not.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the checkpoint may bring code of its own.
+
+        > Parameters that control latency and throughput
+
+        concurrency (`list[int]`, *optional*):
+            Numbers of requests under way at a time for which latency and throughput are measured. Not measured if not
+            set.
+        serving_requests (`int`, *optional*, defaults to `64`):
+            Number of requests of each measurement: the first problems of the task, decoded in its first way.
 
         > Parameters that control the output
 
         output (`str`, *optional*):
             JSON file for the results. If not set they are only shown.
-        save_completions (`bool`, *optional*, defaults to `False`):
+        save_completions (`bool`, *optional*, defaults to `True`):
             Whether to save every completion beside `output`, in a `.completions.jsonl` file of the same name.
+        cache_dir (`str`, *optional*):
+            Folder in which generations are kept, so that an interrupted run goes on. Defaults to `generations` beside
+            `output`; without either nothing is kept.
+        rescore (`bool`, *optional*, defaults to `False`):
+            Whether to generate nothing: score what is in the cache, and stop if something is not.
         stage (`str`, *optional*):
             Label of the checkpoint in the results, for instance `"rlvr"`.
         task (`str`, *optional*):
-            Label of the data set in the results. Defaults to `dataset_name`.
+            Label of the data set in the results. Defaults to its name.
     """
 
     # Parameters that control what is measured
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder of the checkpoint, or a model id on the Hub."}
+        default=None, metadata={"help": "Checkpoint: a folder, an adapter's folder, or an id on the Hub."}
+    )
+    checkpoints: list[str] | None = field(
+        default=None,
+        metadata={"help": "Several in place of `model_name_or_path`, each PATH or STAGE=PATH."},
+    )
+    prompt_only: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to measure the first checkpoint once more, asked to be concise. By default, if there are "
+            "several checkpoints."
+        },
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Benchmarks by name, or other data sets; with [:N] at the end, N problems of it."},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Problems: a file, a folder, a named source or a data set on the Hub."}
+        default=None,
+        metadata={"help": "One data set in place of `tasks`: a file, a folder, a named source or a Hub data set."},
     )
-    dataset_split: str = field(default="test", metadata={"help": "Split of the data set."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of the data set. Defaults to the task's, or 'test'."}
+    )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Number of problems, from the first on. All of them if not set."}
+        default=None,
+        metadata={
+            "help": "Number of problems, from the first on, and equally many from each part of a set that has several. "
+            "All of them if not set."
+        },
     )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["math_reward"],
+    reward_funcs: list[str] | None = field(
+        default=None,
         metadata={
             "help": "Verifiers by name. A completion is correct if it ended and each of them scores it at least 1.0. "
-            "Problems that one of them cannot judge are not counted."
+            "Problems that one of them cannot judge are not counted. Defaults to the task's, or ['math_reward']."
         },
     )
     prompt_template: str | None = field(
@@ -105,80 +172,148 @@ class EvaluateConfig:
     )
 
     # Parameters that control generation
-    decoding: list[str] = field(
-        default_factory=lambda: ["greedy"],
-        metadata={"help": "Ways of decoding, each giving one row of results: 'greedy' and 'sampled'."},
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of 'sampled'."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Share of the probability mass that 'sampled' draws from; 1.0 is all of it."}
-    )
-    top_k: int = field(
-        default=0, metadata={"help": "Number of tokens that 'sampled' draws from; 0 is the whole vocabulary."}
-    )
-    max_completion_length: int = field(
-        default=1024,
+    decoding: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Maximum number of tokens of a completion. One that has not ended by then is never correct."
+            "help": "Ways of decoding, each giving one row of results: 'greedy' and 'sampled'. Defaults to the task's, "
+            "or ['greedy']."
+        },
+    )
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Completions per problem of 'sampled'. Defaults to the task's, or 1."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of 'sampled'. Defaults to the task's, or 1.0."}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the probability mass that 'sampled' draws from; 1.0 is all of it. Defaults to the task's, "
+            "or 1.0."
+        },
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens that 'sampled' draws from; 0 is the whole vocabulary. Defaults to the task's, or 0."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens of a completion. One that has not ended by then is never correct. "
+            "Defaults to the task's, or 1024."
         },
     )
     batch_size: int = field(default=64, metadata={"help": "Number of completions generated at a time."})
     seed: int = field(default=42, metadata={"help": "Seed of 'sampled'."})
 
     # Parameters that control the model
+    backend: str = field(default="transformers", metadata={"help": "What generates.", "choices": list(_BACKENDS)})
+    server_url: str | None = field(default=None, metadata={"help": "Address of the server: http://localhost:8000."})
+    server_model: str | None = field(
+        default=None, metadata={"help": "Name of the model at the server. Defaults to the only one it has."}
+    )
+    vllm_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `vllm.LLM`, as JSON on the command line."}
+    )
     dtype: str = field(
         default="auto",
         metadata={"help": "Precision of the weights; 'auto' is the checkpoint's own.", "choices": list(_DTYPES)},
     )
     device: str | None = field(
-        default=None, metadata={"help": "Device to run on. Defaults to the accelerator if there is one, or the CPU."}
+        default=None,
+        metadata={
+            "help": "Device of the transformers backend. Defaults to the accelerator if there is one, or the CPU."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether the checkpoint may bring code of its own."}
     )
 
+    # Parameters that control latency and throughput
+    concurrency: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers of requests under way for which latency and throughput are measured."},
+    )
+    serving_requests: int = field(default=64, metadata={"help": "Number of requests of each such measurement."})
+
     # Parameters that control the output
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     save_completions: bool = field(
-        default=False, metadata={"help": "Whether to save every completion beside `output`, as JSON Lines."}
+        default=True, metadata={"help": "Whether to save every completion beside `output`, as JSON Lines."}
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which generations are kept. Defaults to `generations` beside `output`; without either "
+            "nothing is kept."
+        },
+    )
+    rescore: bool = field(
+        default=False, metadata={"help": "Generate nothing: score what is in the cache, and stop if something is not."}
     )
     stage: str | None = field(default=None, metadata={"help": "Label of the checkpoint in the results."})
     task: str | None = field(
-        default=None, metadata={"help": "Label of the data set in the results. Defaults to `dataset_name`."}
+        default=None, metadata={"help": "Label of the data set in the results. Defaults to its name."}
     )
 
     def __post_init__(self):
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`chat_template_kwargs` is not valid JSON: {error}.") from None
-        if not isinstance(self.chat_template_kwargs, dict | None):
-            raise ValueError(f"`chat_template_kwargs` must be a mapping, and is {self.chat_template_kwargs!r}.")
-        if not self.dataset_name:
-            raise ValueError("`dataset_name` is missing: give a file, a folder, a named source or a Hub data set.")
-        for name, value in (("decoding", self.decoding), ("reward_funcs", self.reward_funcs)):
-            if not isinstance(value, list):  # YAML makes a word a string, and a string is a list of letters
+        for name in ("chat_template_kwargs", "vllm_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"`{name}` is not valid JSON: {error}.") from None
+                setattr(self, name, value)
+            if not isinstance(value, dict | None):
+                raise ValueError(f"`{name}` must be a mapping, and is {value!r}.")
+        for name in ("checkpoints", "tasks", "decoding", "reward_funcs", "concurrency"):
+            value = getattr(self, name)
+            if not isinstance(value, list | None):  # YAML makes a word a string, and a string is a list of letters
                 raise ValueError(f"`{name}` must be a list, and is {value!r}: write `{name}: [{value}]`.")
-        if not self.decoding or not set(self.decoding) <= {"greedy", "sampled"}:
+            if value is not None and not value:
+                raise ValueError(f"`{name}` is empty: name at least one, or leave it out.")
+        if (self.dataset_name is None) == (self.tasks is None):
+            raise ValueError(
+                "`dataset_name` is missing: give a file, a folder, a named source or a Hub data set, or benchmarks as "
+                "`tasks`."
+                if self.tasks is None
+                else "`dataset_name` and `tasks` exclude each other: put the data set into the list of `tasks`."
+            )
+        if self.checkpoints and (self.model_name_or_path or self.stage):
+            raise ValueError(
+                "`checkpoints` excludes `model_name_or_path` and `stage`: put all into the list, each as STAGE=PATH."
+            )
+        if self.tasks and self.task:
+            raise ValueError("`task` is the label of one `dataset_name`, and `tasks` have their own: leave it out.")
+        if self.prompt_only and self.prompt_template:
+            raise ValueError("`prompt_only` adds a `prompt_template` of its own: leave one of them out.")
+        if self.tasks is None:
+            self._fill(OTHER)
+        if self.decoding is not None and not set(self.decoding) <= {"greedy", "sampled"}:
             raise ValueError(f"`decoding` must list 'greedy', 'sampled' or both, and is {self.decoding}.")
-        if not self.reward_funcs:
-            raise ValueError("`reward_funcs` is empty: name at least one verifier, for instance `math_reward`.")
-        for name, value in (
-            ("max_samples", 1 if self.max_samples is None else self.max_samples),
-            ("max_completion_length", self.max_completion_length),
-            ("batch_size", self.batch_size),
-        ):
-            if value < 1:
+        for name in ("max_samples", "max_completion_length", "batch_size", "num_samples", "serving_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, and is {value}.")
-        if self.temperature <= 0:
+        if self.concurrency and min(self.concurrency) < 1:
+            raise ValueError(f"`concurrency` must list numbers of at least 1, and is {self.concurrency}.")
+        if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"`temperature` must be above 0, and is {self.temperature}: for none, use 'greedy'.")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and at most 1, and is {self.top_p}.")
-        if self.top_k < 0:
+        if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"`top_k` must be at least 0, which is no limit, and is {self.top_k}.")
         if self.dtype not in _DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, and is {self.dtype!r}.")
+        if self.backend not in _BACKENDS:
+            raise ValueError(f"`backend` must be one of {', '.join(_BACKENDS)}, and is {self.backend!r}.")
+        if (self.backend == "server") != (self.server_url is not None):
+            raise ValueError("`backend: server` and `server_url` belong together: give both.")
+        if self.backend == "server" and len(self.checkpoints or ()) > 1:
+            raise ValueError("A server has the weights of one checkpoint: evaluate `checkpoints` one by one.")
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)
@@ -187,9 +322,53 @@ class EvaluateConfig:
                 raise ValueError(f"`device`: this machine has no `{self.device}` ({reason}).") from None
         if self.output is not None and Path(self.output).is_dir():
             raise ValueError(f"`output` must be a JSON file, and `{self.output}` is a folder: add a file name.")
-        if self.save_completions and self.output is None:
-            raise ValueError("`save_completions` needs `output`, the JSON file to save them beside: set it.")
+        if self.cache_dir is None and self.output is not None:
+            self.cache_dir = str(Path(self.output).parent / "generations")
+        if self.rescore and self.cache_dir is None:
+            raise ValueError("`rescore` needs the generations of an earlier run: give its `output` or `cache_dir`.")
         self.context()
+
+    def _fill(self, task: Task) -> None:
+        for name, value in dataclasses.asdict(task).items():
+            if name != "version" and getattr(self, name) is None:
+                setattr(self, name, list(value) if isinstance(value, tuple) else value)
+
+    def runs(self) -> list["EvaluateConfig"]:
+        """
+        Returns what there is to do: a configuration for each checkpoint, context and task, with all values filled in.
+        Those of one checkpoint follow each other.
+        """
+        pairs = [(self.stage, self.model_name_or_path)]
+        if self.checkpoints:
+            # a path may have a `=` of its own, after a slash
+            parts = [re.fullmatch(r"(?:([^/=]+)=)?(.+)", checkpoint).groups() for checkpoint in self.checkpoints]
+            pairs = [(stage or Path(path).name, path) for stage, path in parts]
+            if len({stage for stage, _ in pairs}) < len(pairs):
+                raise ValueError(f"`checkpoints` has a label twice ({self.checkpoints}): write each as STAGE=PATH.")
+        contexts = [(stage, path, self.prompt_template) for stage, path in pairs]
+        prompt_only = len(pairs) > 1 and self.prompt_template is None if self.prompt_only is None else self.prompt_only
+        if prompt_only:
+            contexts.insert(1, ("prompt-only", pairs[0][1], "concise"))
+        runs = []
+        for stage, path, template in contexts:
+            common = {"checkpoints": None, "prompt_only": False, "prompt_template": template}
+            common |= {"model_name_or_path": path, "stage": stage, "tasks": None}
+            for name in self.tasks or [None]:
+                if name is None:
+                    runs.append(dataclasses.replace(self, **common, task=self.task or self.dataset_name))
+                    continue
+                name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", name).groups()
+                label, task = find_task(name)
+                run = copy.copy(self)
+                run._fill(task)
+                samples = int(number) if number else self.max_samples
+                runs.append(dataclasses.replace(run, **common, dataset_name=name, task=label, max_samples=samples))
+        return runs
+
+    @property
+    def task_version(self) -> str:
+        """Version of the task that the data set is."""
+        return find_task(self.dataset_name)[1].version
 
     def context(self) -> TeacherContext | None:
         """Returns what puts a prompt into the context of `prompt_template`, or `None` for the plain prompt."""

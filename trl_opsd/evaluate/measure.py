@@ -1,29 +1,93 @@
-"""Generates, verifies and counts: one row of results per way of decoding."""
+"""Generates, verifies and counts: one row of results per checkpoint, task and way of decoding."""
 
+import hashlib
+import inspect
 import json
-import math
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import UserError
 from ..data import check_columns, load_prompts
+from ..data.decontaminate import problem_text
 from ..results import write_text
-from ..rewards import load_reward_funcs, math_reward, required_columns
+from ..rewards import code_reward, extract_answer, load_reward_funcs, required_columns
+from .cache import GenerationCache, cache_key
+from .checkpoint import (
+    base_of,
+    check_evaluated,
+    checkpoint_hash,
+    count_checkpoint,
+    count_parameters,
+    load_generation_config,
+    weights_bytes,
+)
 from .config import EvaluateConfig
+from .engines import (
+    Engine,
+    Request,
+    Sampling,
+    ServerEngine,
+    TransformersEngine,
+    VllmEngine,
+    eos_token_ids,
+    load_model,
+)
+from .estimators import Samples, summarize
+from .meter import measure_serving, peak_memory, reset_peak_memory
+
+
+@dataclass
+class Job:
+    """
+    One checkpoint on one task, checked and ready to be measured.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            With all values filled in.
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+        reward_funcs (`list[Callable]`):
+            Verifiers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the checkpoint.
+        positions (`int`):
+            Positions that the model has.
+
+    Attributes:
+        prompt_ids (`list[list[int]]`):
+            Token ids of the prompts, in the context of `config.prompt_template`.
+
+    Raises:
+        UserError: If a prompt with its completion has more tokens than the model has positions.
+    """
+
+    config: EvaluateConfig
+    dataset: Dataset
+    reward_funcs: list[Callable]
+    tokenizer: PreTrainedTokenizerBase
+    positions: int
+
+    def __post_init__(self):
+        config, context = self.config, self.config.context()
+        prompts = self.dataset["prompt"] if context is None else [context.prompt(row) for row in self.dataset]
+        self.prompt_ids = tokenize(prompts, self.tokenizer, config.chat_template_kwargs)
+        row = max(range(len(prompts)), key=lambda index: len(self.prompt_ids[index]))
+        longest = len(self.prompt_ids[row])
+        if longest + config.max_completion_length > self.positions:
+            raise UserError(
+                f"The prompt of row {row + 1} of `{config.dataset_name}` has {longest} tokens, and with "
+                f"`max_completion_length` {config.max_completion_length} that is more than the {self.positions} "
+                "positions of the model: lower it, or remove the row."
+            )
 
 
 def evaluate(
@@ -33,34 +97,144 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Measures the accuracy and the tokens of a checkpoint.
+    Measures checkpoints on tasks: accuracy, tokens, memory and, where asked for, latency and throughput.
 
     Args:
         config ([`EvaluateConfig`]):
             What to measure and how.
         model ([`~transformers.PreTrainedModel`], *optional*):
-            Model to measure as it is, on its own device. Defaults to the checkpoint at `config.model_name_or_path`.
+            Model to measure as it is, on its own device. Defaults to the checkpoints of the configuration.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer. Defaults to the checkpoint's.
         progress (`Callable[[int, int], None]`, *optional*):
-            Called with the number of completions done and their total. Defaults to a progress bar.
+            Called with the number of completions done and their total. Defaults to a progress bar with the time left.
 
     Returns:
-        `list[dict]`: One row per entry of `config.decoding`: labels (`stage`, `checkpoint`, `task`, `decoding`,
-        `prompt`, `seed`, `temperature`), `n` (problems counted) and `unverified` (problems that a verifier could not
-        judge, which nothing else counts), `accuracy` with its 95% interval `accuracy_low` to `accuracy_high`,
-        `accuracy_flexible` (the answer accepted elsewhere than where the prompt asked for it; `None` for other than
-        math tasks), `mean_tokens`, `median_tokens`, `p90_tokens` and `p99_tokens` (completion tokens with the one
-        that ends it), `truncated` (share of completions that did not end), `parameters`, and `wall_s` (seconds of
-        generating and verifying).
+        `list[dict]`: One row per checkpoint, context, task and way of decoding; see [`measure`].
 
     Raises:
-        ValueError: If the data, the verifiers or the tokenizer do not fit, before a model is loaded.
+        ValueError: If the checkpoints, the data, the verifiers or the tokenizers do not fit, before a model is loaded.
     """
+    if model is None:
+        return run(prepare(config), progress)
     dataset, reward_funcs = load_task(config)
     tokenizer = load_tokenizer(config, dataset) if tokenizer is None else tokenizer
-    model = load_model(config) if model is None else model
     return measure(config, dataset, reward_funcs, model, tokenizer, progress)
+
+
+def prepare(config: EvaluateConfig) -> list[Job]:
+    """
+    Checks all that can be checked before a model is loaded.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            What to measure.
+
+    Returns:
+        `list[Job]`: What there is to do, those of one checkpoint after each other.
+
+    Raises:
+        ValueError: If something is missing or does not fit.
+    """
+    jobs, positions = [], {}
+    for part in config.runs():
+        path = part.model_name_or_path
+        if path not in positions:
+            check_evaluated(path, part.trust_remote_code)
+            architecture = AutoConfig.from_pretrained(base_of(path), trust_remote_code=part.trust_remote_code)
+            positions[path] = architecture.get_text_config().max_position_embeddings
+        dataset, reward_funcs = load_task(part)
+        jobs.append(Job(part, dataset, reward_funcs, load_tokenizer(part, dataset), positions[path]))
+    return jobs
+
+
+def run(jobs: list[Job], progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+    """
+    Measures what [`prepare`] returns. A checkpoint is loaded when its first completion is missing from the cache.
+
+    Args:
+        jobs (`list[Job]`):
+            What there is to do.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with the number of completions done and their total. Defaults to a progress bar with the time left.
+
+    Returns:
+        `list[dict]`: Rows of results.
+    """
+    rows, records = [], []
+    completions = sum(_completions(job.config, len(job.dataset)) for job in jobs)
+    tick = _Ticker(completions, progress)
+    subject = None
+    with tick.bar:
+        for job in jobs:
+            path = job.config.model_name_or_path
+            if subject is None or path != subject.path:
+                if subject is not None:
+                    subject.close()  # before the next one is loaded
+                subject = _Subject(
+                    path,
+                    lambda job=job: load_engine(job.config, job.tokenizer),
+                    eos_token_ids(load_generation_config(path, job.config.trust_remote_code), job.tokenizer),
+                    {"weights_bytes": weights_bytes(path), **count_checkpoint(path, job.config.trust_remote_code)},
+                    checkpoint_hash(path),
+                )
+            new_rows, new_records = _measure(job, subject, tick)
+            rows += new_rows
+            records += new_records
+    subject.close()
+    _save(jobs[0].config, records)
+    return rows
+
+
+def measure(
+    config: EvaluateConfig,
+    dataset: Dataset,
+    reward_funcs: list[Callable],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Measures a loaded model on loaded problems. Its generations are not kept: nothing says whose they are.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            How to decode, and the labels; one task.
+        dataset ([`~datasets.Dataset`]):
+            Problems, from [`load_task`].
+        reward_funcs (`list[Callable]`):
+            Verifiers, from [`load_task`].
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with the number of completions done and their total.
+
+    Returns:
+        `list[dict]`: One row per way of decoding. Labels: `stage`, `checkpoint`, `task`, `decoding`, `prompt`,
+        `backend`. Numbers: those of [`~trl_opsd.evaluate.estimators.summarize`]; `parameters`,
+        `non_embedding_parameters`, `weights_bytes`; `peak_memory_bytes` (see
+        [`~trl_opsd.evaluate.meter.peak_memory`]) while the checkpoint was loaded and generated, `None` if it did not in
+        this run; `serving` (see [`~trl_opsd.evaluate.meter.measure_serving`]), one for each level of concurrency;
+        `generation_s` (seconds of generating, those of an earlier run included where `cached` completions are from
+        it), `wall_s` (seconds of this run), `cache_lines_skipped` (damaged ones). And what the numbers depend on:
+        `checkpoint_hash`, `task_version`, `seed`, `temperature`, `top_p`, `top_k`, `max_completion_length`,
+        `reward_funcs`.
+    """
+    (part,) = config.runs()
+    tick = _Ticker(_completions(part, len(dataset)), progress)
+    subject = _Subject(
+        part.model_name_or_path,
+        lambda: TransformersEngine(model, tokenizer.pad_token_id, part.batch_size),
+        eos_token_ids(model.generation_config, tokenizer),
+        {"weights_bytes": None, **count_parameters(model)},
+    )
+    job = Job(part, dataset, reward_funcs, tokenizer, model.config.get_text_config().max_position_embeddings)
+    with tick.bar:
+        rows, records = _measure(job, subject, tick)
+    _save(part, records)
+    return rows
 
 
 def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
@@ -69,10 +243,10 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
 
     Args:
         config ([`EvaluateConfig`]):
-            What to measure.
+            What to measure, one task.
 
     Returns:
-        `tuple`: Problems, with each prompt in the context of `config.prompt_template`, and reward functions.
+        `tuple`: Problems and reward functions.
 
     Raises:
         ValueError: If a file, a column or a reward function is missing.
@@ -82,12 +256,21 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
     for name, func in zip(config.reward_funcs, reward_funcs, strict=True):
         check_columns(dataset, required_columns(func), f"The verifier `{name}`")
     if config.max_samples is not None:
-        dataset = dataset.select(range(min(config.max_samples, len(dataset))))
+        dataset = dataset.select(_first(dataset, config.max_samples))
     context = config.context()
     if context is not None:
         context.check_columns(dataset.column_names)
-        dataset = Dataset.from_list([{**row, "prompt": context.prompt(row)} for row in dataset])
     return dataset, reward_funcs
+
+
+def _first(dataset: Dataset, number: int) -> list[int]:
+    """The first rows, equally many of each task where the set is made of several (`Source.tasks`)."""
+    parts = dataset["task"] if "task" in dataset.column_names else [None] * len(dataset)
+    seen, ranks = Counter(), []
+    for index, part in enumerate(parts):
+        ranks.append((seen[part], index))
+        seen[part] += 1
+    return sorted(index for _, index in sorted(ranks)[:number])
 
 
 def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokenizerBase:
@@ -107,10 +290,13 @@ def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokeni
         UserError: If there is none, or it has no chat template and the prompts need one.
     """
     path = config.model_name_or_path
+    if path and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of(path)  # an adapter need not have one of its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"`{path}` has no tokenizer that can be loaded ({str(error).splitlines()[0]}).") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"`{path}` has no tokenizer that can be loaded ({reason}).") from None
     if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
         raise UserError(
             f"The prompts are conversations, and the tokenizer of `{path}` has no chat template: add one to the "
@@ -119,95 +305,24 @@ def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokeni
     return tokenizer
 
 
-def load_model(config: EvaluateConfig) -> PreTrainedModel:
+def load_engine(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """
-    Loads the checkpoint.
+    Loads the checkpoint in its backend.
 
     Args:
         config ([`EvaluateConfig`]):
-            Where it is, its precision and its device.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: Model on its device.
-    """
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(config.device or accelerator)
-
-
-def measure(
-    config: EvaluateConfig,
-    dataset: Dataset,
-    reward_funcs: list[Callable],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """
-    Measures a loaded model on loaded problems; see [`evaluate`] for what comes out.
-
-    Args:
-        config ([`EvaluateConfig`]):
-            How to decode, and the labels.
-        dataset ([`~datasets.Dataset`]):
-            Problems, from [`load_task`].
-        reward_funcs (`list[Callable]`):
-            Verifiers, from [`load_task`].
-        model ([`~transformers.PreTrainedModel`]):
-            Model.
+            Which checkpoint, which backend.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
-        progress (`Callable[[int, int], None]`, *optional*):
-            Called with the number of completions done and their total.
 
     Returns:
-        `list[dict]`: One row per way of decoding.
+        [`~trl_opsd.evaluate.engines.Engine`]: What generates.
     """
-    prompt_ids = tokenize(dataset["prompt"], tokenizer, config.chat_template_kwargs)
-    eos_ids = eos_token_ids(model, tokenizer)
-    rows, records = [], []
-    done, total = 0, len(config.decoding) * len(dataset)
-    training = model.training
-    model.eval()
-    cuda = [model.device] if model.device.type == "cuda" else []
-    bar = tqdm(total=total, unit="completion", desc="evaluate", disable=progress is not None)
-    with bar, torch.random.fork_rng(cuda):  # the caller's random numbers go on as if nothing had been drawn
-        for decoding in config.decoding:
-            start = time.perf_counter()
-            completions: list[list[int]] = [[]] * len(dataset)
-            for indices, batch in generate(config, decoding, model, tokenizer, prompt_ids, eos_ids):
-                for index, ids in zip(indices, batch, strict=True):
-                    completions[index] = ids
-                done += len(batch)
-                bar.update(len(batch))
-                if progress is not None:
-                    progress(done, total)
-            samples = verify(dataset, reward_funcs, completions, tokenizer, eos_ids)
-            labels = {
-                "stage": config.stage,
-                "checkpoint": config.model_name_or_path,
-                "task": config.task or config.dataset_name,
-                "decoding": decoding,
-                "prompt": config.prompt_template or "plain",
-            }
-            rows.append(
-                {
-                    **labels,
-                    **summarize(samples),
-                    "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                    "wall_s": round(time.perf_counter() - start, 3),
-                    "seed": config.seed,
-                    "temperature": config.temperature if decoding == "sampled" else 0.0,
-                }
-            )
-            records += [{**labels, **sample} for sample in samples]
-    model.train(training)
-    if config.save_completions:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_text(Path(config.output).with_suffix(".completions.jsonl"), lines)
-    return rows
+    if config.backend == "server":
+        return ServerEngine(config.server_url, config.server_model, config.batch_size)
+    if config.backend == "vllm":
+        return VllmEngine(config)
+    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size)
 
 
 def tokenize(
@@ -234,119 +349,35 @@ def tokenize(
     )["input_ids"]
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """
-    Returns every token that ends a completion, for the model (generation config) or for the tokenizer: where chat and
-    base model disagree and only one is listened to, completions run on to the limit.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-
-    Returns:
-        `list[int]`: Token ids.
-
-    Raises:
-        ValueError: If neither declares one.
-    """
-    declared = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    if not ids:
-        raise ValueError("Neither the generation config nor the tokenizer has an `eos_token_id`: set one of them.")
-    return sorted(ids)
-
-
-def generate(
-    config: EvaluateConfig,
-    decoding: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[list[int]],
-    eos_ids: list[int],
-) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """
-    Generates one completion per prompt, in batches of prompts of similar length, the longest first.
-
-    Args:
-        config ([`EvaluateConfig`]):
-            Sampling parameters, batch size and seed.
-        decoding (`str`):
-            `"greedy"` or `"sampled"`.
-        model ([`~transformers.PreTrainedModel`]):
-            Model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompt_ids (`list[list[int]]`):
-            Token ids of the prompts.
-        eos_ids (`list[int]`):
-            Tokens that end a completion.
-
-    Yields:
-        `tuple`: Positions of a batch in `prompt_ids`, and the token ids of their completions, each up to and including
-        the token that ends it.
-    """
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampled = decoding == "sampled"
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k} if sampled else {}
-    # What is left out here is taken from the checkpoint's generation config, so what decides the tokens is not.
-    generation_config = GenerationConfig(
-        max_new_tokens=config.max_completion_length,
-        do_sample=sampled,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=eos_ids,
-        pad_token_id=pad_id,
-        **sampling,
-    )
-    ends = torch.tensor(eos_ids, device=model.device)
-    order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]), reverse=True)
-    torch.manual_seed(config.seed)
-    for start in range(0, len(order), config.batch_size):
-        indices = order[start : start + config.batch_size]
-        width = len(prompt_ids[indices[0]])
-        input_ids = torch.full((len(indices), width), pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(indices):
-            length = len(prompt_ids[index])
-            input_ids[row, width - length :] = torch.tensor(prompt_ids[index])
-            attention_mask[row, width - length :] = 1
-        completion = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=generation_config,
-        )[:, width:]
-        ended = torch.isin(completion, ends)
-        lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, completion.size(1)).tolist()
-        yield indices, [ids[:length] for ids, length in zip(completion.tolist(), lengths, strict=True)]
-
-
 def verify(
     dataset: Dataset,
     reward_funcs: list[Callable],
     completion_ids: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: list[int],
+    opened: list[bool] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Decides for each completion whether it is correct.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Problems.
+            Problems, one for each completion.
         reward_funcs (`list[Callable]`):
-            Verifiers; each must score a completion at least 1.0.
+            Verifiers; each must score a completion at least 1.0. One with a parameter `flexible` is asked twice.
         completion_ids (`list[list[int]]`):
             Token ids of the completions, in the order of the problems.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer.
         eos_ids (`list[int]`):
             Tokens that end a completion.
+        opened (`list[bool]`, *optional*):
+            Whether the prompt ends in an open thinking block, which the completion then closes.
 
     Returns:
-        `list[dict]`: Per problem its `id` (position in the data set), `completion`, `tokens`, `truncated`, `correct`
-        and `correct_flexible`, the last two `None` where no verdict is possible.
+        `list[dict]`: Per completion its text (`completion`), `tokens` and `thinking_tokens` of them (up to `</think>`;
+        all of them if it never comes), `truncated`, `correct` and `correct_flexible`, the last two `None` where no
+        verdict is possible, and `answer` (what it boxes last, or `None`).
     """
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
@@ -356,84 +387,236 @@ def verify(
     completions = texts
     if not isinstance(prompts[0], str):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
-    scores = [
-        func(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        for func in reward_funcs
-    ]
-    flexible = [None] * len(texts)
-    if math_reward in reward_funcs:
-        flexible = math_reward(texts, answer=columns["answer"], flexible=True)
+
+    def scores(**flexible) -> list[tuple]:
+        each = [
+            func(
+                prompts=prompts,
+                completions=completions,
+                completion_ids=completion_ids,
+                **columns,
+                **(flexible if "flexible" in inspect.signature(func).parameters else {}),
+            )
+            for func in reward_funcs
+        ]
+        return list(zip(*each, strict=True))
+
+    strict = scores()
+    any_flexible = any("flexible" in inspect.signature(func).parameters for func in reward_funcs)
+    flexible = scores(flexible=True) if any_flexible else [(None,)] * len(texts)
+
+    def verdict(values: tuple, truncated: bool) -> bool | None:
+        return None if None in values else not truncated and all(value >= 1 for value in values)
+
     samples = []
-    for index, (text, ids, verdicts) in enumerate(zip(texts, completion_ids, zip(*scores, strict=True), strict=True)):
+    for index, (text, ids) in enumerate(zip(texts, completion_ids, strict=True)):
         truncated = ids[-1] not in eos_ids
-        unknown = any(verdict is None for verdict in verdicts)
         samples.append(
             {
-                "id": index,
                 "completion": text,
                 "tokens": len(ids),
+                "thinking_tokens": _thinking_tokens(text, ids, tokenizer, opened is not None and opened[index]),
                 "truncated": truncated,
-                "correct": None if unknown else not truncated and all(verdict >= 1 for verdict in verdicts),
-                "correct_flexible": None if flexible[index] is None else not truncated and flexible[index] >= 1,
+                "correct": verdict(strict[index], truncated),
+                "correct_flexible": verdict(flexible[index], truncated),
+                "answer": None if code_reward in reward_funcs else extract_answer(text),
             }
         )
     return samples
 
 
-def summarize(samples: list[dict[str, Any]]) -> dict[str, float | int | None]:
+def _thinking_tokens(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, opened: bool) -> int:
+    before, closed, _ = text.rpartition("</think>")
+    if not closed:
+        return len(ids) if opened or "<think>" in text else 0
+    # the fewest tokens whose text has the closing tag, by halving: more tokens never have less text
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if len(tokenizer.decode(ids[:middle], skip_special_tokens=True)) >= len(before + closed):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+class _Subject:
+    """A checkpoint, loaded when something has to be generated."""
+
+    def __init__(
+        self,
+        path: str | None,
+        load: Callable[[], Engine],
+        eos_ids: list[int],
+        facts: dict[str, int | None],
+        identity: str | None = None,
+    ):
+        self.path, self.load, self.eos_ids = path, load, eos_ids
+        self.facts, self.identity, self.loaded = facts, identity, None
+
+    def engine(self) -> Engine:
+        if self.loaded is None:
+            reset_peak_memory()
+            self.loaded = self.load()
+        return self.loaded
+
+    def close(self) -> None:
+        if self.loaded is not None:
+            self.loaded.close()
+            self.loaded = None
+
+
+def _measure(job: Job, subject: _Subject, tick: "_Ticker") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    config, dataset, tokenizer, eos_ids = job.config, job.dataset, job.tokenizer, subject.eos_ids
+    opened = [tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") for ids in job.prompt_ids]
+    names = problem_ids(dataset)
+    questions = [problem_text(prompt) for prompt in dataset["prompt"]]
+    cache = GenerationCache(_cache_file(config, subject.identity))
+    # Everything that decides a completion
+    origin = {"checkpoint": subject.identity, "task": config.task, "version": config.task_version}
+    origin |= {"backend": config.backend, "dtype": config.dtype}
+    rows, records = [], []
+    for decoding in config.decoding:
+        start = time.perf_counter()
+        sampling = Sampling.of(config, decoding, eos_ids)
+        width = config.num_samples if decoding == "sampled" else 1
+        requests, keys = [], []
+        for name, ids in zip(names, job.prompt_ids, strict=True):
+            for sample in range(width):
+                seed = int(hashlib.sha256(f"{config.seed} {name} {sample}".encode()).hexdigest()[:8], 16)
+                drawn = {"seed": config.seed, "sample": sample} if decoding == "sampled" else {}
+                keys.append(cache_key(**origin, prompt_ids=ids, sampling=vars(sampling), **drawn))
+                requests.append(Request(ids, seed))
+        found = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
+        if config.rescore and len(found) < len(keys):
+            raise UserError(
+                f"`rescore`: {len(keys) - len(found)} of {len(keys)} completions of `{config.task}` ({decoding}) are "
+                f"not in `{config.cache_dir}`: run without `rescore`, with the same configuration."
+            )
+        cached = len(found)
+        tick(cached)
+        if cached < len(requests):
+            for index, ids, seconds in _timed(subject.engine().generate(requests, sampling, set(found))):
+                cache.add(keys[index], ids, seconds)
+                found[index] = (ids, seconds)
+                tick(1)
+        places = [place for place in range(len(names)) for _ in range(width)]
+        samples = verify(
+            dataset.select(places),
+            job.reward_funcs,
+            [found[index][0] for index in range(len(requests))],
+            tokenizer,
+            eos_ids,
+            [opened[place] for place in places],
+        )
+        labels = {
+            "stage": config.stage,
+            "checkpoint": config.model_name_or_path,
+            "task": config.task,
+            "decoding": decoding,
+            "prompt": config.prompt_template or "plain",
+        }
+        named = [
+            {
+                **labels,
+                "id": names[place],
+                "sample": index % width,
+                "question": questions[place],
+                **sample,
+                "seed": requests[index].seed,
+            }
+            for index, (place, sample) in enumerate(zip(places, samples, strict=True))
+        ]
+        try:
+            summary = summarize(Samples.from_records(named))
+        except ValueError as error:
+            raise UserError(f"`{config.task}`: {error}") from None
+        serving = []
+        if config.concurrency and decoding == config.decoding[0] and not config.rescore:
+            first = [requests[width * place] for place in range(min(len(names), config.serving_requests))]
+            serving = [measure_serving(subject.engine(), first, sampling, level) for level in config.concurrency]
+        generated = cached < len(requests) or serving
+        rows.append(
+            {
+                **labels,
+                "backend": config.backend,
+                **summary,
+                **subject.facts,
+                "peak_memory_bytes": peak_memory() if generated and config.backend != "server" else None,
+                "serving": serving,
+                "generation_s": round(sum(seconds for _, seconds in found.values()), 3),
+                "wall_s": round(time.perf_counter() - start, 3),
+                "cached": cached,
+                "cache_lines_skipped": cache.damaged,
+                "checkpoint_hash": subject.identity,
+                "task_version": config.task_version,
+                "seed": config.seed,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "max_completion_length": config.max_completion_length,
+                "reward_funcs": config.reward_funcs,
+            }
+        )
+        records += named
+    return rows, records
+
+
+def problem_ids(dataset: Dataset) -> list[str]:
     """
-    Turns verdicts into numbers. Problems without a verdict are counted in `unverified` and in nothing else.
+    Returns a name for each problem that is the same wherever the problem is: a hash of its prompt and reference
+    answer. The second of two problems that are the same is told apart by a number, and counts.
 
     Args:
-        samples (`list[dict]`):
-            What [`verify`] returns.
+        dataset ([`~datasets.Dataset`]):
+            Problems.
 
     Returns:
-        `dict`: The counts, shares and token statistics of a row of results.
-
-    Raises:
-        ValueError: If there is no verdict at all.
+        `list[str]`: Names, all different.
     """
-    judged = [sample for sample in samples if sample["correct"] is not None]
-    if not judged:
-        raise ValueError(f"None of the {len(samples)} problems can be verified: check the `answer` column.")
-    n = len(judged)
-    correct = sum(sample["correct"] for sample in judged)
-    low, high = wilson_interval(correct, n)
-    flexible = [sample["correct_flexible"] for sample in judged if sample["correct_flexible"] is not None]
-    tokens = np.array([sample["tokens"] for sample in judged])
-    median, p90, p99 = np.percentile(tokens, [50, 90, 99]).tolist()
-    return {
-        "n": n,
-        "unverified": len(samples) - n,
-        "accuracy": correct / n,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "accuracy_flexible": sum(flexible) / len(flexible) if flexible else None,
-        "mean_tokens": tokens.mean().item(),
-        "median_tokens": median,
-        "p90_tokens": p90,
-        "p99_tokens": p99,
-        "truncated": sum(sample["truncated"] for sample in judged) / n,
-    }
+    seen, names = Counter(), []
+    for row in dataset:
+        parts = [row["prompt"], row.get("answer"), row.get("tests"), row.get("instructions"), row.get("metadata")]
+        name = hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:12]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """
-    Returns the 95% Wilson score interval of a share, which unlike the normal approximation stays inside 0 to 1 and
-    keeps a width when all or none are correct.
+class _Ticker:
+    """Counts completions, for a progress bar or for a function."""
 
-    Args:
-        correct (`int`):
-            Number of successes.
-        n (`int`):
-            Number of trials, at least 1.
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None):
+        self.done, self.total, self.progress = 0, total, progress
+        self.bar = tqdm(total=total, unit="completion", desc="evaluate", disable=progress is not None)
 
-    Returns:
-        `tuple[float, float]`: Lower and upper bound.
-    """
-    z = 1.959963984540054  # 97.5% quantile of the standard normal distribution
-    share = correct / n
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    margin = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, center - margin), min(1.0, center + margin)
+    def __call__(self, number: int) -> None:
+        self.done += number
+        self.bar.update(number)
+        if self.progress is not None and number:
+            self.progress(self.done, self.total)
+
+
+def _completions(config: EvaluateConfig, problems: int) -> int:
+    return sum(problems * (config.num_samples if decoding == "sampled" else 1) for decoding in config.decoding)
+
+
+def _timed(generated: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int], float]]:
+    """Adds the seconds since the one before, which add up to the time that all took."""
+    before = time.perf_counter()
+    for index, ids in generated:
+        now = time.perf_counter()
+        yield index, ids, now - before
+        before = now
+
+
+def _cache_file(config: EvaluateConfig, identity: str | None) -> Path | None:
+    if config.cache_dir is None or identity is None:
+        return None
+    return Path(config.cache_dir) / f"{identity[:16]}-{re.sub(r'[^A-Za-z0-9]+', '-', config.task)[-40:]}.jsonl"
+
+
+def _save(config: EvaluateConfig, records: list[dict[str, Any]]) -> None:
+    if config.output is not None and config.save_completions:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_text(Path(config.output).with_suffix(".completions.jsonl"), lines)

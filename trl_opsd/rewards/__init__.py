@@ -3,6 +3,7 @@
 from .code import code_reward, extract_program
 from .format import format_reward, length_reward
 from .load import load_reward_funcs, required_columns
+from .logic import logic_reward
 from .math import extract_answer, math_reward
 from .reasoning_gym import reasoning_gym_reward
 
@@ -14,6 +15,7 @@ __all__ = [
     "format_reward",
     "length_reward",
     "load_reward_funcs",
+    "logic_reward",
     "math_reward",
     "reasoning_gym_reward",
     "required_columns",

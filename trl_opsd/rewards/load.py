@@ -9,6 +9,7 @@ import trl.rewards
 from ..cli import UserError
 from .code import code_reward
 from .format import format_reward, length_reward
+from .logic import logic_reward
 from .math import math_reward
 from .reasoning_gym import reasoning_gym_reward
 from .sandbox import require_isolation
@@ -20,6 +21,7 @@ _OWN = {
     "length_reward": length_reward,
     "reasoning_gym_reward": reasoning_gym_reward,
     "code_reward": code_reward,
+    "logic_reward": logic_reward,
 }
 _TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 # What TRL's trainers hand to every reward function themselves, so that no column has to.

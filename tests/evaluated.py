@@ -1,0 +1,65 @@
+"""Results files of made-up evaluations, in the schema of the real ones."""
+
+import json
+
+import numpy as np
+
+from trl_opsd.evaluate.estimators import Samples, summarize
+from trl_opsd.results import write_results
+
+
+CONFIG = {"reward_funcs": ["math_reward"], "max_completion_length": 64, "top_p": 1.0, "top_k": 0, "seed": 0}
+
+
+def records(stage, correct, tokens, **changes):
+    """One record per sample; `correct` and `tokens` broadcast to (problems, samples)."""
+    correct, tokens = np.broadcast_arrays(correct, tokens)
+    base = {
+        "stage": stage,
+        "checkpoint": f"runs/{stage}",
+        "task": "sums",
+        "decoding": "greedy",
+        "prompt": "plain",
+        "thinking_tokens": 0,
+        "truncated": False,
+        "answer": "1",
+    }
+    return [
+        {
+            **base,
+            "id": f"p{problem}",
+            "sample": sample,
+            "question": f"What is {problem} + 1?",
+            "completion": f"wait, {problem}",
+            "tokens": int(tokens[problem, sample]),
+            "correct": None if correct[problem, sample] is None else bool(correct[problem, sample]),
+            "correct_flexible": None if correct[problem, sample] is None else bool(correct[problem, sample]),
+            **changes,
+        }
+        for problem, sample in np.ndindex(correct.shape)
+    ]
+
+
+def write_run(path, samples, config=CONFIG, save=True, **values):
+    """Writes what an evaluation would have written for these samples, of one or several rows."""
+    groups = {}
+    for sample in samples:
+        labels = {name: sample[name] for name in ("stage", "checkpoint", "task", "decoding", "prompt")}
+        groups.setdefault(tuple(labels.items()), []).append(sample)
+    rows = [
+        {
+            **dict(labels),
+            **summarize(Samples.from_records(group)),
+            "parameters": 1000,
+            "wall_s": 1.5,
+            "seed": 0,
+            "temperature": 0.0,
+            **values,
+        }
+        for labels, group in groups.items()
+    ]
+    write_results(path, rows, config)
+    if save:
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        path.with_suffix(".completions.jsonl").write_text(lines)
+    return path

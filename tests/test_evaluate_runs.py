@@ -1,0 +1,582 @@
+"""Many checkpoints × tasks, the cache, adapters, the meter, and a server."""
+
+import json
+import sys
+import threading
+import time
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_world import Adder, make_model, make_tokenizer, save_checkpoint, sum_rows, write_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from trl_opsd.cli import UserError
+from trl_opsd.data import SOURCES
+from trl_opsd.evaluate import EvaluateConfig, evaluate
+from trl_opsd.evaluate.checkpoint import checkpoint_hash, count_checkpoint, weights_bytes
+from trl_opsd.evaluate.engines import Request, Sampling, ServerEngine, TransformersEngine
+from trl_opsd.evaluate.measure import prepare, problem_ids, run
+from trl_opsd.evaluate.meter import measure_serving, peak_memory, reset_peak_memory
+from trl_opsd.evaluate.tasks import TASKS, find_task
+from trl_opsd.rewards import logic_reward
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def problems(tmp_path):
+    return write_rows(tmp_path / "sums.jsonl", sum_rows())
+
+
+@pytest.fixture
+def adder(monkeypatch):
+    """Makes an [`Adder`] stand in for every checkpoint, and tells which were loaded."""
+
+    def install(limit=None):
+        loaded = []
+
+        def load_engine(config, tokenizer):
+            loaded.append(config.model_name_or_path)
+            return Adder(limit)
+
+        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", load_engine)
+        return loaded
+
+    return install
+
+
+def same(rows):
+    """What must not depend on when and how often a run was interrupted."""
+    timed = ("wall_s", "generation_s", "peak_memory_bytes", "cached", "cache_lines_skipped")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+class TestRuns:
+    def test_checkpoints_by_tasks_with_the_baseline_that_costs_nothing(self, checkpoint, problems, tmp_path, adder):
+        loaded = adder()
+        other = save_checkpoint(tmp_path / "other", seed=1)
+        rows = evaluate(
+            EvaluateConfig(
+                checkpoints=[f"before={checkpoint}", other],
+                tasks=[f"{problems}[:3]", "reasoning-gym:basic_arithmetic:size=2"],
+                decoding=["greedy"],
+                max_completion_length=9,
+            ),
+            progress=lambda done, total: None,
+        )
+        assert [(row["stage"], row["task"], row["n"]) for row in rows] == [
+            (stage, task, n)
+            for stage in ("before", "prompt-only", "other")
+            for task, n in ((problems, 3), ("reasoning-gym:basic_arithmetic", 2))
+        ]
+        assert [row["prompt"] for row in rows] == ["plain"] * 2 + ["concise"] * 2 + ["plain"] * 2
+        assert loaded == [checkpoint, other]  # once each
+        assert [row["accuracy"] for row in rows[::2]] == [1.0] * 3
+
+    def test_a_task_brings_its_values_and_options_override_them(self):
+        config = EvaluateConfig(checkpoints=["c"], tasks=["aime24", "humaneval", "x.jsonl[:7]"], num_samples=3)
+        aime, code, other = config.runs()
+        assert (aime.dataset_split, aime.decoding, aime.temperature) == ("train", ["sampled"], 0.6)
+        assert (aime.num_samples, code.reward_funcs, code.max_completion_length) == (3, ["code_reward"], 16384)
+        assert (other.dataset_name, other.max_samples, other.task) == ("x.jsonl", 7, "x.jsonl")
+        assert (other.decoding, other.max_completion_length, aime.max_samples) == (["greedy"], 1024, None)
+
+    def test_every_task_is_a_source_with_its_verifier(self):
+        for name, task in TASKS.items():
+            if name in SOURCES:
+                assert (SOURCES[name].verifier,) == task.reward_funcs and task.dataset_split in SOURCES[name].splits
+        assert find_task("bbh:word_sorting")[0] == "bbh:word_sorting" and find_task("bbh:a/folder")[0] == "bbh"
+        with pytest.raises(UserError, match="`dapo-math-17k` is a source to train on"):
+            find_task("dapo-math-17k")
+
+    @pytest.mark.parametrize(
+        ("checkpoints", "message"), [(["a=x", "a=y"], "a label twice"), (["x/a", "y/a"], "a label twice")]
+    )
+    def test_labels_are_told_apart(self, checkpoints, message):
+        with pytest.raises(ValueError, match=message):
+            EvaluateConfig(checkpoints=checkpoints, tasks=["gsm8k"]).runs()
+
+    def test_a_subset_takes_from_every_part(self):
+        (config,) = EvaluateConfig(
+            model_name_or_path="x", tasks=[f"bbh:{SHARED / 'bbh'}[:54]"], decoding=["greedy"]
+        ).runs()
+        from trl_opsd.evaluate.measure import load_task
+
+        parts = load_task(config)[0]["task"]
+        assert len(set(parts)) == 27 and {parts.count(part) for part in parts} == {2}
+
+    def test_several_samples(self, checkpoint, problems, tmp_path):
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            decoding=["sampled", "greedy"],
+            num_samples=4,
+            max_completion_length=5,
+            output=str(tmp_path / "a" / "r.json"),
+        )
+        sampled, greedy = evaluate(config, progress=lambda done, total: None)
+        assert (sampled["samples"], greedy["samples"], sampled["n"]) == (4, 1, 4)
+        assert {"pass@2", "pass@4", "maj@4"} <= set(sampled)
+        records = [json.loads(line) for line in (tmp_path / "a" / "r.completions.jsonl").open()]
+        drawn = [record for record in records if record["decoding"] == "sampled"]
+        assert [record["sample"] for record in drawn] == [0, 1, 2, 3] * 4
+        for name in {record["id"] for record in drawn}:
+            assert len({record["completion"] for record in drawn if record["id"] == name}) > 1
+        assert len({record["seed"] for record in drawn}) == 16
+
+    def test_problems_keep_their_names(self):
+        from datasets import Dataset
+
+        rows = sum_rows()
+        names = problem_ids(Dataset.from_list(rows))
+        again = problem_ids(Dataset.from_list([rows[2], rows[0], rows[2]]))
+        assert again == [names[2], names[0], names[2] + "-2"]
+
+
+class TestCache:
+    def config(self, checkpoint, problems, tmp_path, **kwargs):
+        kwargs = {"decoding": ["sampled"], "num_samples": 3, "max_completion_length": 6, "batch_size": 5} | kwargs
+        return EvaluateConfig(
+            model_name_or_path=checkpoint, dataset_name=problems, cache_dir=str(tmp_path / "cache"), **kwargs
+        )
+
+    def rows(self, *args, **kwargs):
+        return run(prepare(self.config(*args, **kwargs)), progress=lambda done, total: None)
+
+    def test_nothing_is_generated_twice(self, checkpoint, problems, tmp_path, adder):
+        first = self.rows(checkpoint, problems, tmp_path)
+        loaded = adder()
+        again = self.rows(checkpoint, problems, tmp_path)
+        assert loaded == [] and again[0]["cached"] == 12 and first[0]["cached"] == 0
+        assert same(first) == same(again)
+        assert again[0]["generation_s"] == pytest.approx(first[0]["generation_s"], abs=2e-3) != 0
+        assert again[0]["peak_memory_bytes"] is None
+
+    def test_an_interrupted_run_goes_on_to_the_same_end(self, checkpoint, problems, tmp_path, monkeypatch):
+        whole = self.rows(checkpoint, problems, tmp_path / "whole")
+        batch, calls = TransformersEngine._batch, []
+
+        def interrupted(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return batch(self, *args, **kwargs)
+
+        monkeypatch.setattr(TransformersEngine, "_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            self.rows(checkpoint, problems, tmp_path)
+        rest = self.rows(checkpoint, problems, tmp_path)
+        assert rest[0]["cached"] == 10 and len(calls) == 4
+        assert same(rest) == same(whole)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"seed": 1}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"max_completion_length": 7}]
+        + [{"dtype": "bfloat16"}, {"prompt_template": "{prompt} x"}, {"decoding": ["greedy"]}],
+    )
+    def test_what_decides_a_completion_is_in_the_key(self, checkpoint, problems, tmp_path, change):
+        self.rows(checkpoint, problems, tmp_path)
+        assert self.rows(checkpoint, problems, tmp_path, **change)[0]["cached"] == 0
+
+    def test_another_checkpoint_in_the_same_place(self, checkpoint, problems, tmp_path):
+        self.rows(checkpoint, problems, tmp_path)
+        before = checkpoint_hash(checkpoint)
+        save_checkpoint(Path(checkpoint), seed=1)
+        assert checkpoint_hash(checkpoint) != before
+        assert self.rows(checkpoint, problems, tmp_path)[0]["cached"] == 0
+
+    def test_rescoring_needs_no_model(self, checkpoint, problems, tmp_path, adder):
+        adder()
+        self.rows(checkpoint, problems, tmp_path)
+        adder(limit=0)
+        rows = sum_rows()
+        rows[0]["answer"] = "8"  # the key was wrong
+        write_rows(Path(problems), rows)
+        (row,) = self.rows(checkpoint, problems, tmp_path, rescore=True)
+        assert (row["accuracy"], row["cached"]) == (0.75, 12)
+        with pytest.raises(UserError, match="12 of 12 completions of .* are not in"):
+            self.rows(checkpoint, problems, tmp_path, rescore=True, seed=7)
+
+    def test_a_line_that_was_cut_damages_no_other(self, checkpoint, problems, tmp_path):
+        whole = self.rows(checkpoint, problems, tmp_path)
+        (file,) = (tmp_path / "cache").iterdir()
+        file.write_bytes(file.read_bytes()[:-9])
+        cut = self.rows(checkpoint, problems, tmp_path)
+        assert (cut[0]["cached"], cut[0]["cache_lines_skipped"]) == (11, 1)
+        again = self.rows(checkpoint, problems, tmp_path)
+        assert (again[0]["cached"], again[0]["cache_lines_skipped"]) == (12, 1)
+        assert same(whole) == same(cut) == same(again)
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def adapter(self, checkpoint, tmp_path):
+        torch.manual_seed(5)
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / "adapter")
+        return str(tmp_path / "adapter")
+
+    def test_an_adapter_is_what_it_merges_to(self, checkpoint, adapter, problems, tmp_path):
+        merged = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(checkpoint), adapter
+        ).merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        make_tokenizer().save_pretrained(tmp_path / "merged")
+        config = EvaluateConfig(
+            checkpoints=[f"base={checkpoint}", f"lora={adapter}", f"merged={tmp_path / 'merged'}"],
+            tasks=[problems],
+            prompt_only=False,
+            max_completion_length=12,
+            output=str(tmp_path / "out" / "r.json"),
+        )
+        rows = evaluate(config, progress=lambda done, total: None)
+        records = [json.loads(line) for line in (tmp_path / "out" / "r.completions.jsonl").open()]
+        texts = {row["stage"]: [r["completion"] for r in records if r["stage"] == row["stage"]] for row in rows}
+        assert texts["lora"] == texts["merged"] != texts["base"]
+        base, lora, merged = rows
+        added = sum(p.numel() for name, p in _adapter_weights(adapter))
+        assert lora["parameters"] == base["parameters"] + added == merged["parameters"] + added
+        assert lora["weights_bytes"] > base["weights_bytes"]
+        assert len({row["checkpoint_hash"] for row in rows}) == 3
+
+    def test_size(self, checkpoint):
+        model = make_model(make_tokenizer())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        outer = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
+        assert count_checkpoint(checkpoint) == {"parameters": total, "non_embedding_parameters": total - outer}
+        assert 4 * total < weights_bytes(checkpoint) < 4 * total + 4096
+
+    def test_tied_embeddings_count_once(self, tmp_path):
+        model = make_model(make_tokenizer())
+        model.config.tie_word_embeddings = True
+        model.config.save_pretrained(tmp_path)
+        counts = count_checkpoint(str(tmp_path))
+        assert counts["parameters"] - counts["non_embedding_parameters"] == model.lm_head.weight.numel()
+
+
+def _adapter_weights(adapter):
+    from safetensors.torch import load_file
+
+    return load_file(Path(adapter) / "adapter_model.safetensors").items()
+
+
+class FakeEngine:
+    """
+    Answers in simulated time: the first token of a request after `first` seconds, each further one after `gap`, its
+    first call slower by `cold`. `lengths` are the tokens of each request.
+    """
+
+    def __init__(self, lengths, first=0.5, gap=0.1, cold=100.0):
+        self.lengths, self.first, self.gap, self.cold = lengths, first, gap, cold
+        self.now, self.calls = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def serve(self, requests, sampling, concurrency, on_start, on_token):
+        self.calls.append((len(requests), concurrency))
+        self.now += self.cold
+        self.cold = 0.0
+        lanes, events = [self.now] * concurrency, []
+        for index in range(len(requests)):
+            lane = lanes.index(min(lanes))
+            start = lanes[lane]
+            events.append((start, 0, index, on_start))
+            moments = [start + self.first + self.gap * token for token in range(self.lengths[index])]
+            events += [(moment, 1, index, on_token) for moment in moments]
+            lanes[lane] = moments[-1]
+        for moment, _, index, call in sorted(events, key=lambda event: event[:3]):
+            self.now = moment
+            call(index)
+
+
+class TestMeter:
+    sampling = Sampling(0.0, 1.0, 0, 32, (1,))
+
+    @pytest.mark.parametrize("concurrency", [1, 2, 4])
+    def test_known_delays(self, concurrency):
+        engine = FakeEngine([10] * 8)
+        result = measure_serving(engine, [Request([1], 0)] * 8, self.sampling, concurrency, engine.clock)
+        rounds = 8 / concurrency
+        assert engine.calls == [(concurrency, concurrency), (8, concurrency)]  # warm-up, then the measurement
+        assert result == {
+            "concurrency": concurrency,
+            "requests": 8,
+            "tokens": 80,
+            "first_token_p50_s": pytest.approx(0.5),
+            "first_token_p95_s": pytest.approx(0.5),
+            "total_p50_s": pytest.approx(1.4),
+            "total_p95_s": pytest.approx(1.4),
+            "tokens_per_s": pytest.approx(80 / (rounds * 1.4)),
+            "requests_per_s": pytest.approx(8 / (rounds * 1.4)),
+        }
+
+    def test_percentiles(self):
+        lengths = list(range(1, 22))
+        engine = FakeEngine(lengths, first=1.0, gap=1.0)
+        result = measure_serving(engine, [Request([1], 0)] * 21, self.sampling, 1, engine.clock)
+        assert (result["total_p50_s"], result["total_p95_s"]) == (pytest.approx(11), pytest.approx(20))
+        assert result["tokens_per_s"] == pytest.approx(1.0) and result["first_token_p95_s"] == pytest.approx(1.0)
+
+    def test_transformers_serves_what_it_generates_in_batches_of_the_concurrency(self):
+        tokenizer = make_tokenizer()
+        engine = TransformersEngine(make_model(tokenizer), tokenizer.pad_token_id, 64)
+        requests = [Request(tokenizer(text)["input_ids"], 0) for text in ("1+2=", "7-", "3+3+3=", "1", "9=")]
+        sampling = Sampling(0.0, 1.0, 0, 12, (1, 7, 11))
+        wanted = {index: len(ids) for index, ids in engine.generate(requests, sampling)}
+        events = []
+        engine.serve(
+            requests, sampling, 2, lambda i: events.append(("start", i)), lambda i: events.append(("token", i))
+        )
+        counts = {index: events.count(("token", index)) for index in range(5)}
+        assert counts == wanted and len(set(wanted.values())) > 1
+        starts = [position for position, event in enumerate(events) if event[0] == "start"]
+        assert [events[p][1] for p in starts] == [0, 1, 2, 3, 4]
+        assert starts[1] == 1 and events[2][0] == "token" and starts[3] == starts[2] + 1
+
+    def test_in_the_results(self, checkpoint, problems):
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            decoding=["greedy", "sampled"],
+            max_completion_length=4,
+            concurrency=[1, 3],
+            serving_requests=3,
+        )
+        greedy, sampled = evaluate(config, progress=lambda done, total: None)
+        assert [level["concurrency"] for level in greedy["serving"]] == [1, 3] and sampled["serving"] == []
+        for level in greedy["serving"]:
+            assert level["requests"] == 3 and 3 <= level["tokens"] <= 12
+            assert 0 < level["first_token_p50_s"] <= level["total_p50_s"] <= level["total_p95_s"]
+
+    def test_peak_memory_sees_what_was_freed_and_starts_anew(self):
+        reset_peak_memory()
+        before = peak_memory()
+        np.ones(50_000_000).sum()
+        peak = peak_memory()
+        reset_peak_memory()
+        assert 390e6 < peak - before < 500e6 and peak_memory() < peak - 300e6
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """A vLLM server that repeats the last token of the prompt `repeat` times and ends with token 1."""
+
+    protocol_version = "HTTP/1.1"
+    mode, repeat, delay, lock = "good", 3, 0.0, threading.Lock()
+    under_way, most, bodies = 0, 0, []
+
+    def do_GET(self):
+        self.reply(json.dumps({"data": [{"id": name} for name in self.models]}))
+
+    models = ["served"]
+
+    def do_POST(self):
+        cls = type(self)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            cls.under_way += 1
+            cls.most = max(cls.most, cls.under_way)
+            cls.bodies.append(body)
+        if self.mode == "refuses":
+            self.reply("too long", 400)
+        else:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            tokens = [body["prompt"][-1]] * self.repeat + [1]
+            for position, token in enumerate(tokens):
+                time.sleep(self.delay)
+                last = position == len(tokens) - 1
+                choice = {"text": "x", "token_ids": [token], "finish_reason": "stop" if last else None}
+                if self.mode == "text only":
+                    del choice["token_ids"]
+                if self.mode == "breaks off" and last:
+                    break
+                self.chunk(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            self.chunk(b"data: [DONE]\n\n")
+            self.chunk(b"")
+        with self.lock:
+            cls.under_way -= 1
+
+    def chunk(self, data):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def reply(self, text, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, ["served"]
+    FakeServer.under_way, FakeServer.most, FakeServer.bodies = 0, 0, []
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+class TestServer:
+    sampling = Sampling(0.5, 0.9, 7, 32, (1, 2))
+
+    def test_token_ids_in_and_out(self, server):
+        engine = ServerEngine(server, None, 2)
+        found = dict(engine.generate([Request([5, 6], 11), Request([7], 12), Request([8], 13)], self.sampling, {1}))
+        assert found == {0: [6, 6, 6, 1], 2: [8, 8, 8, 1]}
+        body = next(body for body in FakeServer.bodies if body["prompt"] == [5, 6])
+        assert body["model"] == "served" and body["stop_token_ids"] == [1, 2] and body["seed"] == 11
+        assert (body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) == (0.5, 0.9, 7, 32)
+
+    def test_meter(self, server):
+        FakeServer.delay = 0.04
+        engine = ServerEngine(server + "/v1/", None, 2)
+        result = measure_serving(engine, [Request([5], 0)] * 6, self.sampling, 3)
+        assert FakeServer.most == 3 and result["tokens"] == 24
+        # four tokens, one every 0.04 s, each told when it comes
+        assert 0.04 <= result["first_token_p50_s"] < 0.6 * result["total_p50_s"] and result["total_p50_s"] >= 0.16
+        assert result["requests_per_s"] == pytest.approx(result["tokens_per_s"] / 4)
+        assert result["requests_per_s"] <= 6 / 0.32
+
+    @pytest.mark.parametrize(
+        ("mode", "message"),
+        [
+            ("refuses", r"refuses a request \(400\): too long"),
+            ("text only", "gives text and no token ids"),
+            ("breaks off", "broke off an answer"),
+        ],
+    )
+    def test_what_goes_wrong_is_told(self, server, mode, message):
+        FakeServer.mode = mode
+        with pytest.raises(UserError, match=message):
+            list(ServerEngine(server, None, 2).generate([Request([5], 0)], self.sampling))
+
+    def test_which_model(self, server):
+        with pytest.raises(UserError, match="has no model `other`: it lists served"):
+            ServerEngine(server, "other", 2)
+        FakeServer.models = ["a", "b"]
+        with pytest.raises(UserError, match="lists a, b: name one"):
+            ServerEngine(server, None, 2)
+        with pytest.raises(UserError, match="There is no server at http://127.0.0.1:9"):
+            ServerEngine("http://127.0.0.1:9", None, 2)
+
+    def test_whole_evaluation(self, server, checkpoint, problems):
+        FakeServer.repeat = 1
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint, dataset_name=problems, backend="server", server_url=server
+        )
+        (row,) = evaluate(config, progress=lambda done, total: None)
+        assert (row["backend"], row["mean_tokens"], row["truncated"]) == ("server", 2.0, 0.0)
+        assert row["peak_memory_bytes"] is None and row["parameters"] > 0
+
+
+class TestVerifiers:
+    def score(self, text, gold, question="", **kwargs):
+        return logic_reward([text], [gold], prompts=[question], **kwargs)[0]
+
+    options = "Which?\nOptions:\n(A) 12/11/1937\n(B) 12/25/1937\n(C) the red one"
+
+    @pytest.mark.parametrize(
+        ("text", "gold", "strict", "flexible"),
+        [
+            (r"\boxed{(B)}", "(B)", 1, 1),
+            (r"\boxed{B}", "(B)", 1, 1),
+            (r"\boxed{12/25/1937}", "(B)", 1, 1),
+            (r"\boxed{(B) 12/25/1937}", "(B)", 1, 1),
+            (r"\boxed{(A) 12/25/1937}", "(B)", 0, 0),
+            (r"\boxed{12/11/1937}", "(B)", 0, 0),
+            (r"\boxed{\text{the red one}}", "(C)", 1, 1),
+            ("So the answer is (B).", "(B)", 0, 1),
+            ("So the answer is 12/25/1937.", "(B)", 0, 1),
+            ("It is (A)? No: (B)", "(B)", 0, 1),
+            ("It is (B)? No: (A)", "(B)", 0, 0),
+            ("<think>(B)</think> Hm.", "(B)", 0, 0),
+            ("<think>(B)", "(B)", 0, 0),
+            (r"\boxed{(A)} or (B)", "(B)", 0, 0),
+            (r"\boxed{True}", "True", 1, 1),
+            ("not False, so True.", "True", 0, 1),
+            ("It is invalid.", "valid", 0, 0),
+            ("It is valid.", "valid", 0, 1),
+            (r"\boxed{] ] )}", "] ] )", 1, 1),
+            (r"\boxed{barn damp it&t}", "barn damp it&t", 1, 1),
+            (r"\boxed{-35}", "-35", 1, 1),
+            (r"\boxed{35}", "-35", 0, 0),
+        ],
+    )
+    def test_logic(self, text, gold, strict, flexible):
+        question = self.options if gold.startswith("(") else ""
+        assert self.score(text, gold, question) == strict
+        assert self.score(text, gold, question, flexible=True) == flexible
+
+    def test_every_reference_answer_of_bbh_is_accepted_and_the_next_one_is_not(self):
+        from trl_opsd.data import load_prompts
+
+        dataset = load_prompts(f"bbh:{SHARED / 'bbh'}", "test")
+        golds, prompts, tasks = dataset["answer"], dataset["prompt"], dataset["task"]
+        right = logic_reward([rf"\boxed{{{gold}}}" for gold in golds], golds, prompts=prompts)
+        # brackets that a box cannot hold: `}` without its `{`
+        odd = {index for index, gold in enumerate(golds) if gold.count("{") != gold.count("}")}
+        assert len(odd) == 99 and {tasks[index] for index in odd} == {"dyck_languages"}
+        assert [index for index, score in enumerate(right) if score != 1 and index not in odd] == []
+        pairs = [
+            (index, other)
+            for index in range(len(golds) - 1)
+            if golds[other := index + 1] != golds[index] and not {index, other} & odd
+        ]
+        wrong = logic_reward(
+            [rf"\boxed{{{golds[other]}}}" for _, other in pairs],
+            [golds[index] for index, _ in pairs],
+            prompts=[prompts[index] for index, _ in pairs],
+        )
+        assert len(pairs) > 3000 and sum(wrong) == 0
+
+    def test_ifeval_through_the_library(self, monkeypatch):
+        seen = []
+
+        def process_results(doc, results):
+            seen.append((doc["instruction_id_list"], doc["kwargs"], doc["prompt"], results[0]))
+            return {"prompt_level_strict_acc": results[0] == "YES", "prompt_level_loose_acc": "YES" in results[0]}
+
+        utils = types.SimpleNamespace(process_results=process_results)
+        factory = types.SimpleNamespace(DetectorFactory=types.SimpleNamespace(seed=None))
+        monkeypatch.setitem(sys.modules, "langdetect", factory)
+        for name in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ifeval"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval.utils", utils)
+        monkeypatch.delitem(sys.modules, "trl_opsd.evaluate.ifeval", raising=False)
+        from trl_opsd.evaluate.ifeval import ifeval_reward
+
+        raw = {"key": 1, "prompt": "Shout.", "instruction_id_list": ["case"], "kwargs": [{"n": 2}]}
+        row = SOURCES["ifeval"].to_row(raw)
+        texts = ["<think>no</think>YES", "*YES*", "<think>YES"]
+        columns = {"prompts": [row["prompt"]] * 3, "instructions": [row["instructions"]] * 3}
+        assert ifeval_reward(texts, **columns) == [1.0, 0.0, 0.0]
+        assert ifeval_reward(texts, **columns, flexible=True) == [1.0, 1.0, 0.0]
+        assert seen[0] == (["case"], [{"n": 2}], "Shout.", "YES") and factory.DetectorFactory.seed == 0
+        monkeypatch.delitem(sys.modules, "trl_opsd.evaluate.ifeval")
+
+
+class TestSources:
+    def test_competitions(self):
+        amc = SOURCES["amc23"].to_row({"id": 0, "question": "How many?", "answer": 27.0})
+        assert amc["answer"] == "27" and amc["prompt"][0]["content"].startswith("How many?")
+        aime = SOURCES["aime24"].to_row({"problem": "Find n.", "answer": "073", "solution": "..."})
+        assert aime["answer"] == "073"
+        assert SOURCES["aime25"].to_row({"problem": "Find n.", "answer": "73"})["answer"] == "73"

@@ -1,0 +1,264 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluated import CONFIG, records, write_run
+from huggingface_hub import ModelCard
+
+from trl_opsd.cli import UserError
+from trl_opsd.evaluate.card import write_card
+from trl_opsd.evaluate.commands import card_command, report_command
+from trl_opsd.evaluate.compare import compare_files
+from trl_opsd.evaluate.page import TRACE_CHARACTERS, report_results, traces
+from trl_opsd.evaluate.svg import Series, chart, number, ticks
+from trl_opsd.results import write_results
+
+
+HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\" onload='x' {{ 7 * 7 }} ]]> |\n`"
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and the texts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.texts, self.inside = [], [], None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.texts.append(data)
+
+    def count(self, tag):
+        return sum(element == tag for element, _ in self.elements)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    files = []
+    for stage, share, tokens, parameters in (
+        ("rlvr", 0.9, 60, 1000),
+        ("concise", 0.8, 30, 1000),
+        ("opsd", 0.9, 25, 500),
+    ):
+        samples = records(stage, rng.random((200, 2)) < share, rng.integers(tokens - 9, tokens + 9, size=(200, 2)))
+        files.append(write_run(tmp_path / f"{stage}.json", samples, parameters=parameters))
+    return files
+
+
+class TestReport:
+    def test_the_whole(self, files, tmp_path):
+        report_results(files, tmp_path / "report")
+        assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+            "accuracy_tokens.svg",
+            "report.html",
+            "report.md",
+        ]
+        text = (tmp_path / "report" / "report.md").read_text()
+        page = Page((tmp_path / "report" / "report.html").read_text())
+        for after in files[1:]:
+            (comparison,) = compare_files(str(files[0]), str(after))
+            assert comparison.sentence() in text and comparison.sentence() in page.text
+        for heading in ("accuracy (95% interval)", "pass@2", "maj@2", "tokens, mean", "p90", "right by strict only"):
+            assert f"| {heading} |" in text and heading in page.text
+        assert "not verifiable" not in text and "thinking tokens" not in text  # there is none
+        assert page.count("figure") == 4  # against tokens and parameters, budget, lengths
+        assert page.count("tr") == 1 + 3 and page.count("th") == page.count("button")
+        assert "What is 0 + 1?" in page.text or "wait, " in page.text
+
+    def test_opens_offline(self, files, tmp_path):
+        report_results(files, tmp_path)
+        html = (tmp_path / "report.html").read_text()
+        for _, attributes in Page(html).elements:
+            assert not attributes.keys() & {"src", "href", "srcset", "data", "action"}
+        assert "url(" not in html and "@import" not in html
+        assert set(re.findall(r"https?://[^\s<\"]+", html)) == set()
+
+    def test_a_mark_lies_where_its_numbers_say(self):
+        svg = chart([Series("a", 0, [0, 10, 40], [20, 40, 100], y_error=[(20, 40), (40, 40), (100, 100)])], "x", "y")
+        marks = re.findall(r' class="mark" .*? d="M(\S+) (\S+?)a', svg)
+        (x_a, x_b, x_c), (y_a, y_b, y_c) = np.array(marks, dtype=float).T
+        assert (x_c - x_a) / (x_b - x_a) == pytest.approx(4, abs=0.01)
+        assert (y_c - y_a) / (y_b - y_a) == pytest.approx(4, abs=0.01) and y_c < y_a  # up is more
+        low, high = re.search(r' class="error" .*? d="M\S+ (\S+?)h8m-4 0V(\S+?)m', svg).groups()
+        assert (float(low), float(high)) == pytest.approx((y_a, y_b))
+
+    @pytest.mark.parametrize(("low", "high"), [(0, 1), (97.3, 100), (0, 8192), (0.001, 0.0023), (-5, 5)])
+    def test_ticks_are_few_and_inside(self, low, high):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9)
+        assert np.allclose(np.diff(found), found[1] - found[0])
+        assert len({number(tick) for tick in found}) == len(found)
+
+    def test_every_change_of_verdict_is_counted(self, files):
+        completions = files[2].with_suffix(".completions.jsonl")
+        completions.write_text("\n".join(completions.read_text().splitlines()[::-1]))  # problems in another order
+        (comparison,) = compare_files(str(files[0]), str(files[2]))
+        kinds = traces(comparison)
+        before, after = comparison.before.samples.correct[:, 0], comparison.after.samples.correct[::-1, 0]
+        assert {kind["kind"]: kind["count"] for kind in kinds} == {
+            "right before, wrong after": (before & ~after).sum(),
+            "wrong before, right after": (~before & after).sum(),
+            "right both times": (before & after).sum(),
+            "wrong both times": (~before & ~after).sum(),
+        }
+        for kind in kinds:
+            for old, new in kind["pairs"]:
+                assert old["id"] == new["id"] and (old["stage"], new["stage"]) == ("rlvr", "opsd")
+
+    def test_without_completions(self, tmp_path):
+        rows = [write_run(tmp_path / f"{s}.json", records(s, np.ones((9, 1)), 10), save=False) for s in ("a", "b")]
+        report_results(rows, tmp_path)
+        page = Page((tmp_path / "report.html").read_text())
+        assert page.count("figure") == 1 and "were not saved" in page.text
+        assert "b against a on sums, greedy: +0.0 points, 1.000 times the tokens" in page.text
+
+    def test_latency_against_concurrency(self, tmp_path):
+        serving = [{"concurrency": c, "total_p50_s": 0.1 * c, "tokens_per_s": 50.0 * c} for c in (1, 4, 16)]
+        report_results([write_run(tmp_path / "a.json", records("a", np.ones((9, 1)), 10), serving=serving)], tmp_path)
+        text = Page((tmp_path / "report.html").read_text()).text
+        assert "Latency against concurrency" in text and "Throughput against concurrency" in text
+
+    def test_costs_and_backends(self, tmp_path):
+        samples = records("a", np.arange(10)[:, None] < 5, 10)
+        values = {"non_embedding_parameters": 7, "peak_memory_bytes": 3 * 2**20, "generation_s": 2.0}
+        files = [
+            write_run(tmp_path / f"{backend}.json", samples, backend=backend, **values)
+            for backend in ("transformers", "vllm")
+        ]
+        assert report_command(["--report", *map(str, files), "--output_dir", str(tmp_path), "--price", "50"]) == 0
+        text = (tmp_path / "report.md").read_text()
+        flops, cost = 1000 * 20 * 2 * 7, 1000 * 20 * 50 / 1e6  # 20 tokens for each right answer
+        assert f"| {flops:.2e} | {cost:g} | 3.0 | 2 |" in text and "at a price of 50" in text
+        assert "| a | sums |" in text and "| a, vllm | sums |" in text
+
+    def test_a_report_is_whole_or_not_there(self, files, tmp_path, capsys):
+        files[1].with_suffix(".completions.jsonl").write_text("{")
+        with pytest.raises(SystemExit) as error:
+            report_command(["--report", *map(str, files), "--output_dir", str(tmp_path / "report")])
+        assert error.value.code == 2 and "line 1: not valid JSON" in capsys.readouterr().err
+        assert not (tmp_path / "report").exists()
+
+    def test_two_rows_of_one_name(self, files, tmp_path):
+        with pytest.raises(UserError, match="there is another rlvr on sums, greedy"):
+            report_results([files[0], files[0]], tmp_path)
+
+    def test_before(self, files, tmp_path):
+        report_results(files, tmp_path, before="concise")
+        assert "opsd is as accurate as concise" in (tmp_path / "report.md").read_text()
+        with pytest.raises(UserError, match="There is no `sft` to compare with: the results hold rlvr, concise, opsd"):
+            report_results(files, tmp_path, before="sft")
+
+
+class TestHostileTexts:
+    @pytest.fixture
+    def page(self, tmp_path):
+        files = []
+        for name in ("a", "b"):
+            samples = records(name + HOSTILE, np.ones((9, 1)), 10, completion=HOSTILE, question=HOSTILE, task=HOSTILE)
+            files.append(write_run(tmp_path / f"{name}.json", samples, config={**CONFIG, "note": HOSTILE}))
+        report_results(files, tmp_path, title=HOSTILE)
+        return tmp_path
+
+    def test_nothing_of_theirs_runs(self, page):
+        html = (page / "report.html").read_text()
+        seen = Page(html)
+        assert seen.count("script") == 1 and seen.count("img") == 0 and html.count("<script") == 1
+        assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
+        assert seen.text.count(HOSTILE) >= 4  # shown as it is: question, completion before and after, labels
+        assert "49" not in seen.text
+
+    def test_the_page_forbids_every_script_but_its_own(self, page):
+        import base64
+        import hashlib
+
+        html = (page / "report.html").read_text()
+        script = re.search(r"<script>(.*?)</script>", html, re.DOTALL).group(1)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        (policy,) = [attributes["content"] for tag, attributes in Page(html).elements if "http-equiv" in attributes]
+        assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+    def test_the_picture_and_the_table(self, page):
+        assert Page((page / "accuracy_tokens.svg").read_text()).count("script") == 0
+        lines = (page / "report.md").read_text().splitlines()
+        table = [line for line in lines if line.startswith("|")]
+        assert len({re.sub(r"\\\|", "", line).count("|") for line in table}) == 1 and "<script" not in "".join(lines)
+
+    def test_long_and_odd_texts(self, tmp_path):
+        files = []
+        for name in ("a", "b"):
+            samples = records(
+                name, np.ones((9, 1)), 10, completion="x" * (TRACE_CHARACTERS + 5), question="\ud800\u202e"
+            )
+            files.append(write_run(tmp_path / f"{name}.json", samples))
+        report_results(files, tmp_path)
+        assert "[… 5 more characters]" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class TestCard:
+    def test_parses_back(self, files, tmp_path):
+        folder = tmp_path / "small"
+        folder.mkdir()
+        write_results(
+            folder / "opsd.json", [], {"gate": "correct", "beta": 1.0, "dataloader_num_workers": 3, "seed": 4}
+        )
+        assert card_command(["--card", *map(str, files), "--output_dir", str(folder), "--before", "rlvr"]) == 0
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.model_name == "small" and "trl-opsd" in card.data.tags
+        results = {result.metric_name: result for result in card.data.eval_results}
+        assert {result.dataset_name for result in results.values()} == {"sums"}
+        (comparison,) = compare_files(str(files[0]), str(files[2]))
+        row = comparison.after.row
+        assert results["mean@2, strict, greedy"].metric_value == row["accuracy"]
+        assert results["mean@2, strict, greedy"].metric_args == {
+            "problems": 200,
+            "low": row["accuracy_low"],
+            "high": row["accuracy_high"],
+        }
+        assert results["pass@2, greedy"].metric_value == row["pass@2"]
+        assert results["completion tokens, mean, greedy"].metric_value == row["mean_tokens"]
+        assert comparison.sentence() in card.text
+        assert "gate: correct\nbeta: 1.0\nseed: 4" in card.text and "dataloader" not in card.text
+
+    def test_limitations_come_from_the_rows(self, tmp_path):
+        samples = records("a", np.array([[True], [None], [False], [False]], dtype=object), 10)
+        samples[2].update(truncated=True)
+        samples[3].update(correct_flexible=True)
+        text = write_card([write_run(tmp_path / "a.json", samples)], tmp_path).read_text()
+        assert "33.3% of the completions had not ended" in text and "1 problems could not be verified" in text
+        assert "disagree on 1 completions" in text and "no record of the stage" in text
+
+    def test_hostile_labels(self, tmp_path):
+        samples = records(HOSTILE, np.ones((9, 1)), 10, task=HOSTILE)
+        text = Path(write_card([write_run(tmp_path / "a.json", samples)], tmp_path)).read_text()
+        assert ModelCard(text).data.eval_results[0].dataset_name == HOSTILE
+        assert "<script" not in ModelCard(text).text
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--output_dir", "nowhere"], "There is no checkpoint at `nowhere`"),
+            (
+                ["--output_dir", ".", "--stage", "sft"],
+                "There is no `sft` in the results: they hold rlvr, concise, opsd",
+            ),
+        ],
+    )
+    def test_refuses(self, files, arguments, message, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as error:
+            card_command(["--card", *map(str, files), *arguments])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+        assert not Path("README.md").exists()

@@ -1,0 +1,101 @@
+"""
+What `python -m trl_opsd.evaluate` does with results that are there: `--compare A B`, `--report A B …`, `--card A B …`.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from ..cli import user_errors
+from .card import write_card
+from .compare import compare_files
+from .page import report_results
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("trl_opsd.evaluate", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.01,
+        help="Loss of accuracy that still counts as none, as a share (0.01 is one percentage point).",
+    )
+    return parser
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def compare_command(args: list[str]) -> int:
+    """
+    Says whether B is as accurate as A, and how much shorter or smaller.
+
+    Args:
+        args (`list[str]`):
+            `--compare A B`, each a results file or `FILE:STAGE`, and `--margin`.
+
+    Returns:
+        `int`: Exit status: 0 if it is on every task and way of decoding, 1 if not. (A mistake exits with 2.)
+    """
+    parser = _parser("Is B as accurate as A, and how much shorter or smaller? Exit status 0: yes, 1: no, 2: an error.")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), required=True, help="Results files, or FILE:STAGE.")
+    options = parser.parse_args(args)
+    with user_errors():
+        comparisons = compare_files(*options.compare, margin=options.margin)
+    for comparison in comparisons:
+        _say(comparison.sentence())
+    return 0 if all(comparison.as_accurate for comparison in comparisons) else 1
+
+
+def report_command(args: list[str]) -> int:
+    """
+    Writes the report of results files.
+
+    Args:
+        args (`list[str]`):
+            `--report A B …`, `--output_dir`, and optionally `--before STAGE`, `--margin`, `--title` and
+            `--price`.
+
+    Returns:
+        `int`: Exit status, 0. (A mistake exits with 2.)
+    """
+    parser = _parser("Writes report.md, report.html and accuracy_tokens.svg from results files.")
+    parser.add_argument("--report", nargs="+", metavar="FILE", required=True, help="Results files.")
+    parser.add_argument("--output_dir", required=True, help="Folder for the report.")
+    parser.add_argument("--before", help="Stage that the others are compared with; by default the first one.")
+    parser.add_argument("--title", default="trl-opsd", help="Heading.")
+    parser.add_argument("--price", type=float, help="Price of a million completion tokens, for the cost of answers.")
+    options = parser.parse_args(args)
+    with user_errors():
+        report_results(
+            options.report, options.output_dir, options.before, options.margin, options.title, options.price
+        )
+    folder = Path(options.output_dir)
+    _say(f"{folder / 'report.html'}, {folder / 'report.md'} and {folder / 'accuracy_tokens.svg'}")
+    return 0
+
+
+def card_command(args: list[str]) -> int:
+    """
+    Writes the model card of a checkpoint.
+
+    Args:
+        args (`list[str]`):
+            `--card A B …` (results files), `--output_dir` (the checkpoint), and optionally `--stage`, `--before`,
+            `--margin`.
+
+    Returns:
+        `int`: Exit status, 0. (A mistake exits with 2.)
+    """
+    parser = _parser("Writes the model card, README.md, of a checkpoint from results files.")
+    parser.add_argument("--card", nargs="+", metavar="FILE", required=True, help="Results files.")
+    parser.add_argument("--output_dir", required=True, help="Folder of the checkpoint.")
+    parser.add_argument("--stage", help="Stage in the results that the checkpoint is; by default the last one.")
+    parser.add_argument("--before", help="Stage that it is compared with; by default the first one.")
+    options = parser.parse_args(args)
+    with user_errors():
+        path = write_card(options.card, options.output_dir, options.stage, options.before, options.margin)
+    _say(str(path))
+    return 0

@@ -1,0 +1,448 @@
+"""
+What verdicts and token counts say, and how surely: estimators on arrays of shape `(problems, samples per problem)`.
+
+Intervals are 95% and about the problems: they cover what other problems of the same kind would have given, so the
+problems are what is independent, and several samples of one problem are a cluster. All are in closed form, so the same
+samples always give the same interval.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+Z95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
+
+# Words that announce another check or another attempt; matched as whole words, in either case
+MARKERS = (
+    "wait",
+    "hmm",
+    "hold on",
+    "alternatively",
+    "actually",
+    "let me check",
+    "let me double-check",
+    "let me verify",
+    "let me re-check",
+    "let me recheck",
+    "let me think again",
+    "on second thought",
+)
+_MARKER = re.compile(r"\b(?:" + "|".join(map(re.escape, MARKERS)) + r")\b", re.IGNORECASE)
+
+
+@dataclass
+class Samples:
+    """
+    The judged completions of one checkpoint on one task, each array of shape `(problems, samples per problem)`.
+
+    Args:
+        ids (`list`):
+            Problem of each row.
+        records (`list[list[dict]]`):
+            The records that the arrays were made of.
+        correct (`np.ndarray`):
+            Whether the sample is correct, `bool`.
+        flexible (`np.ndarray`):
+            The verdict of the flexible scorer, `float`: 0, 1, or NaN where it has none.
+        tokens (`np.ndarray`):
+            Completion tokens, with the one that ends it.
+        thinking (`np.ndarray`):
+            Those of them inside a thinking block.
+        truncated (`np.ndarray`):
+            Whether the completion had not ended at the limit, `bool`.
+        unverified (`int`):
+            Number of problems left out because a verifier gave no verdict for one of their samples.
+    """
+
+    ids: list
+    records: list[list[dict[str, Any]]]
+    correct: np.ndarray
+    flexible: np.ndarray
+    tokens: np.ndarray
+    thinking: np.ndarray
+    truncated: np.ndarray
+    unverified: int
+
+    @classmethod
+    def from_records(cls, records: Iterable[dict[str, Any]]) -> "Samples":
+        """
+        Groups the records of one checkpoint, task and way of decoding by problem.
+
+        Args:
+            records (`Iterable[dict]`):
+                What the evaluation saves for each sample: `id`, `sample`, `completion`, `tokens`, `thinking_tokens`,
+                `truncated`, `correct`, `correct_flexible`, `answer`.
+
+        Returns:
+            [`Samples`]: Problems in the order in which they come.
+
+        Raises:
+            ValueError: If a sample is there twice, if problems have different numbers of samples, or if there is no
+                verdict at all.
+        """
+        problems: dict[Any, dict[int, dict]] = {}
+        for record in records:
+            samples = problems.setdefault(record["id"], {})
+            if record["sample"] in samples:
+                raise ValueError(f"Sample {record['sample']} of problem {record['id']!r} is there twice.")
+            samples[record["sample"]] = record
+        judged = {
+            name: [samples[index] for index in sorted(samples)]
+            for name, samples in problems.items()
+            if all(sample["correct"] is not None for sample in samples.values())
+        }
+        if not judged:
+            raise ValueError(f"None of the {len(problems)} problems can be verified: check the `answer` column.")
+        width = len(next(iter(judged.values())))
+        for name, samples in judged.items():
+            if len(samples) != width:
+                raise ValueError(f"Problem {name!r} has {len(samples)} samples, and others have {width}.")
+        rows = list(judged.values())
+
+        def array(key: str, dtype: type) -> np.ndarray:
+            return np.array([[sample[key] for sample in samples] for samples in rows], dtype=dtype)
+
+        return cls(
+            ids=list(judged),
+            records=rows,
+            correct=array("correct", bool),
+            flexible=array("correct_flexible", float),
+            tokens=array("tokens", np.int64),
+            thinking=array("thinking_tokens", np.int64),
+            truncated=array("truncated", bool),
+            unverified=len(problems) - len(rows),
+        )
+
+
+def summarize(samples: Samples) -> dict[str, float | int | str | None]:
+    """
+    Turns samples into the numbers of a row of results, each named by its estimator.
+
+    Args:
+        samples ([`Samples`]):
+            What was judged.
+
+    Returns:
+        `dict`: `n` (problems), `samples` (per problem), `unverified`; `estimator` of `accuracy` (`"mean@n"`), which has
+        its interval in `accuracy_low` and `accuracy_high`; `accuracy_flexible` (`None` without a flexible scorer) with
+        the numbers of samples that only one scorer accepts, `strict_only` and `flexible_only`; with several samples,
+        `pass@k` for powers of two up to n, and `maj@n`; `mean_tokens`, its interval `mean_tokens_low` and
+        `mean_tokens_high`, `median_tokens`, `p90_tokens`, `p99_tokens`; `mean_thinking_tokens` and
+        `mean_answer_tokens`; `truncated` (share); `markers_per_1000_tokens` (see `MARKERS`).
+    """
+    n, width = samples.correct.shape
+    accuracy, low, high = share_interval(samples.correct.mean(axis=1), width)
+    judged = ~np.isnan(samples.flexible)
+    strict, flexible = samples.correct[judged], samples.flexible[judged] == 1
+    summary = {
+        "n": n,
+        "samples": width,
+        "unverified": samples.unverified,
+        "estimator": f"mean@{width}",
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "accuracy_flexible": flexible.mean().item() if flexible.size else None,
+        "strict_only": int((strict & ~flexible).sum()) if flexible.size else None,
+        "flexible_only": int((flexible & ~strict).sum()) if flexible.size else None,
+    }
+    if width > 1:
+        counts = samples.correct.sum(axis=1)
+        for k in (2**power for power in range(1, width.bit_length())):
+            summary[f"pass@{k}"] = pass_at_k(counts, width, k).mean().item()
+        summary[f"maj@{width}"] = majority(samples).mean().item()
+    mean, low, high = mean_interval(samples.tokens.mean(axis=1))
+    median, p90, p99 = np.percentile(samples.tokens, [50, 90, 99]).tolist()
+    thinking = samples.thinking.mean().item()
+    return summary | {
+        "mean_tokens": mean,
+        "mean_tokens_low": low,
+        "mean_tokens_high": high,
+        "median_tokens": median,
+        "p90_tokens": p90,
+        "p99_tokens": p99,
+        "mean_thinking_tokens": thinking,
+        "mean_answer_tokens": mean - thinking,
+        "truncated": samples.truncated.mean().item(),
+        "markers_per_1000_tokens": markers_per_1000_tokens(
+            [record["completion"] for row in samples.records for record in row], samples.tokens
+        ),
+    }
+
+
+def wilson_interval(correct: float, n: float) -> tuple[float, float]:
+    """
+    Returns the 95% Wilson score interval of a share, which unlike the normal approximation stays inside 0 to 1 and
+    keeps a width when all or none are correct.
+
+    Args:
+        correct (`float`):
+            Number of successes.
+        n (`float`):
+            Number of trials, above 0; an effective number need not be whole.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound.
+    """
+    share = correct / n
+    center = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    margin = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    # At 0 and 1 a bound is the share itself, but for rounding
+    return max(0.0, min(share, center - margin)), min(1.0, max(share, center + margin))
+
+
+def share_interval(values: np.ndarray, samples: int = 1) -> tuple[float, float, float]:
+    """
+    Returns the mean over problems of shares, for instance mean@n, with a score interval that knows about clusters.
+
+    It is the Wilson interval at the effective number of samples p(1 − p) / Var(mean), with the variance taken between
+    problems: between the number of problems (a problem's samples are all alike) and that of all samples (they are
+    independent). With one sample per problem it is the Wilson interval exactly.
+
+    Args:
+        values (`np.ndarray` of shape `(problems,)`):
+            Share of each problem, 0 to 1.
+        samples (`int`, *optional*, defaults to `1`):
+            Number of samples behind each.
+
+    Returns:
+        `tuple[float, float, float]`: Mean, lower and upper bound.
+    """
+    n, mean, variance = len(values), float(np.mean(values)), float(np.var(values))
+    most = mean * (1 - mean)
+    if most <= 0:  # all alike: nothing says that the samples of a problem tell more than one of them
+        effective = n
+    else:
+        effective = min(max(n, n * most / variance), n * samples) if variance > 0 else n * samples
+    return mean, *wilson_interval(mean * effective, effective)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """
+    Returns the mean over problems of numbers above 0 with its 95% interval, normal for the logarithm of the mean, which
+    suits the long tail of lengths.
+
+    Args:
+        values (`np.ndarray` of shape `(problems,)`):
+            Number of each problem, above 0.
+
+    Returns:
+        `tuple`: Mean, lower and upper bound, the last two `None` for a single problem.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None, None
+    margin = Z95 * float(np.std(values, ddof=1)) / mean / math.sqrt(len(values))
+    return mean, mean * math.exp(-margin), mean * math.exp(margin)
+
+
+def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
+    """
+    Returns the unbiased estimate of the chance that one of k samples is correct, 1 − C(n − c, k) / C(n, k), of
+    https://huggingface.co/papers/2107.03374.
+
+    Args:
+        correct (`np.ndarray` of shape `(problems,)`):
+            Number of correct samples, c.
+        n (`int`):
+            Number of samples per problem.
+        k (`int`):
+            Number of samples that may be drawn, at most n.
+
+    Returns:
+        `np.ndarray` of shape `(problems,)`: Estimate of each problem.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 ≤ k ≤ n, and has k = {k} and n = {n} samples per problem.")
+    table = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
+    return table[np.asarray(correct)]
+
+
+def majority(samples: Samples) -> np.ndarray:
+    """
+    Returns maj@n: whether the answer that most of a problem's n samples give is correct.
+
+    Samples without an answer, or truncated, do not vote. A tie counts as what a fair draw among the tied answers is
+    expected to give, and no vote at all as wrong. (Where a scorer judges samples with the same answer differently, the
+    answer counts as the share of them it accepts.)
+
+    Args:
+        samples ([`Samples`]):
+            With `answer` in its records.
+
+    Returns:
+        `np.ndarray` of shape `(problems,)`: 0 to 1 for each problem.
+    """
+    shares = []
+    for row in samples.records:
+        votes = [record for record in row if record["answer"] is not None and not record["truncated"]]
+        counts = Counter(record["answer"] for record in votes)
+        most = max(counts.values(), default=0)
+        won = [record["correct"] for record in votes if counts[record["answer"]] == most]
+        shares.append(sum(won) / len(won) if won else 0.0)
+    return np.array(shares)
+
+
+def paired_difference(
+    before: np.ndarray, after: np.ndarray, samples_before: int = 1, samples_after: int = 1
+) -> tuple[float, float, float]:
+    """
+    Returns the difference in accuracy of two checkpoints on the same problems, after − before, with its 95% interval.
+
+    The interval joins the score intervals of both by the correlation between them, which is Newcombe's tenth method for
+    paired shares (Statistics in Medicine 17, 1998) where there is one sample per problem. Resampling the problems
+    instead gives an interval of no width where two checkpoints agree on everything, even on three problems; this one
+    keeps the width that so few problems deserve.
+
+    Args:
+        before (`np.ndarray` of shape `(problems,)`):
+            Share of correct samples of each problem.
+        after (`np.ndarray` of shape `(problems,)`):
+            The same of the other checkpoint, problem by problem.
+        samples_before (`int`, *optional*, defaults to `1`):
+            Number of samples per problem before.
+        samples_after (`int`, *optional*, defaults to `1`):
+            Number of samples per problem after.
+
+    Returns:
+        `tuple[float, float, float]`: Difference, lower and upper bound.
+    """
+    old, old_low, old_high = share_interval(before, samples_before)
+    new, new_low, new_high = share_interval(after, samples_after)
+    covariance = float(np.mean((before - old) * (after - new)))
+    if covariance > 0:  # a continuity correction, by the smallest step that the covariance can take
+        covariance = max(covariance - 1 / (2 * len(before) * max(samples_before, samples_after)), 0.0)
+    spread = float(np.std(before) * np.std(after))
+    correlation = covariance / spread if spread > 0 else 0.0
+
+    def distance(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * correlation * a * b + b * b, 0.0))
+
+    difference = new - old
+    low = difference - distance(new - new_low, old_high - old)
+    high = difference + distance(new_high - new, old - old_low)
+    return difference, max(low, -1.0), min(high, 1.0)
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """
+    Returns the exact two-sided p-value of McNemar's test that both checkpoints are as likely to be the one that is
+    right where only one is.
+
+    Args:
+        before (`np.ndarray` of shape `(problems,)`):
+            Whether the one sample of each problem is correct.
+        after (`np.ndarray` of shape `(problems,)`):
+            The same of the other checkpoint.
+
+    Returns:
+        `float`: Probability.
+    """
+    before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    tail = sum(math.comb(lost + gained, count) for count in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / 2 ** (lost + gained))
+
+
+def paired_ratio(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None, float | None]:
+    """
+    Returns the ratio of the mean tokens of two checkpoints on the same problems, after / before, with its 95% interval
+    (normal for the logarithm of the ratio, by its influence on each problem).
+
+    Args:
+        before (`np.ndarray` of shape `(problems,)`):
+            Mean tokens of each problem, above 0.
+        after (`np.ndarray` of shape `(problems,)`):
+            The same of the other checkpoint.
+
+    Returns:
+        `tuple`: Ratio, lower and upper bound, the last two `None` for a single problem.
+    """
+    old, new = float(np.mean(before)), float(np.mean(after))
+    if len(before) < 2:
+        return new / old, None, None
+    margin = Z95 * float(np.std(after / new - before / old, ddof=1)) / math.sqrt(len(before))
+    return new / old, new / old * math.exp(-margin), new / old * math.exp(margin)
+
+
+def budget_curve(
+    correct: np.ndarray, tokens: np.ndarray, budgets: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Returns accuracy at a token budget: the share of samples that are correct and no longer than it, which is what
+    cutting generation there would leave.
+
+    Args:
+        correct (`np.ndarray`):
+            Verdicts, of any shape.
+        tokens (`np.ndarray`):
+            Completion tokens, of the same shape.
+        budgets (`Sequence[int]`, *optional*):
+            Budgets, in tokens. Defaults to every number of tokens at which a correct sample ends.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Budgets and accuracies.
+    """
+    lengths = np.sort(np.asarray(tokens)[np.asarray(correct, dtype=bool)])
+    budgets = np.unique(lengths) if budgets is None else np.asarray(budgets)
+    return budgets, np.searchsorted(lengths, budgets, side="right") / np.size(correct)
+
+
+def markers_per_1000_tokens(completions: Iterable[str], tokens: np.ndarray) -> float:
+    """
+    Returns how often the words of `MARKERS` come, per 1,000 tokens.
+
+    Args:
+        completions (`Iterable[str]`):
+            Texts.
+        tokens (`np.ndarray`):
+            Their numbers of tokens, of any shape.
+
+    Returns:
+        `float`: Rate.
+    """
+    return 1000 * sum(len(_MARKER.findall(text)) for text in completions) / float(np.sum(tokens))
+
+
+def cost_per_1000_correct(mean_tokens: float, accuracy: float, price: float) -> float | None:
+    """
+    Returns what 1,000 correct answers cost: the tokens of the wrong ones are paid for too.
+
+    Args:
+        mean_tokens (`float`):
+            Mean completion tokens.
+        accuracy (`float`):
+            Share of correct completions.
+        price (`float`):
+            Price of a million completion tokens; the cost is in its currency. Prompt tokens are not counted.
+
+    Returns:
+        `float` or `None`: `None` when nothing is correct.
+    """
+    return 1000 * mean_tokens / accuracy * price / 1e6 if accuracy > 0 else None
+
+
+def flops_per_1000_correct(mean_tokens: float, accuracy: float, parameters: int) -> float | None:
+    """
+    Returns the arithmetic behind 1,000 correct answers, 2 · parameters · tokens: a multiplication and an addition for
+    each parameter and completion token. The output layer, attention to the context and the prompt are left out; the
+    second is to the favour of longer completions.
+
+    Args:
+        mean_tokens (`float`):
+            Mean completion tokens.
+        accuracy (`float`):
+            Share of correct completions.
+        parameters (`int`):
+            Number of parameters that are not embeddings.
+
+    Returns:
+        `float` or `None`: Floating-point operations; `None` when nothing is correct.
+    """
+    return 1000 * mean_tokens / accuracy * 2 * parameters if accuracy > 0 else None
