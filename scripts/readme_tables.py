@@ -22,6 +22,17 @@ STAGES = {
     "opsd": "**OPSD**",
 }
 
+SIZE_METHODS = {
+    "teacher": "teacher",
+    "pruned": "pruned only",
+    "cold": "cold start",
+    "sft": "SFT on the teacher's rollouts",
+    "offline": "logits, on the teacher's rollouts",
+    "rlvr": "RLVR",
+    "opsd": "**OPSD**",
+    "opsd-concise": "**OPSD**, teacher asked to be concise",
+}
+
 
 def spread(values: list[float]) -> str:
     numbers = (sum(values) / len(values), min(values), max(values))
@@ -85,13 +96,45 @@ def divergence_table() -> str:
     return "\n".join([head, "", *lines])
 
 
+def size_table() -> str:
+    """The size sweep: for each ratio and method the mean over the seeds, with the lowest and the highest."""
+    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("tiny_size/seed-*/results.json"))]
+    rows = [row for run in runs for row in run["rows"]]
+    config = runs[0]["run"]["config"]
+    lines = [
+        "| removed | parameters | method | accuracy greedy, % | accuracy sampled, % | of the teacher's, sampled, % | "
+        "tokens sampled | MFLOPs per answer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ratio, method in dict.fromkeys((row["ratio"], row["method"]) for row in rows):
+        chosen = {
+            decoding: [
+                row for row in rows if (row["ratio"], row["method"], row["decoding"]) == (ratio, method, decoding)
+            ]
+            for decoding in ("greedy", "sampled")
+        }
+        sampled = chosen["sampled"]
+        cells = [f"{100 * ratio:g}%", f"{sampled[0]['parameters']:,}", SIZE_METHODS[method]]
+        cells += [spread([100 * row["accuracy"] for row in chosen[decoding]]) for decoding in ("greedy", "sampled")]
+        cells += [spread([100 * row["kept"] for row in sampled]), spread([row["mean_tokens"] for row in sampled])]
+        cells.append(f"{sum(row['answer_flops'] for row in sampled) / len(sampled) / 1e6:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    offered = next(row["rollouts"] for row in rows if row["rollouts"])
+    sentence = (
+        f"{len(runs)} seeds. All methods of a ratio start from the same pruned model after {config['cold_start_steps']} "
+        f"updates of supervised fine-tuning (the cold start) and make {config['updates']} more, on {offered:,} rollouts."
+    )
+    return "\n".join([*lines, "", sentence])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in (("chain", chain_table()), ("divergence", divergence_table())):
+    tables = {"chain": chain_table(), "divergence": divergence_table(), "size": size_table()}
+    for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
         text = re.sub(
             rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _, block=block: block, text, flags=re.DOTALL

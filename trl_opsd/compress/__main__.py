@@ -1,13 +1,15 @@
 """
 Command line of the whole chain: `python -m trl_opsd.compress --config recipes/tiny/compress.yaml`.
 
-Interrupted and run again, it goes on with the first stage that is not finished.
+Interrupted and run again, it goes on with the first stage that is not finished. With `ratios` in the configuration it
+ends in a sweep of smaller students (`recipes/tiny/size.yaml`).
 """
 
 import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,8 +19,10 @@ from rich.table import Table
 from ..cli import parse, user_errors
 from ..evaluate.report import COLUMNS, compare, table_cells, write_report
 from ..results import write_results
+from . import report as sweep
 from .chain import Stage, run_chain
 from .config import CompressConfig
+from .sweep import conditions, sweep_rows
 
 
 class Display:
@@ -68,6 +72,17 @@ def main(args: list[str] | None = None) -> None:
             print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
             raise SystemExit(130) from None
 
+    if config.ratios:
+        report_sweep(config, stages, console)
+    else:
+        report_chain(config, stages, console)
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    console.print(f"{minutes} min {seconds} s. {root}/report.md, its plots and {root}/results.json")
+
+
+def report_chain(config: CompressConfig, stages: list[Stage], console: Console) -> None:
+    """Writes what the chain came to, and shows what fits a terminal."""
+    root = Path(config.output_dir)
     rows = []
     for stage in stages:
         if not stage.is_training:
@@ -77,17 +92,29 @@ def main(args: list[str] | None = None) -> None:
     write_results(root / "results.json", rows, config)
     write_report(root, rows, "Smoke run: numbers without meaning" if config.smoke else "trl-opsd", sentences)
 
-    # What fits a terminal; the rest is in the report
-    narrow = [list(COLUMNS).index(name) for name in ("stage", "decoding", "accuracy", "mean_tokens", "truncated")]
-    table = Table(*[list(COLUMNS.values())[index] for index in narrow])
-    for row in rows:
-        cells = table_cells(row)
-        table.add_row(*[cells[index] for index in narrow])
-    console.print(table)
+    show(console, COLUMNS, ("stage", "decoding", "accuracy", "mean_tokens", "truncated"), map(table_cells, rows))
     for sentence in sentences:
         console.print(sentence, highlight=False)
-    minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    console.print(f"{minutes} min {seconds} s. {root}/report.md, {root}/accuracy_tokens.png and {root}/results.json")
+
+
+def report_sweep(config: CompressConfig, stages: list[Stage], console: Console) -> None:
+    """Writes what the sweep came to, and shows what fits a terminal."""
+    root = Path(config.output_dir)
+    rows = sweep_rows(config, stages)
+    write_results(root / "results.json", rows, config)
+    title = "Smoke run: numbers without meaning" if config.smoke else "Size sweep"
+    sweep.write_report(root, rows, title, conditions(config))
+    narrow = ("ratio", "method", "parameters", "decoding", "accuracy", "kept", "mean_tokens")
+    show(console, sweep.COLUMNS, narrow, map(sweep.table_cells, rows))
+
+
+def show(console: Console, columns: dict[str, str], names: tuple[str, ...], lines: Iterable[list[str]]) -> None:
+    """Prints the columns that fit a terminal; the rest is in the report."""
+    narrow = [list(columns).index(name) for name in names]
+    table = Table(*[list(columns.values())[index] for index in narrow])
+    for cells in lines:
+        table.add_row(*[cells[index] for index in narrow])
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,12 @@ class Stage:
             Options that override the recipe.
         output (`Path`):
             What it leaves: the folder of a checkpoint, or the JSON file of an evaluation.
-        minutes (`float`):
+        minutes (`float`, *optional*, defaults to `1.0`):
             How long it is expected to take, for the time left.
+        after (`list[Stage]`, *optional*):
+            Stages that it depends on, where the chain branches. Defaults to the one before it.
+        launched (`bool`, *optional*, defaults to `True`):
+            Whether the launcher starts it, if it is no evaluation.
     """
 
     name: str
@@ -52,6 +56,8 @@ class Stage:
     arguments: dict[str, Any]
     output: Path
     minutes: float = field(default=1.0)
+    after: "list[Stage] | None" = field(default=None)
+    launched: bool = field(default=True)
 
     @property
     def is_training(self) -> bool:
@@ -63,7 +69,7 @@ class Stage:
             values = value if isinstance(value, list) else [value]
             options += [f"--{name}", *map(str, values)]
         return [
-            *(launcher if self.is_training else [sys.executable]),
+            *(launcher if self.is_training and self.launched else [sys.executable]),
             "-m",
             self.module,
             "--config",
@@ -76,7 +82,7 @@ class Stage:
         return self.output.parent / f".{self.output.name}.done"
 
     def fingerprint(self, previous: str) -> str:
-        """Changes whenever the recipe, an option or an earlier stage does."""
+        """Changes whenever the recipe, an option or a stage that it depends on does."""
         what = json.dumps([previous, self.module, Path(self.recipe).read_text(), self.arguments], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()
 
@@ -109,9 +115,11 @@ def run_chain(
         UserError: If a stage fails. The message has its last lines and names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    fingerprint, expected_done, seconds_done = "", 0.0, 0.0
+    fingerprints, expected_done, seconds_done = {}, 0.0, 0.0
     for index, stage in enumerate(stages):
-        fingerprint = stage.fingerprint(fingerprint)
+        after = stages[max(index - 1, 0) : index] if stage.after is None else stage.after
+        fingerprint = stage.fingerprint(" ".join(fingerprints[id(other)] for other in after))
+        fingerprints[id(stage)] = fingerprint
         later = sum(other.minutes for other in stages[index + 1 :]) * 60
         if stage.is_finished(fingerprint):
             on_progress(stage, 1, 1, later)
@@ -136,7 +144,8 @@ def run_chain(
             left = passed * (1 / share - 1) if share > 0.1 else max(60 * stage.minutes * pace - passed, 0.0)
             on_progress(stage, done, total, left + later * pace)
 
-        _run(stage, command, logs / f"{stage.output.stem}.log", report)
+        kind = "train" if stage.is_training else "evaluate"
+        _run(stage, command, logs / f"{kind}-{stage.name}.log", report)
         seconds_done, expected_done = seconds_done + time.monotonic() - start, expected_done + stage.minutes
         write_text(stage.marker, fingerprint)
 

@@ -1,0 +1,351 @@
+"""
+Times the train phase of one optimizer step on the same rollouts: TRL's DistillationTrainer and SDFTTrainer, and ours.
+
+    OMP_NUM_THREADS=1 python scripts/benchmark_step.py                  # CPU
+    python scripts/benchmark_step.py --device cuda                      # GPU: 0.6 B parameters, traces of up to 8k tokens
+
+The rollouts are written in advance, with a long-tailed distribution of lengths, and half of them are correct. What
+counts are useful tokens: those of correct rollouts. Every arm has a process of its own and the arms take turns. TRL's
+loss is given the valid positions only, as it does itself where it finds Triton. Results and plot go to
+recipes/results/step/<device>.{json,png}.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from benchmark_divergence import Meter
+from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer, sdft_trainer
+from trl.trainer import distillation_trainer
+
+from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd import trainer as opsd_trainer
+from trl_opsd.results import write_results
+from trl_opsd.tiny.tokenizer import make_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    # The head has about a quarter of the parameters, as in a 1.7 B model with a vocabulary of 152k
+    "cpu": {
+        "hidden_size": 128,
+        "num_layers": 6,
+        "vocab_size": 4096,
+        "rollouts": 32,
+        "median_length": 200,
+        "max_length": 2048,
+        "budget": 2048,
+        "steps": 2,
+    },
+    "cuda": {
+        "hidden_size": 1024,
+        "num_layers": 28,
+        "vocab_size": 151936,
+        "rollouts": 64,
+        "median_length": 1500,
+        "max_length": 8192,
+        "budget": 16384,
+        "steps": 3,
+    },
+}
+CONTEXT = "{prompt}{privileged_context}"
+ARMS = {
+    "TRL Distillation": ("distillation", {}),
+    "ours, external teacher, all, no budget": ("ours", {"external": True, "gate": "all"}),
+    "ours, external teacher, all": ("ours", {"external": True, "gate": "all", "budget": True}),
+    "ours, external teacher, correct, no budget": ("ours", {"external": True, "gate": "correct"}),
+    "ours, external teacher, correct": ("ours", {"external": True, "gate": "correct", "budget": True}),
+    "TRL SDFT, full logits": ("sdft", {"distillation_mode": "full_logits"}),
+    "TRL SDFT, top 100": ("sdft", {"distillation_mode": "topk_logits"}),
+    "ours, context, all": ("ours", {"gate": "all", "budget": True}),
+    "ours, context, correct": ("ours", {"gate": "correct", "budget": True}),
+}
+
+
+def rollouts(size: dict, seed: int) -> tuple[list[list[int]], list[bool]]:
+    """Completions as token ids, log-normal in length with a spread as reasoning traces have it, and which are correct."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randn(size["rollouts"], generator=generator).mul(0.9).exp()
+    lengths = (size["median_length"] * spread).clamp(16, size["max_length"]).int().tolist()
+    eos = make_tokenizer().eos_token_id
+    completions = [[*torch.randint(5, 60, (length - 1,), generator=generator).tolist(), eos] for length in lengths]
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    correct = [position < len(lengths) // 2 for position in order]
+    return completions, correct
+
+
+class Shares:
+    """Seconds spent in the parts of a step."""
+
+    def __init__(self, cuda: bool):
+        self.cuda, self.seconds = cuda, defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str):
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.process_time() if not self.cuda else time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] += (time.process_time() if not self.cuda else time.perf_counter()) - start
+
+    def timed(self, name: str, function):
+        def wrapper(*args, **kwargs):
+            with self.part(name if name != "forward" else "student" if torch.is_grad_enabled() else "teacher"):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+
+class Steps(TrainerCallback):
+    """Measures every step but the first."""
+
+    def __init__(self, device: str, shares: Shares):
+        self.device, self.shares, self.meters, self.parts = device, shares, [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.shares.seconds.clear()
+        self.meter = Meter(self.device)
+        self.meter.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.meter.__exit__()
+        if state.global_step > 1:
+            self.meters.append(self.meter)
+            self.parts.append(dict(self.shares.seconds))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_part = self.shares.part("optimizer")
+        self.optimizer_part.__enter__()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_part.__exit__(None, None, None)
+
+
+def work(arm: str, args: argparse.Namespace) -> None:
+    """One arm, in a process of its own: writes one results file."""
+    size, cuda = SIZES[args.device], args.device == "cuda"
+    kind, options = ARMS[arm]
+    completions, correct = rollouts(size, args.seed)
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=size["vocab_size"],
+        hidden_size=size["hidden_size"],
+        intermediate_size=3 * size["hidden_size"],
+        num_hidden_layers=size["num_layers"],
+        num_attention_heads=size["hidden_size"] // 64,
+        num_key_value_heads=max(size["hidden_size"] // 128, 1),
+        head_dim=64,
+        max_position_embeddings=2 * size["max_length"],
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    def checkpoint(seed):
+        torch.manual_seed(seed)
+        folder = tempfile.mkdtemp()
+        Qwen3ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    rows = [
+        {"prompt": f"{index}" + "+2=3" * 20, "privileged_context": "*4=5" * 60, "correct": float(verdict)}
+        for index, verdict in enumerate(correct)
+    ]
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": args.per_device,
+        "gradient_accumulation_steps": len(rows) // args.per_device,
+        "max_steps": size["steps"] + 1,
+        "max_completion_length": size["max_length"],
+        "shuffle_dataset": False,
+        "learning_rate": 1e-5,
+        "logging_steps": 1,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": args.seed,
+    }
+    shares = Shares(cuda)
+    steps = Steps(args.device, shares)
+    common = {"model": checkpoint(0), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    common["callbacks"] = [steps]
+    budget = size["budget"] if options.pop("budget", False) else None
+    if kind == "sdft":
+        # Reverse KL over the vocabulary, from the initial weights: the objective of the others
+        settings |= {"distillation_alpha": 1.0, "num_generations": 1, "teacher_prompt_template": CONTEXT, **options}
+        trainer = SDFTTrainer(args=SDFTConfig(**settings), **common)
+    elif kind == "distillation":
+        trainer = DistillationTrainer(
+            args=DistillationConfig(**settings, beta=1.0), teacher_model=checkpoint(1), **common
+        )
+    else:
+        external = options.pop("external", False)
+        trainer = OPSDTrainer(
+            args=OPSDConfig(
+                **settings,
+                **options,
+                beta=1.0,
+                max_tokens_per_microbatch=budget,
+                teacher_prompt_template=None if external else CONTEXT,
+            ),
+            teacher_model=checkpoint(1) if external else None,
+            reward_funcs=lambda correct, **kwargs: correct,
+            **common,
+        )
+        trainer.alarms.on_pre_optimizer_step = lambda *args, **kwargs: None  # random weights are not a dead teacher
+
+    def written(self, prompt_ids, *args, **kwargs):
+        return completions
+
+    for network in {id(m): m for m in (trainer.model, trainer.teacher_model) if m is not None}.values():
+        network.base_model.forward = shares.timed("forward", network.base_model.forward)
+    trainer.accelerator.backward = shares.timed("backward", trainer.accelerator.backward)
+    loss = shares.timed("loss", distillation_trainer._chunked_divergence_loss)
+    our_loss = shares.timed("loss", opsd_trainer.linear_divergence_with_metrics)
+    with (
+        mock.patch.object(DistillationTrainer, "_generate_single_turn", written),
+        mock.patch.object(SDFTTrainer, "_generate", lambda self, prompt_ids: (prompt_ids, completions)),
+        mock.patch.object(distillation_trainer, "_use_triton", lambda device: True),
+        mock.patch.object(distillation_trainer, "_chunked_divergence_loss", loss),
+        mock.patch.object(opsd_trainer, "linear_divergence_with_metrics", our_loss),
+        mock.patch.object(
+            sdft_trainer,
+            "compute_full_logit_self_distillation_loss",
+            shares.timed("loss", sdft_trainer.compute_full_logit_self_distillation_loss),
+        ),
+        mock.patch.object(
+            sdft_trainer,
+            "compute_topk_self_distillation_loss",
+            shares.timed("loss", sdft_trainer.compute_topk_self_distillation_loss),
+        ),
+    ):
+        trainer.train()
+    useful = sum(len(ids) for ids, verdict in zip(completions, correct, strict=True) if verdict)
+    written_tokens = sum(map(len, completions))
+    trained = written_tokens if options.get("gate", "all") == "all" else useful
+    measured = []
+    for meter, parts in zip(steps.meters, steps.parts, strict=True):
+        # Where other jobs share the machine the processor's time is the fair one; on a GPU it is the clock's
+        seconds = meter.seconds if cuda else meter.cpu_seconds
+        parts["rest"] = seconds - sum(parts.values())
+        measured.append({"seconds": seconds, "wall_s": meter.seconds, "peak_mib": meter.peak_mib, "parts": parts})
+    row = {
+        "arm": arm,
+        "per_device": args.per_device,
+        "budget": budget,
+        "rollouts": len(rows),
+        "tokens_written": written_tokens,
+        "tokens_useful": useful,
+        "tokens_trained": trained,
+        "parameters": trainer.model.num_parameters(),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "measured": measured,
+    }
+    write_results(args.output, [row], vars(args) | size)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
+    parts = ["teacher", "student", "loss", "backward", "optimizer", "rest"]
+    names = [row["arm"] for row in rows][::-1]
+    left = [0.0] * len(rows)
+    for part in parts:
+        widths = [row["parts"][part] for row in rows][::-1]
+        axes.barh(names, widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for name, end, row in zip(names, left, rows[::-1], strict=True):
+        axes.text(end, name, f" {row['useful_per_s']:.0f} useful tokens/s, {row['peak_mib']:.0f} MiB", va="center")
+    axes.set_xlim(0, 1.45 * max(left))
+    axes.set_xlabel("seconds of an optimizer step, without generation")
+    axes.legend(loc="lower right", ncols=2, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(SIZES), default="cpu")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of every arm")
+    parser.add_argument("--per_device", type=int, default=4, help="rollouts of a micro-batch without a budget")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return work(args.work, args)
+    import json
+
+    found = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(args.repeats):
+            for arm in args.arms:
+                output = Path(folder) / "row.json"
+                command = [sys.executable, __file__, "--device", args.device, "--per_device", str(args.per_device)]
+                command += ["--seed", str(args.seed), "--work", arm, "--output", str(output)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                found[arm].append(json.loads(output.read_text())["rows"][0])
+                last = found[arm][-1]["measured"]
+                print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
+    rows = []
+    for turns in found.values():
+        measured = [m for turn in turns for m in turn.pop("measured")]
+        seconds = statistics.median(m["seconds"] for m in measured)
+        parts = ["teacher", "student", "loss", "backward", "optimizer", "rest"]
+        rows.append(
+            {
+                **turns[0],
+                "seconds": seconds,
+                "seconds_all": [m["seconds"] for m in measured],
+                "wall_s": statistics.median(m["wall_s"] for m in measured),
+                "useful_per_s": turns[0]["tokens_useful"] / seconds,
+                "peak_mib": statistics.median(m["peak_mib"] for m in measured),
+                "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in parts},
+            }
+        )
+    for row in rows:
+        peer = "TRL SDFT, full logits" if "context" in row["arm"] or "SDFT" in row["arm"] else "TRL Distillation"
+        for other in rows:
+            if other["arm"] == peer:
+                row["peer"] = peer
+                row["speed_to_peer"] = row["useful_per_s"] / other["useful_per_s"]
+                row["memory_to_peer"] = row["peak_mib"] / other["peak_mib"]
+        print(
+            row["arm"],
+            {
+                k: round(row[k], 2)
+                for k in ("seconds", "useful_per_s", "peak_mib", "speed_to_peer", "memory_to_peer")
+                if k in row
+            },
+        )
+    output = ROOT / "recipes" / "results" / "step" / f"{args.device}.json"
+    config = {k: v for k, v in vars(args).items() if k not in ("work", "output")} | SIZES[args.device]
+    write_results(output, rows, config | {"load": os.getloadavg()[0]})
+    plot(rows, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

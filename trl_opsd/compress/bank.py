@@ -1,0 +1,102 @@
+r"""
+Fills a rollout bank with verified rollouts of a finished model:
+
+    python -m trl_opsd.compress.bank --config recipes/tiny/size_evaluate.yaml --dataset_split train \
+        --model_name_or_path CHECKPOINT --dataset_name DATA --bank FOLDER --output FOLDER.json
+
+For a teacher that no RLVR run of ours has trained, or whose bank is to hold what it writes now.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ..cli import UserError, parse, user_errors
+from ..evaluate import EvaluateConfig
+from ..evaluate.checkpoint import load_generation_config
+from ..evaluate.engines import Request, Sampling, eos_token_ids
+from ..evaluate.estimators import Samples, summarize
+from ..evaluate.measure import Job, load_engine, prepare, problem_ids, verify
+from ..results import write_results
+from ..rlvr.bank import RolloutBank, prompt_id
+
+
+@dataclass
+class BankArguments:
+    r"""
+    Arguments beside those of [`~trl_opsd.evaluate.EvaluateConfig`], which say what is asked, how it is sampled (the
+    `decoding` is always `"sampled"`) and what decides whether an answer is correct.
+
+    Args:
+        bank (`str`, *optional*):
+            Folder to fill.
+        rollouts_per_prompt (`int`, *optional*, defaults to `1`):
+            Completions to sample for each prompt. Those that are correct, and different, are kept.
+    """
+
+    bank: str | None = field(default=None, metadata={"help": "Folder to fill."})
+    rollouts_per_prompt: int = field(default=1, metadata={"help": "Completions to sample for each prompt."})
+
+
+def main(args: list[str] | None = None) -> None:
+    with user_errors():
+        arguments, config = parse((BankArguments, EvaluateConfig), args, prog="trl_opsd.compress.bank")
+        for name, value in (("bank", arguments.bank), ("output", config.output)):
+            if value is None:
+                raise UserError(f"`{name}` is missing: give the place for it.")
+        if arguments.rollouts_per_prompt < 1:
+            raise UserError(f"`rollouts_per_prompt` must be at least 1, and is {arguments.rollouts_per_prompt}.")
+        (job,) = prepare(replace(config, decoding=["sampled"]))
+    rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt))
+    write_results(config.output, rows, config)
+
+
+def fill(job: Job, bank: RolloutBank) -> list[dict]:
+    """
+    Samples, verifies and banks, one pass over the problems for each rollout of a prompt.
+
+    Args:
+        job ([`~trl_opsd.evaluate.measure.Job`]):
+            Model, problems and verifiers.
+        bank ([`~trl_opsd.rlvr.bank.RolloutBank`]):
+            Where the correct rollouts go.
+
+    Returns:
+        `list[dict]`: One row for each pass: its `step`, and what
+        [`~trl_opsd.evaluate.estimators.summarize`] makes of it.
+    """
+    config, dataset = job.config, job.dataset
+    engine = load_engine(config, job.tokenizer)
+    eos_ids = eos_token_ids(load_generation_config(config.model_name_or_path, config.trust_remote_code), job.tokenizer)
+    sampling = Sampling.of(config, "sampled", eos_ids)
+    labels = [{"id": name, "sample": 0} for name in problem_ids(dataset)]
+    rows = []
+    for step in range(bank.rollouts_per_prompt):
+        # A batch is drawn by the seed of its first request
+        requests = [Request(ids, config.seed + 1000 * step + index) for index, ids in enumerate(job.prompt_ids)]
+        completions = [ids for _, ids in sorted(engine.generate(requests, sampling))]
+        samples = verify(dataset, job.reward_funcs, completions, job.tokenizer, eos_ids)
+        rollouts, attempts = [], {}
+        for row, ids, sample in zip(dataset, completions, samples, strict=True):
+            key = prompt_id(row["prompt"])
+            tried, correct = attempts.get(key, (0, 0))
+            attempts[key] = (tried + 1, correct + bool(sample["correct"]))
+            if sample["correct"]:
+                text = sample["completion"]
+                is_text = isinstance(row["prompt"], str)
+                rollouts.append(
+                    {
+                        "prompt_id": key,
+                        "prompt": row["prompt"],
+                        "completion": text if is_text else [{"role": "assistant", "content": text}],
+                        "completion_ids": ids,
+                        "reward": 1.0,
+                    }
+                )
+        bank.add(step, rollouts, attempts)
+        records = [{**label, **sample} for label, sample in zip(labels, samples, strict=True)]
+        rows.append({"step": step, **summarize(Samples.from_records(records))})
+    engine.close()
+    return rows
+
+
+if __name__ == "__main__":
+    main()
