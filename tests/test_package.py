@@ -3,6 +3,7 @@
 import importlib.metadata
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def test_the_top_level_is_what_the_contributing_guide_says():
 
 def test_every_recipe_names_its_command():
     for path in ROOT.glob("recipes/**/*.yaml"):
-        header = path.read_text().split("\n\n")[0]
-        assert "-m trl_opsd." in path.read_text().split("\n\n", 2)[0] + header, path
+        command = [line for line in path.read_text().splitlines() if re.match("#.*(accelerate launch|python) .*", line)]
+        assert any(path.relative_to(ROOT).as_posix() in line for line in command), path
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
 
 
