@@ -390,6 +390,7 @@ class FakeServer(BaseHTTPRequestHandler):
             cls.most = max(cls.most, cls.under_way)
             cls.bodies.append(body)
         if self.mode == "refuses":
+            self.leave()
             self.reply("too long", 400)
         else:
             self.send_response(200)
@@ -399,6 +400,8 @@ class FakeServer(BaseHTTPRequestHandler):
             for position, token in enumerate(tokens):
                 time.sleep(self.delay)
                 last = position == len(tokens) - 1
+                if last:
+                    self.leave()
                 choice = {"text": "x", "token_ids": [token], "finish_reason": "stop" if last else None}
                 if self.mode == "text only":
                     del choice["token_ids"]
@@ -407,8 +410,11 @@ class FakeServer(BaseHTTPRequestHandler):
                 self.chunk(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
+
+    def leave(self):
+        # Before the client is told the last token: it may come back at once
         with self.lock:
-            cls.under_way -= 1
+            type(self).under_way -= 1
 
     def chunk(self, data):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
