@@ -77,7 +77,8 @@ def run(seed: int, args: argparse.Namespace) -> None:
         folder = runs / f"opsd-{'_'.join(arm.replace(',', '').split())}-{seed}"
         prompts, tokens = banked if "prompts of" in arm else data, None
         options = {"model_name_or_path": rlvr, "dataset_name": prompts, "seed": seed, "max_steps": args.max_steps}
-        options |= {"teacher_prompt_template": SOLUTION_TEMPLATE, "probe_prompts": 0}
+        # An arm that falls is a result, and is trained to its end
+        options |= {"teacher_prompt_template": SOLUTION_TEMPLATE, "probe_prompts": 0, "alarm_correct_drop": 1.0}
         options |= {"solution": "bank", "rollout_bank": bank} if bank else {}
         train("trl_opsd.opsd", "recipes/tiny/opsd.yaml", folder, **options)
         prompts = len(load_prompts(str(prompts)))
