@@ -23,34 +23,17 @@ from rlvr_curves import RESULTS, ROOT, evaluate, run_module, train
 
 from trl_opsd.data import load_prompts
 from trl_opsd.results import write_results, write_text
-from trl_opsd.rlvr.bank import RolloutBank, prompt_id, read_attempts, read_rollouts
+from trl_opsd.rlvr.bank import prompt_id, read_rollouts
 from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
 
 def concise_bank(model: Path, data: Path, seed: int, folder: Path) -> Path:
-    """A bank whose rollouts were written in another context than the prompt's own, which is what they are filed under."""
-    if (folder / "attempts.parquet").is_file():
-        return folder
-    asked = folder.with_name(f"{folder.name}-asked")
-    asked.mkdir(parents=True, exist_ok=True)
-    plain = {}
-
-    def ask(row: dict) -> dict:
-        content = CONCISE_TEMPLATE.format(prompt=row["prompt"][0]["content"])
-        prompt = [{"role": "user", "content": content}]
-        plain[prompt_id(prompt)] = row["prompt"]
-        return {"prompt": prompt}
-
-    load_prompts(str(data)).map(ask, load_from_cache_file=False).to_json(asked / "train.jsonl")
-    options = {"model_name_or_path": model, "dataset_name": asked / "train.jsonl", "seed": seed, "bank": asked}
-    options |= {"rollouts_per_prompt": 4, "output": asked / "bank.json", "decoding": "sampled"}
-    run_module("trl_opsd.compress.bank", "recipes/tiny/evaluate.yaml", **options)
-    rollouts = [
-        {**row, "prompt": plain[row["prompt_id"]], "prompt_id": prompt_id(plain[row["prompt_id"]])}
-        for row in read_rollouts(asked)
-    ]
-    attempts = {prompt_id(plain[prompt]): counts for prompt, counts in read_attempts(asked).items()}
-    RolloutBank(folder, 4).add(0, rollouts, attempts)
+    """A bank of rollouts that were asked to be concise; they are filed under the plain prompts."""
+    if not (folder / "bank.json").is_file():
+        options = {"model_name_or_path": model, "dataset_name": data, "dataset_split": "train", "seed": seed}
+        options |= {"prompt_template": CONCISE_TEMPLATE, "decoding": "sampled", "rollouts_per_prompt": 4}
+        options |= {"bank": folder, "output": folder / "bank.json"}
+        run_module("trl_opsd.compress.bank", "recipes/tiny/evaluate.yaml", **options)
     return folder
 
 
