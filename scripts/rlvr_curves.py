@@ -114,7 +114,7 @@ def report() -> None:
     def values(name: str, field: str, at_end: bool) -> np.ndarray:
         """Of each seed, and each step unless at the end."""
         chosen = [
-            [row for row in rows if row["case"] == name and (row.get("decoding") == "sampled") == at_end]
+            [row for row in rows if row["case"] == name and row.get("decoding") == ("sampled" if at_end else None)]
             for rows in seeds
         ]
         return np.array([[row[field] for row in rows] for rows in chosen])
