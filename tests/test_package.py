@@ -47,7 +47,9 @@ def test_the_top_level_is_what_the_contributing_guide_says():
 
 def test_every_recipe_names_its_command():
     for path in ROOT.glob("recipes/**/*.yaml"):
-        command = [line for line in path.read_text().splitlines() if re.match("#.*(accelerate launch|python) .*", line)]
+        command = [
+            line for line in path.read_text().splitlines() if re.match("#.*(accelerate launch|python) .*", line)
+        ]
         assert any(path.relative_to(ROOT).as_posix() in line for line in command), path
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
 
