@@ -153,7 +153,7 @@ def report() -> None:
         lines.append(f"| {name} | {steps} | {' | '.join(map(cell, cells))} |")
     text = (
         f"Means over {len(seeds)} seeds, with the lowest and the highest. Accuracy by step is that of the first round of "
-        "rollouts, on prompts that the run has not asked before, at temperature 1. Where groups are refilled, those "
+        "rollouts at temperature 1, on prompts that no earlier first round has asked. Where groups are refilled, those "
         "without variance are the ones left. Made by `scripts/rlvr_curves.py`."
     )
     write_text(folder / "table.md", "\n".join([text, "", *lines, ""]))
