@@ -86,6 +86,7 @@ def test_lora_leaves_an_adapter(tmp_path, recipe):
         ({"reward_funcs": ["mathreward"]}, "Unknown reward function `mathreward`"),
         ({"teacher_prompt_template": None}, "same in weights and context"),
         ({"teacher_prompt_template": None, "teacher_model_name_or_path": "{model}"}, "same in weights and context"),
+        ({"per_device_train_batch_size": 65}, "has 64 prompts and a batch takes 65"),
         ({"num_generations": 3}, "not divisible by num_generations 3"),
         ({"teacher_prompt_template": "{{prompt}} {{privileged_context}}"}, "needs the column `privileged_context`"),
         ({"reward_funcs": ["accuracy_reward", "test_opsd_cli.needs_tests"]}, "`test_opsd_cli.needs_tests`"),

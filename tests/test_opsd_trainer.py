@@ -570,3 +570,12 @@ def test_clip_bounds_the_loss_and_is_logged(tmp_path, small_model, tokenizer, ro
     assert 0 < logs[0.05]["loss"] < logs[None]["loss"]
     assert logs[0.05]["opsd/kl"] == pytest.approx(logs[None]["opsd/kl"], rel=1e-5)
     assert logs[None]["opsd/clip_fraction"] == 0 < logs[0.05]["opsd/clip_fraction"] < 1
+
+
+def test_fewer_prompts_than_a_batch_are_named_before_a_model_is_loaded(tmp_path, rows):
+    config = OPSDConfig(**settings(tmp_path), teacher_prompt_template=CONCISE_TEMPLATE)
+    with pytest.raises(ValueError, match="has 7 prompts and a batch takes 8"):
+        OPSDTrainer(model="nowhere", args=config, train_dataset=rows.select(range(7)))
+    config = OPSDConfig(**settings(tmp_path), teacher_prompt_template=CONCISE_TEMPLATE, num_generations=4)
+    with pytest.raises(ValueError, match="has 1 prompts and a batch takes 2"):
+        OPSDTrainer(model="nowhere", args=config, train_dataset=rows.select(range(1)))

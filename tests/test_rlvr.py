@@ -279,12 +279,14 @@ def test_a_resumed_run_asks_and_counts_what_an_uninterrupted_one_does(tmp_path, 
             "there is `rollout_func`",
         ),
         ({}, {"train_dataset": "images"}, "there is `images`"),
+        ({}, {"train_dataset": "few"}, "has 1 prompts and a batch takes 2"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, rows, options, arguments, message):
     datasets = {
         "stream": IterableDataset.from_generator(lambda: iter(rows)),
         "images": rows.map(lambda row: {"image": "?"}),
+        "few": rows.select(range(1)),
         None: rows,
     }
     arguments = {**arguments, "train_dataset": datasets[arguments.get("train_dataset")]}

@@ -143,7 +143,7 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
     kept = [row for row, reasons in enumerate(zip(unsolved, skipped, strict=True)) if not any(reasons)]
     counts = (
         f"rollout bank: {len(kept)} of {len(ids)} prompts are left; {sum(unsolved)} have no correct rollout, "
-        f"{sum(skipped)} are outside `min_pass_rate` and `max_pass_rate`"
+        f"{sum(skipped)} are outside `min_pass_rate` and `max_pass_rate`, and a prompt may be both"
     )
     if not kept:
         raise UserError(f"{counts}: choose another bank, or other pass rates.")
@@ -199,6 +199,7 @@ def main(args: list[str] | None = None) -> None:
             datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
             if training_args.process_index == 0:
                 print(counts)
+        training_args.check_num_prompts(len(datasets[0]))
         context = training_args.build_teacher_context()
         for dataset in datasets:
             for func in reward_funcs:

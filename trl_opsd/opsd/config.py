@@ -324,7 +324,7 @@ class OPSDConfig(DistillationConfig):
             )
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
-        global_batch = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        global_batch = self.global_batch_size
         if global_batch % self.num_generations != 0:
             raise ValueError(
                 f"The global batch of {global_batch} rollouts (per_device_train_batch_size "
@@ -368,6 +368,29 @@ class OPSDConfig(DistillationConfig):
             raise ValueError(
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
                 "at False."
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rollouts of an optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def check_num_prompts(self, num_prompts: int) -> None:
+        """
+        Checks that the training data fills a batch, because the sampler leaves out what does not.
+
+        Args:
+            num_prompts (`int`):
+                Rows of the training data.
+
+        Raises:
+            ValueError: If a batch takes more, so that there would be no step at all.
+        """
+        batch = self.global_batch_size // self.num_generations
+        if num_prompts < batch:
+            raise ValueError(
+                f"The training data has {num_prompts} prompts and a batch takes {batch}, so there would be no step at "
+                "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
             )
 
     def build_teacher_context(self) -> TeacherContext | None:

@@ -164,8 +164,8 @@ class OPSDTrainer(DistillationTrainer):
 
     Raises:
         ValueError: If the gate needs a verifier and there is none, if teacher and student are the same in weights and
-            context, or if the dataset lacks a column that the teacher context takes. All of it before a model is
-            loaded.
+            context, or if the dataset lacks a column that the teacher context takes or has fewer prompts than a batch.
+            All of it before a model is loaded.
     """
 
     _tag_names = ["trl", "opsd"]
@@ -226,6 +226,8 @@ class OPSDTrainer(DistillationTrainer):
                 f"`num_generations={args.num_generations}` needs a dataset that can be indexed, and `train_dataset` is "
                 "an IterableDataset: load it without streaming, or set `num_generations=1`."
             )
+        if isinstance(train_dataset, Dataset):
+            args.check_num_prompts(len(train_dataset))
         skips_prompts = args.min_pass_rate is not None or args.max_pass_rate is not None
         if skips_prompts and isinstance(train_dataset, IterableDataset):
             raise ValueError(

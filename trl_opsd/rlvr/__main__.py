@@ -59,6 +59,7 @@ def main(args: list[str] | None = None) -> None:
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
         datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        training_args.check_num_prompts(len(datasets[0]))
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")

@@ -83,3 +83,21 @@ class RLVRConfig(GRPOConfig):
                 f"`bank_rollouts_per_prompt` must be at least 0, and is {self.bank_rollouts_per_prompt}: use 0 for no "
                 "bank."
             )
+
+    def check_num_prompts(self, num_prompts: int) -> None:
+        """
+        Checks that the training data fills a batch, because the sampler leaves out what does not.
+
+        Args:
+            num_prompts (`int`):
+                Rows of the training data.
+
+        Raises:
+            ValueError: If a batch takes more, so that there would be no step at all.
+        """
+        batch = self.generation_batch_size // self.num_generations
+        if num_prompts < batch:
+            raise ValueError(
+                f"The training data has {num_prompts} prompts and a batch takes {batch}, so there would be no step at "
+                "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )

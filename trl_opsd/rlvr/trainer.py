@@ -96,6 +96,8 @@ class RLVRTrainer(GRPOTrainer):
                 f"`max_generation_rounds={args.max_generation_rounds}` draws prompts from the training set, and "
                 "`train_dataset` is an IterableDataset: load it without streaming, or set `max_generation_rounds=1`."
             )
+        if isinstance(train_dataset, Dataset):
+            args.check_num_prompts(len(train_dataset))
         more_than_text = {
             "tools": tools,
             "rollout_func": rollout_func,
