@@ -74,9 +74,10 @@ def build(tmp_path, name, **changes):
         head_dim=16,
         max_position_embeddings=4096,
     )
+    batch = {"per_device_train_batch_size": len(ROWS), "gradient_accumulation_steps": 1}
     return OPSDTrainer(
         model=Qwen3ForCausalLM(config),
-        args=OPSDConfig(**settings(tmp_path, **changes)),
+        args=OPSDConfig(**settings(tmp_path, **batch, **changes)),
         train_dataset=ROWS,
         processing_class=byte_tokenizer(name.split()[0]),
     )
