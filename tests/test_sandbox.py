@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import signal
@@ -329,7 +330,8 @@ except BaseException as error:
     print(repr(error))
 def verdict(): return passed
 """
-    return run_tests(naive, "assert verdict() is True", limits=SMALL)
+    # With time enough on a busy machine: here a timeout would look like a forgery that failed
+    return run_tests(naive, "assert verdict() is True", limits=dataclasses.replace(SMALL, seconds=10.0))
 
 
 class TestHostilePrograms:
