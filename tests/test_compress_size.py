@@ -73,6 +73,15 @@ def settings(tmp_path, **changes):
     }
 
 
+def test_a_ratio_has_learning_rates_of_its_own(config):
+    stages = {stage.name: stage for stage in config(learning_rates={0.75: {"opsd": 2e-3}}).stages()}
+    rates = {
+        name: stage.arguments["learning_rate"] for name, stage in stages.items() if "learning_rate" in stage.arguments
+    }
+    # Of all methods that the recipe is for, so that what differs between them is not the schedule
+    assert rates == {"offline-75": 2e-3, "opsd-75": 2e-3, "opsd-concise-75": 2e-3}
+
+
 def test_the_recipe_makes_every_method_start_from_the_same_cold_start(config):
     stages = config(sizes={0.9: {"num_layers": 2}}).stages()
     names = [stage.name for stage in stages if stage.is_training]
@@ -118,7 +127,7 @@ def test_methods_differ_in_whose_rollouts_and_in_the_teacher_alone(config):
         common = {"output_dir": f"runs/tiny-size/{method}-90", "seed": 0, "max_steps": 77}
         common |= {"model_name_or_path": "runs/tiny-size/cold-90"}
         if module == "trl_opsd.opsd":
-            common |= {"teacher_model_name_or_path": teacher}
+            common |= {"teacher_model_name_or_path": teacher, "learning_rate": 2e-3}
         assert (stage.module, stage.arguments) == (module, {**common, **options})
     assert by_name["offline-90"].recipe == by_name["opsd-90"].recipe  # the same divergence and schedule
 
@@ -153,6 +162,9 @@ def test_smoke_shortens_every_training_stage(config):
         ),
         ({"methods": ["opsd", "opsd"]}, "`methods` holds something twice"),
         ({"sizes": {0.6: {"num_layers": 2}}}, r"`sizes` has the ratio 0.6, and `ratios` are \[0.5, 0.75, 0.9\]"),
+        ({"learning_rates": {0.6: {"opsd": 1e-3}}}, r"`learning_rates` has the ratio 0.6"),
+        ({"learning_rates": {0.9: {"offline": 1e-3}}}, "has `offline` at 0.9, and the recipes are student_sft, opsd"),
+        ({"learning_rates": {0.9: {"opsd": "2e-3"}}}, "must be numbers above 0, such as 2.0e-3, and one is '2e-3'"),
         ({"methods": []}, "`methods` is empty"),
         ({"prune": None}, "`prune` is missing"),
         ({"student_sft": None, "methods": ["opsd"]}, "`student_sft` is missing"),

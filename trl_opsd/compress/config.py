@@ -53,6 +53,9 @@ class CompressConfig:
         sizes (`dict[float, dict[str, int]]`, *optional*):
             Sizes of the pruned model by ratio, such as `{0.9: {num_layers: 2, hidden_size: 48}}`, for a ratio at which
             not [`trl_opsd.prune`] is to choose them.
+        learning_rates (`dict[float, dict[str, float]]`, *optional*):
+            Learning rates of the methods by ratio and recipe, such as `{0.9: {opsd: 2.0e-3}}`, where not the recipe's
+            own is to hold: a smaller model takes a larger one. Methods that share a recipe share it.
         methods (`list[str]`, *optional*, defaults to all):
             What to train the pruned models by: `"sft"`, `"offline"`, `"rlvr"`, `"opsd"`, `"opsd-concise"`.
         prune (`str`, *optional*):
@@ -91,6 +94,9 @@ class CompressConfig:
         default=None, metadata={"help": "Shares of the parameters to remove, for a sweep of smaller students."}
     )
     sizes: dict | None = field(default=None, metadata={"help": "Sizes of the pruned model by ratio, if not chosen."})
+    learning_rates: dict | None = field(
+        default=None, metadata={"help": "Learning rates by ratio and recipe, where not the recipe's own is to hold."}
+    )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "What to train the pruned models by."}
     )

@@ -58,9 +58,17 @@ def check_sweep(config: "CompressConfig") -> None:
     for name, known in (("ratios", config.ratios), ("methods", config.methods)):
         if len(set(known)) < len(known):
             raise UserError(f"`{name}` holds something twice: {known}.")
-    for ratio in config.sizes or {}:
-        if ratio not in config.ratios:
-            raise UserError(f"`sizes` has the ratio {ratio}, and `ratios` are {config.ratios}: make them agree.")
+    for name, by_ratio in (("sizes", config.sizes or {}), ("learning_rates", config.learning_rates or {})):
+        for ratio in by_ratio:
+            if ratio not in config.ratios:
+                raise UserError(f"`{name}` has the ratio {ratio}, and `ratios` are {config.ratios}: make them agree.")
+    for ratio, rates in (config.learning_rates or {}).items():
+        for recipe, rate in rates.items():
+            if recipe not in _RECIPES.values():
+                known = ", ".join(dict.fromkeys(_RECIPES.values()))
+                raise UserError(f"`learning_rates` has `{recipe}` at {ratio}, and the recipes are {known}.")
+            if not isinstance(rate, float) or rate <= 0:
+                raise UserError(f"`learning_rates` must be numbers above 0, such as 2.0e-3, and one is {rate!r}.")
     if not config.methods:
         raise UserError(f"`methods` is empty: name at least one of {', '.join(METHODS)}.")
     for method in config.methods:
@@ -153,6 +161,7 @@ def sweep_stages(config: "CompressConfig", teacher: str, data: str, root: Path, 
         what, module = "the teacher fills its rollout bank", "trl_opsd.compress.bank"
         after = [add("bank", "bank", what, module, config.evaluate, options, output, after)]
     for ratio in config.ratios:
+        rates = (config.learning_rates or {}).get(ratio, {})
         options = {"model_name_or_path": teacher, "calibration_dataset": bank}
         options |= (config.sizes or {}).get(ratio, {"target_ratio": ratio})
         module = "trl_opsd.prune"
@@ -165,6 +174,8 @@ def sweep_stages(config: "CompressConfig", teacher: str, data: str, root: Path, 
         for method in config.methods:
             recipe = _RECIPES[method]
             options = {"model_name_or_path": str(cold.output), "max_steps": config.updates, **arguments[method]}
+            if recipe in rates:
+                options["learning_rate"] = rates[recipe]
             what, file = METHODS[method], config.__dict__[recipe]
             made.append(make("sweep", method, ratio, what, modules[recipe], file, options, [cold]))
         # All of a ratio in one process: their latencies are those of one time
