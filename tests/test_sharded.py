@@ -19,6 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from trl_opsd.opsd.__main__ import main
 from trl_opsd.tiny import TinyConfig, make_model
 
 
@@ -306,3 +307,27 @@ def test_a_dead_teacher_ends_the_run_before_a_step(runs, backend):
     run = runs[backend]["dead"]
     assert "The teacher is dead: in step 1" in run["alarm"]
     assert_same_weights(run["steps"][1], run["steps"][0])
+
+
+@pytest.mark.parametrize("kind", ["FSDP", pytest.param("DeepSpeed", marks=deepspeed)])
+def test_a_probe_is_refused_before_a_model_is_loaded(models, tmp_path, monkeypatch, capsys, kind):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")  # as accelerate launch says it
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "1+1", "answer": "2"}\n' * 8)
+    options = {"model_name_or_path": models / "student", "dataset_name": data, "output_dir": tmp_path / "out"}
+    options |= {"teacher_context": "concise", "gate": "all", "bf16": "false", "report_to": "none"}
+    if kind == "FSDP":
+        options |= {"use_cpu": "true"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: The probe") and kind in error and "`probe_prompts: 0`" in error
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        main([*words, "--probe_prompts", "0"])

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import parse_flag_from_env
 
+from .config import OPSDConfig
 from .view import RolloutLog
 
 
@@ -19,6 +21,25 @@ logger = get_logger(__name__)
 
 # Parts of a trace, from its beginning to its end, that the divergence is averaged over
 NUM_PARTS = 4
+
+
+def check_probe(args: OPSDConfig) -> None:
+    """
+    Checks that there can be a probe, before any model is loaded.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration of the training.
+
+    Raises:
+        ValueError: Under FSDP or DeepSpeed, whether the arguments or `accelerate launch` say so.
+    """
+    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if is_fsdp or args.deepspeed_plugin is not None:
+        raise ValueError(
+            f"The probe runs before training, when {'FSDP' if is_fsdp else 'DeepSpeed'} has not prepared the model: set "
+            "`probe_prompts: 0`, and probe in one process first (`probe_only: true`)."
+        )
 
 
 def probe(trainer, num_prompts: int, page: str | None = None) -> dict[str, Any]:
@@ -45,10 +66,7 @@ def probe(trainer, num_prompts: int, page: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: Under FSDP or DeepSpeed.
     """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "The probe runs before training, when FSDP and DeepSpeed have not prepared the model: set `probe_prompts: 0`."
-        )
+    check_probe(trainer.args)
     rows = list(islice(iter(trainer.train_dataset.shuffle(seed=trainer.args.seed)), num_prompts))
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     was_training = trainer.model.training
