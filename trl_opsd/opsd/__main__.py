@@ -5,6 +5,7 @@ Every field of [`OPSDScriptArguments`], [`OPSDConfig`] and [`~trl.ModelConfig`] 
 of the command line, which overrides the file.
 """
 
+import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..rewards import load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from .config import OPSDConfig
 from .gate import check_completion_ids, resolve_gate
-from .probe import probe
+from .probe import check_probe, probe
+from .qat import fake_quantise
 from .teacher import resolve_teacher_weights
 from .trainer import OPSDTrainer
 
@@ -42,6 +44,11 @@ class OPSDScriptArguments(ScriptArguments):
             `"bank"` takes the reference solution of a prompt from `rollout_bank`, for data that has none: its shortest
             correct rollout, without the thinking trace. Prompts that have no correct rollout are left out. By default
             the solution is the column of that name.
+        qat (`str`, *optional*):
+            Precision that the student's weights will be served in, `"int8"` or `"int4"`: it is trained, and writes its
+            rollouts, with weights rounded to it (see [`~trl_opsd.opsd.qat.fake_quantise`]). Needs `torchao`.
+        qat_group_size (`int`, *optional*, defaults to `32`):
+            Input channels that share a scale under `int4`.
         probe_prompts (`int`, *optional*, defaults to `32`):
             Number of prompts that student and teacher-in-context are measured on before training. `0` is no probe.
         probe_only (`bool`, *optional*, defaults to `False`):
@@ -70,6 +77,14 @@ class OPSDScriptArguments(ScriptArguments):
             "choices": ["bank"],
         },
     )
+    qat: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision that the student's weights will be served in: it is trained with weights rounded to it.",
+            "choices": ["int8", "int4"],
+        },
+    )
+    qat_group_size: int = field(default=32, metadata={"help": "Input channels that share a scale under int4."})
     probe_prompts: int = field(
         default=32,
         metadata={
@@ -180,11 +195,20 @@ def main(args: list[str] | None = None) -> None:
             )
         if script_args.probe_only and script_args.probe_prompts < 1:
             raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
+        is_probed = script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None
+        if is_probed:
+            check_probe(training_args)
         is_judged = training_args.lmbda > 0 or training_args.gate != "all"
         reward_funcs = load_reward_funcs((script_args.reward_funcs or []) if is_judged else [])
         resolve_gate(training_args, reward_funcs)
         resolve_teacher_weights(training_args, model_args.model_name_or_path, teacher)
 
+        if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
+            raise UserError(
+                "`qat` rounds the weights of the whole student in this process: drop LoRA, or vLLM, or `qat`."
+            )
+        if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
+            raise UserError("`qat` needs torchao: run `pip install torchao`.")
         check_bank(script_args, training_args)
         splits = [script_args.dataset_train_split]
         if training_args.eval_strategy != "no":
@@ -231,7 +255,9 @@ def main(args: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         reward_funcs=reward_funcs or None,
     )
-    if script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None:
+    if script_args.qat is not None:
+        fake_quantise(trainer.model, script_args.qat, script_args.qat_group_size)
+    if is_probed:
         found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
         if trainer.accelerator.is_main_process:
             show_probe(found)
