@@ -4,12 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from evaluated import records, write_run
 
 from trl_opsd.cli import UserError
 from trl_opsd.compress import CompressConfig, Stage, run_chain
-from trl_opsd.evaluate.report import compare, table_cells, write_report
+from trl_opsd.compress.__main__ import main
+from trl_opsd.compress.report import compare
+from trl_opsd.evaluate.compare import compare_files
 
 
 ROOT = Path(__file__).parents[1]
@@ -141,32 +145,82 @@ def test_the_recipe_makes_the_chain_of_the_readme(monkeypatch):
     assert smoke.output_dir == "runs/tiny-smoke" and smoke.stages()[2].arguments["max_steps"] == 2
 
 
-def row(stage, accuracy, tokens, decoding="greedy"):
-    return {
-        "stage": stage,
-        "decoding": decoding,
-        "n": 2000,
-        "accuracy": accuracy,
-        "accuracy_low": accuracy - 0.01,
-        "accuracy_high": accuracy + 0.01,
-        "mean_tokens": tokens,
-        "p90_tokens": 2 * tokens,
-        "truncated": 0.0,
-        "parameters": 162_000,
-        "wall_s": 3.0,
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A chain all of whose stages are finished: 200 problems, two ways of decoding."""
+    monkeypatch.chdir(ROOT)
+    config = {
+        **yaml.safe_load((ROOT / "recipes/tiny/compress.yaml").read_text()),
+        "output_dir": str(tmp_path / "runs"),
     }
+    rng = np.random.default_rng(0)
+    for stage, share, tokens in (("sft", 0.6, 60), ("rlvr", 0.9, 50), ("prompt-only", 0.8, 25), ("opsd", 0.95, 20)):
+        samples = [
+            sample
+            for decoding in ("greedy", "sampled")
+            for sample in records(
+                stage, rng.random((200, 1)) < share, tokens, decoding=decoding, completion=f"{stage} <b>says</b>"
+            )
+        ]
+        file = tmp_path / "runs" / "evaluation" / f"{stage}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_run(file, samples)
+    (tmp_path / "compress.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("trl_opsd.compress.__main__.run_chain", lambda *args: None)
+    return tmp_path
 
 
-def test_the_report_says_what_the_rows_say(tmp_path):
+def test_the_chain_ends_in_the_whole_report(evaluated, capsys):
+    main(["--config", str(evaluated / "compress.yaml")])
+    root = evaluated / "runs"
+    assert sorted(path.name for path in root.iterdir() if path.is_file()) == [
+        "accuracy_tokens.svg",
+        "report.html",
+        "report.md",
+        "results.json",
+    ]
+    terminal, page, text = (
+        capsys.readouterr().out,
+        (root / "report.html").read_text(),
+        (root / "report.md").read_text(),
+    )
+    rows = json.loads((root / "results.json").read_text())["rows"]
+    stages = ["sft", "rlvr", "prompt-only", "opsd"]
+    assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
+    for after in ("prompt-only", "opsd"):  # against the checkpoint that was compressed, not the first one
+        for comparison in compare_files(str(root / "evaluation/rlvr.json"), str(root / f"evaluation/{after}.json")):
+            assert comparison.sentence() in text and comparison.sentence() in page
+        for sentence in compare(rows, "rlvr", after):
+            assert sentence in " ".join(terminal.split())
+    assert "than sft" not in text and "as sft" not in text
+    # the last comparison, which stands open, is before and after the compression
+    shown = page[page.rindex("<details open>") :]
+    assert shown.index("rlvr &lt;b&gt;says") < shown.index("opsd &lt;b&gt;says") and "sft &lt;b&gt;" not in shown
+    assert "sampled" in terminal and f"{100 * rows[0]['accuracy']:.1f}%" in terminal
+    assert "Smoke run" not in page
+
+
+def test_a_smoke_run_says_so(evaluated):
+    (evaluated / "runs").rename(evaluated / "runs-smoke")
+    main(["--config", str(evaluated / "compress.yaml"), "--smoke"])
+    for name in ("report.html", "report.md"):
+        assert "Smoke run: numbers without meaning" in (evaluated / "runs-smoke" / name).read_text()
+
+
+def test_damaged_completions_end_in_a_sentence(evaluated, capsys):
+    (evaluated / "runs/evaluation/rlvr.completions.jsonl").write_text("{")
+    with pytest.raises(SystemExit) as error:
+        main(["--config", str(evaluated / "compress.yaml")])
+    assert error.value.code == 2 and "rlvr.completions.jsonl`, line 1: not valid JSON" in capsys.readouterr().err
+    assert not (evaluated / "runs/report.html").exists()
+
+
+def row(stage, accuracy, tokens, decoding="greedy"):
+    return {"stage": stage, "decoding": decoding, "accuracy": accuracy, "mean_tokens": tokens}
+
+
+def test_what_a_stage_changed_in_words():
     rows = [row("rlvr", 0.97, 50.0), row("opsd", 0.965, 20.0), row("opsd", 0.9, 21.0, "sampled")]
-    sentences = compare(rows, "rlvr", "opsd")
-    assert sentences == [
+    assert compare(rows, "rlvr", "opsd") == [
         "opsd against rlvr, greedy: -60.0% tokens (50.0 to 20.0), -0.5 percentage points of accuracy."
     ]
-    write_report(tmp_path, rows, "Title", sentences)
-    text = (tmp_path / "report.md").read_text()
-    assert "| opsd | sampled | 2,000 | 90.0% (89.0 to 91.0) | 21.0 | 42 | 0.0% | 162,000 | 3 |" in text
-    assert " | ".join(table_cells(rows[0])) in text and sentences[0] in text
-    assert (tmp_path / "accuracy_tokens.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy_tokens.png", "report.md"]
-    json.dumps(rows)

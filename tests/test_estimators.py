@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from trl_opsd.evaluate.estimators import (
     summarize,
     wilson_interval,
 )
+from trl_opsd.evaluate.measure import same_answer
+from trl_opsd.rewards import code_reward, format_reward, logic_reward, math_reward, reasoning_gym_reward
 
 
 def record(id, sample=0, **values):
@@ -84,6 +87,59 @@ class TestAgainstEnumeration:
             record(0, 3, answer="1")
         ]
         assert majority(Samples.from_records(records)).tolist() == [1.0]
+
+    @pytest.mark.parametrize(
+        ("right", "wrong", "share"),
+        [
+            (["1/2", "0.5", r"\frac{1}{2}"], ["3", "3"], 1.0),  # by texts 3 has two votes, and each of the others one
+            ([r"\sqrt{8}", r"2\sqrt{2}"], ["3", "x = 3"], 0.5),
+            (["(A)", "A"], ["(B)", r"\text{B}", "B"], 0.0),
+            (["7"], ["07.0", "7.00", "8", "8"], 1 / 3),  # a judge that is of two minds about an answer
+        ],
+    )
+    def test_one_answer_in_several_spellings(self, right, wrong, share):
+        same = same_answer([math_reward])
+        for order in itertools.permutations(right + wrong):
+            records = [
+                record(0, i, question="?", answer=answer, correct=answer in right) for i, answer in enumerate(order)
+            ]
+            assert majority(Samples.from_records(records), same).tolist() == pytest.approx([share])
+
+    def test_a_majority_against_brute_force(self):
+        # Answers are pairs of digits, the same when their first digits are; `same` may be asked or not
+        rng = np.random.default_rng(0)
+        for _ in range(300):
+            answers = [f"{a}-{b}" for a, b in rng.integers(0, [4, 3], size=(rng.integers(1, 9), 2))]
+            counts = Counter(answer[0] for answer in answers)
+            won = [digit for digit, count in counts.items() if count == max(counts.values())]
+            records = [record(0, i, question="?", answer=a, correct=a[0] == "1") for i, a in enumerate(answers)]
+            found = majority(Samples.from_records(records), lambda question, one, other: one[0] == other[0])
+            assert found.tolist() == pytest.approx([("1" in won) / len(won)])
+
+    def test_few_answers_are_compared(self):
+        asked = []
+
+        def same(question, one, other):
+            asked.append((question, one, other))
+            return False
+
+        def compared(answers):
+            asked.clear()
+            majority(Samples.from_records([record(0, i, question="q", answer=a) for i, a in enumerate(answers)]), same)
+            return len(asked)
+
+        assert compared([str(i) for i in range(1000)]) == 0  # numbers are compared as numbers
+        assert compared(["x"] * 501 + [f"y{i}" for i in range(499)]) == 0  # the rest cannot win any more
+        assert compared(["x"] * 600 + ["y"] * 400) == 0
+        assert compared(["x", "y", "7", "x", "y", "8"]) == 5 and asked[0] == ("q", "x", "y")  # all but 7 and 8
+
+    def test_what_says_that_two_answers_are_one(self):
+        question = "Which?\n(A) red\n(B) blue"
+        assert same_answer([format_reward, logic_reward])(question, "(B)", "blue")
+        assert not same_answer([logic_reward])(question, "(A)", "blue")
+        assert not same_answer([math_reward])(question, "(B)", "blue")
+        assert not same_answer([math_reward])("?", r"\frac{", r"\frac{")
+        assert same_answer([reasoning_gym_reward]) is None and same_answer([code_reward]) is None
 
     @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 1), (3, 3), (1, 6), (7, 2), (0, 9)])
     def test_mcnemar(self, lost, gained):

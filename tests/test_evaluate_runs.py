@@ -13,14 +13,15 @@ import pytest
 import torch
 from evaluation_world import Adder, make_model, make_tokenizer, save_checkpoint, sum_rows, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
-from trl_opsd.evaluate.checkpoint import checkpoint_hash, count_checkpoint, weights_bytes
+from trl_opsd.evaluate.checkpoint import check_stored, checkpoint_hash, count_checkpoint, weights_bytes
 from trl_opsd.evaluate.engines import Request, Sampling, ServerEngine, TransformersEngine
-from trl_opsd.evaluate.measure import prepare, problem_ids, run
+from trl_opsd.evaluate.measure import load_engine, prepare, problem_ids, run
 from trl_opsd.evaluate.meter import measure_serving, peak_memory, reset_peak_memory
 from trl_opsd.evaluate.tasks import TASKS, find_task
 from trl_opsd.rewards import logic_reward
@@ -134,6 +135,21 @@ class TestRuns:
         for name in {record["id"] for record in drawn}:
             assert len({record["completion"] for record in drawn if record["id"] == name}) > 1
         assert len({record["seed"] for record in drawn}) == 16
+
+    def test_votes_are_counted_as_the_verifier_compares(self, checkpoint, tmp_path, monkeypatch):
+        class Voter(Adder):
+            def completion(self, prompt_ids):
+                answers = ("07", "7", "8", "8", "007")
+                return self.tokenizer(rf"\boxed{{{answers[self.answered % 5]}}}<eos>")["input_ids"]
+
+        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", lambda config, tokenizer: Voter())
+        problems = write_rows(tmp_path / "sums.jsonl", sum_rows()[:1])  # 3 + 4
+        config = {"decoding": ["sampled"], "num_samples": 5, "max_completion_length": 6}
+        (row,) = evaluate(
+            EvaluateConfig(model_name_or_path=checkpoint, dataset_name=problems, **config),
+            progress=lambda done, total: None,
+        )
+        assert (row["accuracy"], row["maj@5"]) == (0.6, 1.0)
 
     def test_problems_keep_their_names(self):
         from datasets import Dataset
@@ -266,9 +282,92 @@ class TestCheckpoints:
         assert counts["parameters"] - counts["non_embedding_parameters"] == model.lm_head.weight.numel()
 
 
-def _adapter_weights(adapter):
-    from safetensors.torch import load_file
+class TestStored:
+    """What both backends refuse before they load it."""
 
+    @pytest.fixture
+    def fake_vllm(self, monkeypatch):
+        """vLLM as far as its constructor, and what that was given."""
+        started = []
+        modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.lora.request", "vllm.sampling_params")}
+        modules["vllm"].SamplingParams = modules["vllm.sampling_params"].RequestOutputKind = object
+        modules["vllm"].LLM = lambda **kwargs: started.append(kwargs) or types.SimpleNamespace(llm_engine=None)
+        modules["vllm.lora.request"].LoRARequest = lambda *args: args
+        for name, module in {**modules, "vllm.lora": types.ModuleType("vllm.lora")}.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return started
+
+    @pytest.fixture
+    def adapter(self, checkpoint, tmp_path):
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        return str(tmp_path / "adapter")
+
+    @pytest.mark.parametrize("backend", ["transformers", "vllm"])
+    @pytest.mark.parametrize("loaded", ["checkpoint", "adapter"])
+    @pytest.mark.parametrize("damaged", ["checkpoint", "adapter"])
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [("missing", "lacks the weight"), ("nan", "not finite in"), ("inf", "not finite in")]
+        + [("extra", "does not have"), ("shape", "cannot be loaded"), (None, None)],
+    )
+    def test_damaged_weights(
+        self, checkpoint, adapter, problems, fake_vllm, backend, loaded, damaged, damage, message
+    ):
+        path, file = Path(checkpoint), "model.safetensors"
+        if damaged == "adapter":
+            path, file = Path(adapter), "adapter_model.safetensors"
+        weights = load_file(path / file)
+        name = sorted(weights)[-1]
+        if damage == "missing":
+            del weights[name]
+        elif damage == "extra":
+            weights[name.replace("1", "7").replace("model.norm", "model.other")] = weights[name].clone()
+        elif damage == "shape":
+            weights[name] = weights[name][:-1].clone()
+        elif damage is not None:
+            weights[name].view(-1)[-1] = float(damage)
+        save_file(weights, path / file, metadata={"format": "pt"})
+        model = checkpoint if loaded == "checkpoint" else adapter
+        config = EvaluateConfig(model_name_or_path=model, dataset_name=problems, backend=backend)
+        (job,) = prepare(config)  # which reads no weights
+        if damage is None or (damaged == "adapter" and loaded == "checkpoint"):
+            load_engine(config, job.tokenizer)
+            assert [kwargs["model"] for kwargs in fake_vllm] == [checkpoint] * (backend == "vllm")
+        else:
+            with pytest.raises(UserError, match=f"`{path}` .*{message}"):
+                load_engine(config, job.tokenizer)
+            assert fake_vllm == []
+
+    def test_older_files(self, checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        (Path(checkpoint) / "model.safetensors").unlink()
+        for zipped in (True, False):
+            torch.save(
+                model.state_dict(), Path(checkpoint) / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+            )
+            check_stored(checkpoint)
+        model.lm_head.weight.data[0, 0] = torch.nan
+        torch.save(model.state_dict(), Path(checkpoint) / "pytorch_model.bin")
+        with pytest.raises(UserError, match="not finite in `lm_head.weight`"):
+            check_stored(checkpoint)
+
+    def test_the_weights_of_a_quantised_checkpoint_are_named_by_its_quantiser(self, checkpoint):
+        file = Path(checkpoint) / "config.json"
+        quantised = {**json.loads(file.read_text()), "quantization_config": {"quant_method": "compressed-tensors"}}
+        file.write_text(json.dumps(quantised))
+        weights = {
+            f"{name}_packed": weight for name, weight in load_file(Path(checkpoint, "model.safetensors")).items()
+        }
+        save_file(weights, Path(checkpoint, "model.safetensors"), metadata={"format": "pt"})
+        check_stored(checkpoint)
+        weights["lm_head.weight_packed"][0, 0] = torch.inf
+        save_file(weights, Path(checkpoint, "model.safetensors"), metadata={"format": "pt"})
+        with pytest.raises(UserError, match="not finite in `lm_head.weight_packed`"):
+            check_stored(checkpoint)
+
+
+def _adapter_weights(adapter):
     return load_file(Path(adapter) / "adapter_model.safetensors").items()
 
 

@@ -12,7 +12,7 @@ from trl_opsd.evaluate.card import write_card
 from trl_opsd.evaluate.commands import card_command, report_command
 from trl_opsd.evaluate.compare import compare_files
 from trl_opsd.evaluate.page import TRACE_CHARACTERS, report_results, traces
-from trl_opsd.evaluate.svg import Series, chart, number, ticks
+from trl_opsd.evaluate.svg import Series, chart, mark, number, ticks
 from trl_opsd.results import write_results
 
 
@@ -95,6 +95,10 @@ class TestReport:
         low, high = re.search(r' class="error" .*? d="M\S+ (\S+?)h8m-4 0V(\S+?)m', svg).groups()
         assert (float(low), float(high)) == pytest.approx((y_a, y_b))
 
+    def test_many_checkpoints_are_told_apart(self):
+        found = {re.sub(r"M\S+ \S+?(?=[ahl])", "", mark(index, 7, 7)) for index in range(32)}
+        assert len(found) == 32
+
     @pytest.mark.parametrize(("low", "high"), [(0, 1), (97.3, 100), (0, 8192), (0.001, 0.0023), (-5, 5)])
     def test_ticks_are_few_and_inside(self, low, high):
         found = ticks(low, high)
@@ -160,6 +164,23 @@ class TestReport:
         assert "opsd is as accurate as concise" in (tmp_path / "report.md").read_text()
         with pytest.raises(UserError, match="There is no `sft` to compare with: the results hold rlvr, concise, opsd"):
             report_results(files, tmp_path, before="sft")
+
+    def test_a_p_value_is_no_smaller_than_anyone_reads(self, tmp_path):
+        files = [
+            write_run(tmp_path / f"{name}.json", records(name, np.full((99, 1), right), 10))
+            for name, right in (("a", True), ("b", False))
+        ]
+        report_results(files, tmp_path)
+        assert "99 problems, McNemar p < 0.0001)" in Page((tmp_path / "report.html").read_text()).text
+
+    def test_before_by_stage(self, tmp_path):
+        samples = {name: records(name, np.ones((9, 1)), 10) for name in ("a", "b")}
+        files = [write_run(tmp_path / f"{n}.json", samples[n], backend="vllm") for n in samples]
+        report_results(files, tmp_path, before="b")
+        assert "a, vllm is not shown to be as accurate as b, vllm on" in (tmp_path / "report.md").read_text()
+        files.insert(0, write_run(tmp_path / "t.json", samples["b"]))
+        report_results(files, tmp_path, before="b")  # a label says it more exactly than a stage
+        assert "a, vllm is not shown to be as accurate as b on" in (tmp_path / "report.md").read_text()
 
 
 class TestHostileTexts:

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..cli import parse, user_errors
-from ..evaluate.report import COLUMNS, compare, table_cells, write_report
+from ..evaluate.page import report_results
 from ..results import write_results
-from . import report as sweep
+from . import report
 from .chain import Stage, run_chain
 from .config import CompressConfig
 from .sweep import conditions, sweep_rows
@@ -72,29 +72,30 @@ def main(args: list[str] | None = None) -> None:
             print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
             raise SystemExit(130) from None
 
-    if config.ratios:
-        report_sweep(config, stages, console)
-    else:
-        report_chain(config, stages, console)
+        if config.ratios:
+            report_sweep(config, stages, console)
+            left = "report.md, its plots"
+        else:
+            report_chain(config, stages, console)
+            left = "report.html, report.md"
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    console.print(f"{minutes} min {seconds} s. {root}/report.md, its plots and {root}/results.json")
+    console.print(f"{minutes} min {seconds} s. {root}/: {left} and results.json")
 
 
 def report_chain(config: CompressConfig, stages: list[Stage], console: Console) -> None:
     """Writes what the chain came to, and shows what fits a terminal."""
     root = Path(config.output_dir)
-    rows = []
-    for stage in stages:
-        if not stage.is_training:
-            rows += json.loads(stage.output.read_text())["rows"]
+    files = [stage.output for stage in stages if not stage.is_training]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     before = [row["stage"] for row in rows if row["stage"] not in ("opsd", "prompt-only")][-1]
-    sentences = [sentence for after in ("prompt-only", "opsd") for sentence in compare(rows, before, after)]
     write_results(root / "results.json", rows, config)
-    write_report(root, rows, "Smoke run: numbers without meaning" if config.smoke else "trl-opsd", sentences)
+    title = "Smoke run: numbers without meaning" if config.smoke else "trl-opsd"
+    report_results(files, root, before, title=title)
 
-    show(console, COLUMNS, ("stage", "decoding", "accuracy", "mean_tokens", "truncated"), map(table_cells, rows))
-    for sentence in sentences:
-        console.print(sentence, highlight=False)
+    show(console, list(report.CHAIN_COLUMNS), map(report.chain_cells, rows))
+    for after in ("prompt-only", "opsd"):
+        for sentence in report.compare(rows, before, after):
+            console.print(sentence, highlight=False)
 
 
 def report_sweep(config: CompressConfig, stages: list[Stage], console: Console) -> None:
@@ -103,17 +104,17 @@ def report_sweep(config: CompressConfig, stages: list[Stage], console: Console) 
     rows = sweep_rows(config, stages)
     write_results(root / "results.json", rows, config)
     title = "Smoke run: numbers without meaning" if config.smoke else "Size sweep"
-    sweep.write_report(root, rows, title, conditions(config))
+    report.write_report(root, rows, title, conditions(config))
     narrow = ("ratio", "method", "parameters", "decoding", "accuracy", "kept", "mean_tokens")
-    show(console, sweep.COLUMNS, narrow, map(sweep.table_cells, rows))
+    places = [list(report.COLUMNS).index(name) for name in narrow]  # the rest is in the report
+    lines = ([report.table_cells(row)[place] for place in places] for row in rows)
+    show(console, [report.COLUMNS[name] for name in narrow], lines)
 
 
-def show(console: Console, columns: dict[str, str], names: tuple[str, ...], lines: Iterable[list[str]]) -> None:
-    """Prints the columns that fit a terminal; the rest is in the report."""
-    narrow = [list(columns).index(name) for name in names]
-    table = Table(*[list(columns.values())[index] for index in narrow])
+def show(console: Console, headings: list[str], lines: Iterable[list[str]]) -> None:
+    table = Table(*headings)
     for cells in lines:
-        table.add_row(*[cells[index] for index in narrow])
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""Turns the rows of a size sweep into what people read: a table and two plots."""
+"""Turns rows into what people read: of the chain a short table and sentences, of a size sweep a table and two plots."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,52 @@ from typing import Any
 from ..results import write_text
 
 
-#: Columns of the table.
+#: Columns of the short table of a chain.
+CHAIN_COLUMNS = ("stage", "decoding", "accuracy (95% interval)", "tokens, mean", "truncated")
+
+
+def chain_cells(row: dict[str, Any]) -> list[str]:
+    """Returns a cell for each of `CHAIN_COLUMNS`, of a row of the evaluation."""
+    return [
+        row["stage"],
+        row["decoding"],
+        _accuracy(row),
+        f"{row['mean_tokens']:.1f}",
+        f"{100 * row['truncated']:.1f}%",
+    ]
+
+
+def compare(rows: list[dict[str, Any]], before: str, after: str) -> list[str]:
+    """
+    What a stage changed, one sentence for each decoding.
+
+    Args:
+        rows (`list[dict]`):
+            Result rows of the evaluation.
+        before (`str`):
+            Stage to compare with.
+        after (`str`):
+            Stage that is judged.
+
+    Returns:
+        `list[str]`: Sentences with the change in tokens, in percent, and in accuracy, in percentage points.
+    """
+    by_key = {(row["stage"], row["decoding"]): row for row in rows}
+    sentences = []
+    for stage, decoding in by_key:
+        if stage != after or (before, decoding) not in by_key:
+            continue
+        old, new = by_key[before, decoding], by_key[after, decoding]
+        tokens = 100 * (new["mean_tokens"] / old["mean_tokens"] - 1)
+        points = round(100 * (new["accuracy"] - old["accuracy"]), 1) + 0.0  # no "-0.0"
+        sentences.append(
+            f"{after} against {before}, {decoding}: {tokens:+.1f}% tokens ({old['mean_tokens']:.1f} to "
+            f"{new['mean_tokens']:.1f}), {points:+.1f} percentage points of accuracy."
+        )
+    return sentences
+
+
+#: Columns of the table of a sweep.
 COLUMNS = {
     "ratio": "removed",
     "method": "method",
@@ -45,12 +90,16 @@ def table_cells(row: dict[str, Any]) -> list[str]:
         f"{row['updates']:,}",
         f"{row['generated_tokens'] / 1e3:.0f}",
         row["decoding"],
-        f"{100 * row['accuracy']:.1f}% ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})",
+        _accuracy(row),
         f"{100 * row['kept']:.1f}%",
         f"{row['mean_tokens']:.1f}",
         f"{row['answer_flops'] / 1e6:.1f}",
         *_serving(row["serving"]),
     ]
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f}% ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})"
 
 
 def _serving(levels: list[dict[str, Any]]) -> tuple[str, str]:

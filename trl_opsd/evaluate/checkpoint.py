@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
 
@@ -119,22 +120,51 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"`{folder}` lacks the shard {missing[0]}, which {index.name} lists: get it again.")
 
 
-def check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def check_stored(path: str, trust_remote_code: bool = False) -> None:
     """
-    Checks that loading filled the model, all of it and nothing else, with numbers.
+    Checks, for whichever backend loads them next, that the weights of a checkpoint, and of an adapter's base, are those
+    of its model and hold numbers. They are read one at a time, so that memory is bounded by the largest.
 
     Args:
         path (`str`):
-            Checkpoint, for the message.
-        model ([`~transformers.PreTrainedModel`]):
-            What was loaded.
-        info (`dict`):
-            What loading reported (`output_loading_info`).
+            Folder, or id on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the configuration may run code of its own.
 
     Raises:
-        UserError: If a weight is missing (transformers would go on with random numbers in its place), left over,
-            or not finite.
+        UserError: If a weight cannot be read, is missing, left over, of another shape, or not finite.
     """
+    for part in dict.fromkeys((base_of(path), path)):  # loading an adapter says nothing of the weights below it
+        config = AutoConfig.from_pretrained(base_of(part), trust_remote_code=trust_remote_code)
+        if "quantization_config" not in config.to_dict():  # its weights have other names, known to its quantiser alone
+            load_weights(part, device_map={"": "meta"}, trust_remote_code=trust_remote_code)
+        file = find_adapter_config_file(part) if part != base_of(part) else cached_file(part, "config.json")
+        for name, weight in _stored(Path(file).parent):
+            if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.isfinite().all():
+                raise UserError(f"The checkpoint `{part}` has numbers that are not finite in `{name}`: it is damaged.")
+
+
+def load_weights(path: str, **kwargs) -> PreTrainedModel:
+    """
+    Loads a checkpoint that has the weights of its model, all of them and nothing else.
+
+    Args:
+        path (`str`):
+            Folder, or id on the Hub.
+        **kwargs:
+            For `from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Model.
+
+    Raises:
+        UserError: If a weight cannot be read, is missing (transformers would go on with random numbers in its place),
+            left over, or of another shape.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"The checkpoint `{path}` cannot be loaded ({str(error).splitlines()[0]}).") from None
     for kind, what in (
         ("missing_keys", "lacks the weight"),
         ("mismatched_keys", "has another shape than its config.json says for"),
@@ -142,9 +172,21 @@ def check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any]) -> Non
     ):
         if info[kind]:
             raise UserError(f"The checkpoint `{path}` {what} `{sorted(map(str, info[kind]))[0]}`: it is damaged.")
-    for name, weight in model.named_parameters():
-        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.isfinite().all():
-            raise UserError(f"The checkpoint `{path}` has numbers that are not finite in `{name}`: it is damaged.")
+    return model
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that lie in a folder, with their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+        for name in names:
+            with safe_open(file, framework="pt") as tensors:  # again: what it has mapped stays until it is closed
+                weight = tensors.get_tensor(name)
+            yield name, weight
+    for file in () if files else sorted(folder.glob("*_model*.bin")):
+        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
 
 
 def checkpoint_hash(path: str) -> str:

@@ -66,7 +66,9 @@ class Comparison:
         else:
             answer = f"no: {new.label} is not shown to be as accurate as {old.label}"
         points, low, high = (_signed(100 * value) for value in self.difference)
-        test = "" if self.p_value is None else f", McNemar p = {self.p_value:.2g}"
+        test = ""
+        if self.p_value is not None:
+            test = f", McNemar p = {self.p_value:.2g}" if self.p_value >= 1e-4 else ", McNemar p < 0.0001"
         ratio, *bounds = self.ratio
         interval = "" if None in bounds else f" (95% interval {bounds[0]:.3f} to {bounds[1]:.3f})"
         size, old_size = new.row["parameters"], old.row["parameters"]

@@ -16,16 +16,11 @@ from typing import Protocol
 
 import requests
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..cli import UserError
-from .checkpoint import base_of, check_loaded
+from .checkpoint import base_of, check_stored, load_weights
 from .config import EvaluateConfig
 
 
@@ -166,19 +161,13 @@ def load_model(config: EvaluateConfig) -> PreTrainedModel:
         UserError: If the weights cannot be read, are not those of the model, or are not finite.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    path = config.model_name_or_path
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=config.dtype,
-            device_map={"": config.device or str(accelerator)},
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"The checkpoint `{path}` cannot be loaded ({str(error).splitlines()[0]}).") from None
-    check_loaded(path, model, info)
-    return model
+    check_stored(config.model_name_or_path, config.trust_remote_code)
+    return load_weights(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        device_map={"": config.device or str(accelerator)},
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 class _Steps(BaseStreamer):
@@ -290,7 +279,7 @@ class VllmEngine:
             The checkpoint, its precision, the number of completions at a time, and `vllm_kwargs`.
 
     Raises:
-        UserError: If vLLM is not installed.
+        UserError: If vLLM is not installed, or the weights are not those of the model, or not finite.
     """
 
     def __init__(self, config: EvaluateConfig):
@@ -306,6 +295,7 @@ class VllmEngine:
             ) from None
         self._params, self._kind = SamplingParams, RequestOutputKind
         path = config.model_name_or_path
+        check_stored(path, config.trust_remote_code)
         base = base_of(path)
         lora = {}
         if base != path:

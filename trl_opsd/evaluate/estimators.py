@@ -8,9 +8,10 @@ samples always give the same interval.
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ MARKERS = (
     "on second thought",
 )
 _MARKER = re.compile(r"\b(?:" + "|".join(map(re.escape, MARKERS)) + r")\b", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?\d{1,30}(?:\.\d{1,30}|/0*[1-9]\d{0,29})?", re.ASCII)
 
 
 @dataclass
@@ -120,13 +122,17 @@ class Samples:
         )
 
 
-def summarize(samples: Samples) -> dict[str, float | int | str | None]:
+def summarize(
+    samples: Samples, same: Callable[[str, str, str], bool] | None = None
+) -> dict[str, float | int | str | None]:
     """
     Turns samples into the numbers of a row of results, each named by its estimator.
 
     Args:
         samples ([`Samples`]):
             What was judged.
+        same (`Callable[[str, str, str], bool]`, *optional*):
+            Which answers are one, for [`majority`].
 
     Returns:
         `dict`: `n` (problems), `samples` (per problem), `unverified`; `estimator` of `accuracy` (`"mean@n"`), which has
@@ -156,7 +162,7 @@ def summarize(samples: Samples) -> dict[str, float | int | str | None]:
         counts = samples.correct.sum(axis=1)
         for k in (2**power for power in range(1, width.bit_length())):
             summary[f"pass@{k}"] = pass_at_k(counts, width, k).mean().item()
-        summary[f"maj@{width}"] = majority(samples).mean().item()
+        summary[f"maj@{width}"] = majority(samples, same).mean().item()
     mean, low, high = mean_interval(samples.tokens.mean(axis=1))
     median, p90, p99 = np.percentile(samples.tokens, [50, 90, 99]).tolist()
     thinking = samples.thinking.mean().item()
@@ -264,7 +270,7 @@ def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     return table[np.asarray(correct)]
 
 
-def majority(samples: Samples) -> np.ndarray:
+def majority(samples: Samples, same: Callable[[str, str, str], bool] | None = None) -> np.ndarray:
     """
     Returns maj@n: whether the answer that most of a problem's n samples give is correct.
 
@@ -274,7 +280,10 @@ def majority(samples: Samples) -> np.ndarray:
 
     Args:
         samples ([`Samples`]):
-            With `answer` in its records.
+            With `answer` in its records, and `question` where there is a `same`.
+        same (`Callable[[str, str, str], bool]`, *optional*):
+            Says of a question and two texts whether they are one answer, such as `1/2` and `0.5`. Left out, only equal
+            texts are.
 
     Returns:
         `np.ndarray` of shape `(problems,)`: 0 to 1 for each problem.
@@ -282,11 +291,36 @@ def majority(samples: Samples) -> np.ndarray:
     shares = []
     for row in samples.records:
         votes = [record for record in row if record["answer"] is not None and not record["truncated"]]
-        counts = Counter(record["answer"] for record in votes)
-        most = max(counts.values(), default=0)
-        won = [record["correct"] for record in votes if counts[record["answer"]] == most]
+        groups = _same_answers(votes, same)
+        most = max(map(len, groups), default=0)
+        won = [record["correct"] for group in groups if len(group) == most for record in group]
         shares.append(sum(won) / len(won) if won else 0.0)
     return np.array(shares)
+
+
+def _same_answers(votes: list[dict[str, Any]], same: Callable[[str, str, str], bool] | None) -> list[list[dict]]:
+    """Groups votes by answer. Equal texts and numbers are found by hashing, so that few pairs are left to ask about."""
+    texts = defaultdict(list)
+    for record in votes:
+        answer = record["answer"]
+        texts[Fraction(answer) if same is not None and _NUMBER.fullmatch(answer) else answer].append(record)
+    if same is None:
+        return list(texts.values())
+    groups, left = [], len(votes)
+    for key, group in sorted(texts.items(), key=lambda item: -len(item[1])):
+        first, second = sorted([0, 0, *(len(other) for _, other in groups)])[:-3:-1]
+        if first > second + left:  # whatever the rest is the same as, these have won
+            break
+        left -= len(group)
+        question, answer = group[0]["question"], group[0]["answer"]
+        for other, members in groups:
+            numbers = isinstance(key, Fraction) and isinstance(other, Fraction)
+            if not numbers and same(question, members[0]["answer"], answer):
+                members += group
+                break
+        else:
+            groups.append((key, group))
+    return [group for _, group in groups]
 
 
 def paired_difference(

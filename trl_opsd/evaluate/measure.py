@@ -19,7 +19,14 @@ from ..cli import UserError
 from ..data import check_columns, load_prompts
 from ..data.decontaminate import problem_text
 from ..results import write_text
-from ..rewards import code_reward, extract_answer, load_reward_funcs, required_columns
+from ..rewards import (
+    code_reward,
+    extract_answer,
+    load_reward_funcs,
+    logic_reward,
+    math_reward,
+    required_columns,
+)
 from .cache import GenerationCache, cache_key
 from .checkpoint import (
     base_of,
@@ -425,6 +432,33 @@ def verify(
     return samples
 
 
+def same_answer(reward_funcs: list[Callable]) -> Callable[[str, str, str], bool] | None:
+    r"""
+    Returns what says whether two answers are one: if the verifier of math or logic takes either where the other is the
+    reference answer.
+
+    Args:
+        reward_funcs (`list[Callable]`):
+            Verifiers.
+
+    Returns:
+        `Callable[[str, str, str], bool]` or `None`: Function of a question and two answers; `None` where no verifier
+        compares answers.
+    """
+    func = next((func for func in reward_funcs if func in (math_reward, logic_reward)), None)
+
+    def takes(question: str, answer: str, reference: str) -> bool:
+        return func(prompts=[question], completions=[f"\\boxed{{{answer}}}"], answer=[reference]) == [1.0]
+
+    def same(question: str, one: str, other: str) -> bool:
+        # An answer that the verifier cannot even read costs seconds, and is like no other
+        if not takes(question, one, one) or not takes(question, other, other):
+            return False
+        return takes(question, one, other) or takes(question, other, one)
+
+    return func and same
+
+
 def _thinking_tokens(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, opened: bool) -> int:
     before, closed, _ = text.rpartition("</think>")
     if not closed:
@@ -528,7 +562,7 @@ def _measure(job: Job, subject: _Subject, tick: "_Ticker") -> tuple[list[dict[st
             for index, (place, sample) in enumerate(zip(places, samples, strict=True))
         ]
         try:
-            summary = summarize(Samples.from_records(named))
+            summary = summarize(Samples.from_records(named), same_answer(job.reward_funcs))
         except ValueError as error:
             raise UserError(f"`{config.task}`: {error}") from None
         serving = []

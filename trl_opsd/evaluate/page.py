@@ -290,7 +290,7 @@ def report_results(
         folder (`str` or `Path`):
             Where to.
         before (`str`, *optional*):
-            Label of the checkpoint that the others are compared with. Defaults to the first there is.
+            Label, or stage, of the checkpoint that the others are compared with. Defaults to the first there is.
         margin (`float`, *optional*, defaults to `0.01`):
             Loss of accuracy that still counts as none.
         title (`str`, *optional*, defaults to `"trl-opsd"`):
@@ -324,9 +324,10 @@ def report_results(
                 "`stage`."
             )
         seen.add((item.label, item.key))
-    before = labels[0] if before is None else before
-    if before not in labels:
+    by_name = {item.row["stage"]: item.label for item in reversed(measurements)} | {label: label for label in labels}
+    if before is not None and before not in by_name:
         raise UserError(f"There is no `{before}` to compare with: the results hold {', '.join(labels)}.")
+    before = labels[0] if before is None else by_name[before]
 
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for item in measurements:
@@ -405,7 +406,7 @@ def _notes(measurements: Sequence[Measurement], margin: float, price: float | No
     if any("@" in key for item in measurements for key in item.row):
         notes.append(
             "pass@k is the unbiased estimate 1 − C(n − c, k) / C(n, k); maj@n is the verdict on the answer that most of n "
-            "samples give, a tie counted as a fair draw."
+            "samples give, spelled one way or another, a tie counted as a fair draw."
         )
     if flexible:
         notes.append(

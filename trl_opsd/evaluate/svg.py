@@ -83,6 +83,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _style(index: int) -> int:
+    """Which of four shapes or dashes: another one when the colours begin again."""
+    return (index + index // COLORS) % 4
+
+
 def mark(index: int, x: float, y: float, title: str = "") -> Markup:
     """Returns the mark of a checkpoint, its shape as telling as its colour."""
     shapes = (
@@ -92,7 +97,7 @@ def mark(index: int, x: float, y: float, title: str = "") -> Markup:
         f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
     )
     return Markup('<path class="mark" fill="var(--s{})" d="{}"><title>{}</title></path>').format(
-        index % COLORS, Markup(shapes[index % len(shapes)]), title
+        index % COLORS, Markup(shapes[_style(index)]), title
     )
 
 
@@ -180,7 +185,7 @@ def chart(
             path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
             for x, y in places[1:]:
                 path += f"H{x:.1f}V{y:.1f}" if item.kind == "steps" else f"L{x:.1f} {y:.1f}"
-            dash = ("none", "7 3", "2 3", "9 3 2 3")[item.index % 4]
+            dash = ("none", "7 3", "2 3", "9 3 2 3")[_style(item.index)]
             parts.append(
                 Markup('<path class="curve" stroke="{}" stroke-dasharray="{}" d="{}"><title>{}</title></path>').format(
                     color, dash, path, item.label
