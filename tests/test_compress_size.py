@@ -183,7 +183,8 @@ def test_mistakes_end_before_anything_runs(config, changes, message):
 
 
 def test_a_method_that_is_not_asked_for_needs_no_recipe(config):
-    names = [stage.name for stage in config(methods=["opsd"], student_rlvr=None, ratios=[0.9], sizes=None).stages()]
+    changes = {"methods": ["opsd"], "student_rlvr": None, "ratios": [0.9], "sizes": None, "learning_rates": None}
+    names = [stage.name for stage in config(**changes).stages()]
     assert "opsd-90" in names and "rlvr-90" not in names
 
 
@@ -391,7 +392,14 @@ def test_the_teacher_fills_a_bank_with_what_is_correct(tmp_path, checkpoint, row
 @pytest.fixture
 def swept(config, tmp_path):
     """A sweep of one ratio that has run: the configuration and its chain."""
-    changes = {"ratios": [0.9], "sizes": None, "methods": ["sft", "opsd"], "updates": 20, "cold_start_steps": 10}
+    changes = {
+        "ratios": [0.9],
+        "sizes": None,
+        "learning_rates": None,
+        "methods": ["sft", "opsd"],
+        "updates": 20,
+        "cold_start_steps": 10,
+    }
     sweep = config(output_dir=str(tmp_path), **changes)
     stages = sweep.stages()
     rows = []
