@@ -127,13 +127,40 @@ def size_table() -> str:
     return "\n".join([*lines, "", sentence])
 
 
+def step_table() -> str:
+    """The train phase of an optimizer step, beside TRL's own trainers."""
+    results = json.loads((RESULTS / "step" / "cpu.json").read_text())
+    config, rows = results["run"]["config"], results["rows"]
+    lines = [
+        "| | useful tokens/s | to the peer | peak memory, MiB | to the peer | teacher / student / loss / backward, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = " / ".join(
+            f"{100 * row['parts'][part] / row['seconds']:.0f}" for part in ("teacher", "student", "loss", "backward")
+        )
+        lines.append(
+            f"| {row['arm']} | {row['useful_per_s']:.0f} | {row['speed_to_peer']:.2f} | {row['peak_mib']:.0f} | "
+            f"{row['memory_to_peer']:.2f} | {shares} |"
+        )
+    head = (
+        f"The same {config['rollouts']} rollouts (log-normal lengths, median {config['median_length']}, at most "
+        f"{config['max_length']:,} tokens), half of them correct, {rows[0]['parameters'] / 1e6:.1f}M parameters on a CPU, "
+        "generation left out. Useful tokens are those of correct rollouts. The peer of an external teacher is TRL's "
+        "DistillationTrainer, that of a teacher in context its SDFTTrainer with full logits. Processor time, median of "
+        f"{len(rows[0]['seconds_all'])} steps."
+    )
+    return "\n".join([head, "", *lines])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in {"chain": chain_table, "divergence": divergence_table, "size": size_table}.items():
+    tables = {"chain": chain_table, "divergence": divergence_table, "size": size_table, "step": step_table}
+    for name, table in tables.items():
         if f"<!-- {name} -->" not in text:  # its results need not be there either
             continue
         block = f"<!-- {name} -->\n{table()}\n<!-- end of {name} -->"
