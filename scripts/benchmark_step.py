@@ -210,7 +210,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
             reward_funcs=lambda correct, **kwargs: correct,
             **common,
         )
-        trainer.alarms.on_pre_optimizer_step = lambda *args, **kwargs: None  # random weights are not a dead teacher
+        trainer.alarms.check_divergence = lambda: None  # random weights are not a dead teacher
 
     def written(self, prompt_ids, *args, **kwargs):
         return completions
@@ -306,7 +306,9 @@ def main() -> None:
                 output = Path(folder) / "row.json"
                 command = [sys.executable, __file__, "--device", args.device, "--per_device", str(args.per_device)]
                 command += ["--seed", str(args.seed), "--work", arm, "--output", str(output)]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode != 0:
+                    sys.exit(f"The arm `{arm}` failed:\n{done.stderr}")
                 found[arm].append(json.loads(output.read_text())["rows"][0])
                 last = found[arm][-1]["measured"]
                 print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
