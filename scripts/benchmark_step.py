@@ -278,7 +278,7 @@ def plot(rows: list[dict], path: Path) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for name, end, row in zip(names, left, rows[::-1], strict=True):
         axes.text(end, name, f" {row['useful_per_s']:.0f} useful tokens/s, {row['peak_mib']:.0f} MiB", va="center")
-    axes.set_xlim(0, 1.45 * max(left))
+    axes.set_xlim(0, 1.75 * max(left))
     axes.set_xlabel("seconds of an optimizer step, without generation")
     axes.legend(loc="lower right", ncols=2, fontsize=8)
     figure.tight_layout()
