@@ -1,0 +1,305 @@
+"""
+Seconds of training until the tiny reasoner needs 40% fewer tokens at an accuracy at most one point lower: ours, TRL's
+SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
+
+    OMP_NUM_THREADS=1 python scripts/time_to_goal.py --develop           # the settings of each: about 20 minutes
+    OMP_NUM_THREADS=1 python scripts/time_to_goal.py --seeds 0 1 2       # the measurement: about 15
+
+All start from the same RLVR checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method
+are the fastest of its grid below, on one development run each: recipes/results/time_to_goal/development.json. Every run
+has a process of its own, and the methods take turns. The clock is the processor's time of training, generation included
+and evaluation excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at temperature
+1, whenever the clock has gone on by an eighth, for every method alike. `--report` makes plot and table from the files.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from ablate_tiny import evaluate_model, make_teacher
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.rewards import get_soft_overlong_punishment
+
+from trl_opsd.data import load_prompts
+from trl_opsd.opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.results import write_results, write_text
+from trl_opsd.rewards import length_reward, math_reward
+from trl_opsd.tiny.task import CONCISE_TEMPLATE
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results" / "time_to_goal"
+TOKENS, ACCURACY = 0.6, 0.01  # the goal: this share of the tokens of the start, at most this much less accurate
+# What length is punished by, beside the math reward: in comparison with the group, or by each token
+PENALTIES = {
+    "length_reward": length_reward,
+    "get_soft_overlong_punishment(128, 128)": get_soft_overlong_punishment(128, 128),
+}
+# The first of ours is recipes/tiny/opsd.yaml as it is
+GRIDS = {
+    "ours": [{"learning_rate": rate} for rate in (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)],
+    # Reverse KL, which is the objective of ours, and the Jensen-Shannon divergence that is SDFT's default
+    "SDFT": [
+        {"learning_rate": rate, "distillation_alpha": alpha}
+        for alpha in (1.0, 0.5)
+        for rate in (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
+    ],
+    "GRPO": [
+        {"learning_rate": rate, "penalty": penalty, "weight": weight}
+        for rate, penalty, weight in (
+            (3e-4, "length_reward", 1.0),
+            (1e-3, "length_reward", 1.0),
+            (2e-3, "length_reward", 1.0),
+            (1e-3, "length_reward", 0.3),
+            (1e-3, "get_soft_overlong_punishment(128, 128)", 1.0),
+        )
+    ],
+}
+
+
+def make_trainer(method: str, setting: dict, path: Path, data: Path, seed: int, callback: TrainerCallback):
+    recipe = yaml.safe_load((ROOT / "recipes/tiny/opsd.yaml").read_text())
+    # What the three have in common: batch, length, temperature, steps and optimizer; not `beta`, which is not one thing
+    fields = GRPOConfig.__dataclass_fields__.keys() & SDFTConfig.__dataclass_fields__.keys()
+    common = {name: value for name, value in recipe.items() if name in fields}
+    common |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "disable_tqdm": True}
+    setting = dict(setting)
+    rows = load_prompts(str(data))
+    arguments = {"model": str(path), "train_dataset": rows, "callbacks": [callback]}
+    if method == "ours":
+        own = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
+        own |= common | setting
+        return OPSDTrainer(args=OPSDConfig(**own), reward_funcs=math_reward, **arguments)
+    if method == "SDFT":
+        arguments["train_dataset"] = rows.add_column("privileged_context", [""] * len(rows))
+        own = {
+            "distillation_mode": "full_logits",  # the vocabulary is smaller than its default of the top 100
+            "teacher_prompt_template": CONCISE_TEMPLATE + "{privileged_context}",
+        }
+        return SDFTTrainer(args=SDFTConfig(**common | own | setting), **arguments)
+    penalty, weight = PENALTIES[setting.pop("penalty")], setting.pop("weight")
+    # As long as the clock lets it: the schedule of recipes/tiny/rlvr.yaml, without its end
+    own = {"num_generations": 8, "max_steps": 10_000, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+    config = GRPOConfig(**common | own | setting, reward_weights=[1.0, weight])
+    return GRPOTrainer(args=config, reward_funcs=[math_reward, penalty], **arguments)
+
+
+class Clock(TrainerCallback):
+    """Seconds of training, and what the model has become by then. Ends the run at the goal, or when time is up."""
+
+    def __init__(self, measure, start: dict, args: argparse.Namespace):
+        self.measure, self.start, self.args = measure, start, args
+        self.rows, self.cpu, self.wall, self.generation = [], 0.0, 0.0, 0.0
+
+    def time_generation(self, model) -> None:
+        generate = model.generate
+
+        def timed(*args, **kwargs):
+            begin = time.process_time()
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.generation += time.process_time() - begin
+
+        model.generate = timed
+
+    def go(self) -> None:
+        self.begin = time.process_time(), time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.go()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.cpu += time.process_time() - self.begin[0]
+        self.wall += time.perf_counter() - self.begin[1]
+        last = self.rows[-1]["cpu_s"] if self.rows else 0.0
+        # Further than the goal, to see whether it stays there
+        reached = next((row["cpu_s"] for row in self.rows if row["goal"]), float("inf"))
+        is_last = self.cpu > min(self.args.budget, self.args.stay * reached)
+        if self.cpu >= self.args.every * last or is_last:
+            generation = self.generation
+            measured = self.measure(model)
+            self.generation = generation
+            row = {"step": state.global_step, "cpu_s": self.cpu, "wall_s": self.wall, "generation_cpu_s": generation}
+            row |= measured
+            row["short"] = row["mean_tokens"] <= TOKENS * self.start["mean_tokens"]
+            row["goal"] = row["short"] and row["accuracy"] >= self.start["accuracy"] - ACCURACY
+            self.rows.append(row)
+            print(json.dumps(row), flush=True)
+        if is_last:
+            control.should_training_stop = True
+        self.go()
+        return control
+
+
+def work(args: argparse.Namespace) -> None:
+    """One run, in a process of its own."""
+    method, setting = args.work, json.loads(args.setting)
+    path, data = make_teacher("strong", args.seed, Path(args.runs))
+
+    def measure(model=None):
+        rows = evaluate_model(path, data, args.seed, args.max_samples, model=model, decoding="sampled")
+        return {name: rows[0][name] for name in ("accuracy", "accuracy_low", "accuracy_high", "mean_tokens")}
+
+    start = measure()
+    clock = Clock(measure, start, args)
+    trainer = make_trainer(method, setting, path, data, args.seed + args.shift, clock)
+    clock.time_generation(trainer.model)
+    trainer.train()
+    reached = [next((row for row in clock.rows if row[name]), None) for name in ("goal", "short")]
+    row = {"method": method, "setting": setting, "seed": args.seed, "budget_cpu_s": args.budget, "start": start}
+    row |= {"goal": reached[0], "short": reached[1], "evaluations": clock.rows, "steps": trainer.state.global_step}
+    write_results(args.output, [row], {"seed": args.seed})
+
+
+def run(method: str, setting: dict, seed: int, args: argparse.Namespace, **options) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--work", method, "--setting", json.dumps(setting), "--seed", str(seed)]
+        for name in ("runs", "budget", "stay", "every", "max_samples"):
+            command += [f"--{name}", str(options.get(name, getattr(args, name)))]
+        command += ["--shift", str(options.get("shift", 0)), "--output", str(output)]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        row = json.loads(output.read_text())["rows"][0]
+    goal = row["goal"] or {"step": None, "cpu_s": float("nan"), "wall_s": float("nan"), "generation_cpu_s": 0}
+    last = row["evaluations"][-1]
+    print(
+        f"{seed} {method} {setting}: goal at step {goal['step']}, {goal['cpu_s']:.1f} s; "
+        f"start {row['start']['accuracy']:.3f} / {row['start']['mean_tokens']:.1f}, "
+        f"end (step {last['step']}, {last['cpu_s']:.0f} s) {last['accuracy']:.3f} / {last['mean_tokens']:.1f}",
+        flush=True,
+    )
+    return row
+
+
+def develop(args: argparse.Namespace) -> None:
+    """Every setting of every grid, once: on the start of seed 0, with other random numbers than the measurement."""
+    options = {"shift": 100, "max_samples": 512, "every": 1.3, "budget": args.budget / 2, "stay": 1.3}
+    output = RESULTS / "development.json"
+    rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+    done = [(row["method"], row["setting"]) for row in rows]
+    for method, grid in GRIDS.items():
+        for setting in grid:
+            if (method, setting) not in done:
+                rows.append(run(method, setting, 0, args, **options))
+                write_results(output, rows, {"seed": 0, "goal": [TOKENS, ACCURACY], **options})
+
+
+def chosen(method: str) -> dict:
+    """The setting that was at the goal first in development, or was the shortest that was accurate enough."""
+
+    def rank(row):
+        accurate = [e for e in row["evaluations"] if e["accuracy"] >= row["start"]["accuracy"] - ACCURACY]
+        shortest = min([e["mean_tokens"] for e in accurate], default=float("inf"))
+        return (row["goal"]["cpu_s"], 0) if row["goal"] else (float("inf"), shortest)
+
+    rows = json.loads((RESULTS / "development.json").read_text())["rows"]
+    return min((row for row in rows if row["method"] == method), key=rank)["setting"]
+
+
+def report() -> None:
+    """Writes curves.png and table.md."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = sorted(RESULTS.glob("seed-*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 6), sharex=True, sharey="row", squeeze=False)
+    for column, file in zip(axes.T, files, strict=True):
+        for row in json.loads(file.read_text())["rows"]:
+            points = [{"cpu_s": 0.5, **row["start"]}, *row["evaluations"]]  # 0 has no place on the axis
+            seconds = [point["cpu_s"] for point in points]
+            (line,) = column[0].plot(seconds, [point["mean_tokens"] for point in points], label=row["method"])
+            column[1].plot(seconds, [100 * point["accuracy"] for point in points], color=line.get_color())
+            if row["goal"]:
+                column[0].plot(row["goal"]["cpu_s"], row["goal"]["mean_tokens"], "o", color=line.get_color())
+                column[1].plot(row["goal"]["cpu_s"], 100 * row["goal"]["accuracy"], "o", color=line.get_color())
+        column[0].axhline(TOKENS * row["start"]["mean_tokens"], color="grey", linestyle=":")
+        column[1].axhline(100 * (row["start"]["accuracy"] - ACCURACY), color="grey", linestyle=":")
+        column[0].set(title=f"seed {row['seed']}", xscale="log")
+        column[1].set(xlabel="processor seconds of training")
+    axes[0, 0].set_ylabel("tokens, sampled")
+    axes[1, 0].set_ylabel("accuracy, sampled, %")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "curves.png", dpi=120)
+
+    def cell(row: dict, name: str) -> str:
+        found = row[name]
+        if found is None:
+            return f"not within {row['evaluations'][-1]['cpu_s']:.0f} s"
+        return f"{found['cpu_s']:.1f} s ({found['wall_s']:.1f} s), step {found['step']}"
+
+    lines = [
+        "| seed | method | start, accuracy / tokens | tokens alone | goal, processor (wall) | at the goal | "
+        "after it: accuracy, mean; evaluations at the goal | generation | times ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = next(other for other in rows if other["method"] == "ours" and other["seed"] == row["seed"])
+        after = [e for e in row["evaluations"] if row["goal"] and e["step"] > row["goal"]["step"]]
+        end = row["goal"] or row["evaluations"][-1]
+        cells = [
+            str(row["seed"]),
+            row["method"],
+            f"{row['start']['accuracy']:.1%} / {row['start']['mean_tokens']:.1f}",
+            cell(row, "short"),
+            cell(row, "goal"),
+            f"{end['accuracy']:.1%} / {end['mean_tokens']:.1f}",
+            f"{statistics.mean(e['accuracy'] for e in after):.1%}, {sum(e['goal'] for e in after)} of {len(after)}"
+            if after
+            else "",
+            f"{end['generation_cpu_s'] / end['cpu_s']:.0%}",
+            f"{row['goal']['cpu_s'] / ours['goal']['cpu_s']:.2f}" if row["goal"] and ours["goal"] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    settings = "\n".join(f"- {method}: `{json.dumps(chosen(method))}`" for method in GRIDS)
+    write_text(RESULTS / "table.md", "\n".join([*lines, "", settings, "", "Made by `scripts/time_to_goal.py`.", ""]))
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--develop", action="store_true", help="choose the settings")
+    parser.add_argument("--report", action="store_true", help="only make the plot and the table")
+    parser.add_argument("--runs", default="runs/ablation", help="folder for the starts")
+    parser.add_argument("--budget", type=float, default=120.0, help="processor seconds of training of a run")
+    parser.add_argument(
+        "--stay", type=float, default=3.0, help="how many times the seconds to the goal a run goes on for"
+    )
+    parser.add_argument("--every", type=float, default=1.125, help="the clock's factor between two evaluations")
+    parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems of an evaluation")
+    for name in ("work", "setting", "output"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("seed", "shift"):
+        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.work:
+        return work(args)
+    if args.develop:
+        return develop(args)
+    if not args.report:
+        for seed in args.seeds:
+            rows = [run(method, chosen(method), seed, args) for method in GRIDS]
+            config = {
+                name: value for name, value in vars(args).items() if name in ("budget", "stay", "every", "max_samples")
+            }
+            write_results(RESULTS / f"seed-{seed}.json", rows, {"seed": seed, "goal": [TOKENS, ACCURACY], **config})
+    report()
+
+
+if __name__ == "__main__":
+    main()
