@@ -95,6 +95,12 @@ class TestReport:
         low, high = re.search(r' class="error" .*? d="M\S+ (\S+?)h8m-4 0V(\S+?)m', svg).groups()
         assert (float(low), float(high)) == pytest.approx((y_a, y_b))
 
+    @pytest.mark.parametrize("accuracy", [0.0, 1.2])
+    def test_an_axis_does_not_go_below_zero(self, accuracy):
+        drawn = chart([Series("model", 0, [50.0], [accuracy])], "tokens", "accuracy, %", y_span=10, y_to=100)
+        labels = re.findall(r">([^<>]+)</text>", drawn)
+        assert "0" in labels and "10" in labels and not any(label.startswith(("-", "−")) for label in labels)
+
     def test_many_checkpoints_are_told_apart(self):
         found = {re.sub(r"M\S+ \S+?(?=[ahl])", "", mark(index, 7, 7)) for index in range(32)}
         assert len(found) == 32

@@ -148,6 +148,9 @@ def chart(
     (x_low, x_high), (y_low, y_high) = limits(xs, x_from, None), limits(ys, y_from, y_to)
 
     y_low = min(y_low, y_high - y_span)
+    if y_low < 0 <= min(ys):  # nothing is below zero, so neither is the axis
+        y_high = max(y_high, y_span)
+        y_low = -0.01 * y_high
 
     def x_at(x: float) -> float:
         return _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
