@@ -1,6 +1,7 @@
 """The size sweep: what runs, from what, on how much, and what its rows say; and its off-policy control."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -295,6 +296,30 @@ def test_lmbda_is_the_share_of_batches_that_the_student_writes(tmp_path, small_m
         trainer.lmbda = 0.0
         trainer._generate_and_score_completions([trainer.train_dataset[0]])
     assert generate.call_count == 1
+
+
+def test_what_the_data_set_holds_does_not_count_as_the_students(tmp_path, small_model, tokenizer, bank):
+    """The rollouts of the bank are all right and the student's are all wrong: so much is what the alarm may see."""
+    data = read_rollouts(bank)
+    given = {tuple(ids) for ids in data["completion_ids"]}
+    trainer = OPSDTrainer(
+        model=small_model(0),
+        teacher_model=small_model(1),
+        args=OPSDConfig(**settings(tmp_path, lmbda=0.5, gate="all", max_steps=12)),
+        train_dataset=data,
+        processing_class=tokenizer,
+        reward_funcs=lambda completion_ids, **kwargs: [float(tuple(ids) in given) for ids in completion_ids],
+    )
+    with mock.patch.object(DistillationTrainer, "_generate_single_turn", return_value=[[5, 6]] * 4) as generate:
+        trainer.train()
+    own = [value for value in trainer.alarms.correct if not math.isnan(value)]
+    assert len(trainer.alarms.correct) == 12 and 0 < len(own) == generate.call_count < 12
+    assert own == [0.0] * len(own)
+    lengths = [value for value in trainer.alarms.lengths if not math.isnan(value)]
+    assert lengths == [2.0] * len(own)
+    logged = [log["opsd/correct"] for log in trainer.state.log_history if "opsd/correct" in log]
+    assert logged == [0.0] * len(own)
+    assert trainer.alarms.best_checkpoint(None) is None  # none was written
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
@@ -15,6 +15,12 @@ logger = get_logger(__name__)
 WINDOW = 256
 # Logs that the divergence is compared with
 RECENT = 20
+
+
+def mean(values: list[float]) -> float:
+    """The mean of those that are not NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 class OPSDAlarm(RuntimeError):
@@ -51,7 +57,8 @@ class AlarmCallback(TrainerCallback):
         self.window = math.ceil(
             WINDOW / (args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps)
         )
-        # One entry for each step: share of correct rollouts, their mean length
+        # One entry for each step: share of correct rollouts, their mean length. NaN where there is none: without a
+        # verifier nothing is known to be wrong, and what the data set holds is no rollout of the student's
         self.correct: list[float] = []
         self.lengths: list[float] = []
         self.kls: list[float] = []
@@ -64,15 +71,15 @@ class AlarmCallback(TrainerCallback):
             if "completions/mean_length" in log:
                 steps, last = log["step"] - last, log["step"]
                 self.lengths += [log["completions/mean_length"]] * steps
-                self.correct += [log.get("opsd/correct", 1.0)] * steps
+                self.correct += [log.get("opsd/correct", math.nan)] * steps
         folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step + 1)}
         self.checkpoints = [self._measured(str(path), step) for step, path in folders.items() if path.is_dir()]
 
     def on_step_end(self, args, state, control, **kwargs):
         metrics = self.trainer._metrics["train"]
-        self.lengths.append(metrics["completions/mean_length"][-1])
-        # Without a verifier nothing is known to be wrong
-        self.correct.append(metrics["opsd/correct"][-1] if "opsd/correct" in metrics else 1.0)
+        is_own = self.trainer._given_completion_ids is None
+        self.lengths.append(metrics["completions/mean_length"][-1] if is_own else math.nan)
+        self.correct.append(metrics["opsd/correct"][-1] if is_own and "opsd/correct" in metrics else math.nan)
         if args.alarm_correct_drop is not None and len(self.correct) > self.window:
             start, now = self._start_and_now(self.correct)
             if now < start - args.alarm_correct_drop:
@@ -157,7 +164,12 @@ class AlarmCallback(TrainerCallback):
             `str` or `None`: Its folder.
         """
         start = mean(self.correct[: self.window])
-        good = [(tokens, folder) for folder, correct, tokens in self.checkpoints if correct >= start - (margin or 1.0)]
+        floor = start - (margin or 1.0)
+        good = [
+            (tokens, folder)
+            for folder, correct, tokens in self.checkpoints
+            if not correct < floor and not math.isnan(tokens)
+        ]
         return min(good)[1] if good else None
 
     def _start_and_now(self, values: list[float]) -> tuple[float, float]:

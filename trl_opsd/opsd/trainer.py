@@ -695,15 +695,16 @@ class OPSDTrainer(DistillationTrainer):
         ]
         verdicts = self._verify(inputs, completion_ids)
 
-        # Of the first round, which speaks for the student: whoever fails is asked again, and whoever does not is not
         metrics = self._metrics[mode]
-        for name, column in zip(self.reward_func_names, verdicts.rewards_per_func.unbind(dim=1), strict=True):
-            metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-        metrics["reward"].append(verdicts.rewards[verdicts.verified].mean().item())
-        solved = verdicts.correct.float()
-        if self.pass_rates is not None and self._is_rolling_out:
-            solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
-        metrics["opsd/correct"].append(solved.mean().item())
+        if self._given_completion_ids is None:  # what the data set holds does not speak for the student
+            for name, column in zip(self.reward_func_names, verdicts.rewards_per_func.unbind(dim=1), strict=True):
+                metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+            metrics["reward"].append(verdicts.rewards[verdicts.verified].mean().item())
+            # Of the first round: whoever fails is asked again, and whoever does not is not
+            solved = verdicts.correct.float()
+            if self.pass_rates is not None and self._is_rolling_out:
+                solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
+            metrics["opsd/correct"].append(solved.mean().item())
         # What the verifiers log is part of their interface; GRPO drains both once per batch
         for name, values in self._pending_metrics.items():
             metrics[name].append(sum(values) / len(values))
