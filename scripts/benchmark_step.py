@@ -2,12 +2,14 @@
 Times the train phase of one optimizer step on the same rollouts: TRL's DistillationTrainer and SDFTTrainer, and ours.
 
     OMP_NUM_THREADS=1 python scripts/benchmark_step.py                  # CPU
+    OMP_NUM_THREADS=1 python scripts/benchmark_step.py --processes 2    # two processes, and how long they wait
     python scripts/benchmark_step.py --device cuda                      # GPU: 0.6 B parameters, traces of up to 8k tokens
 
 The rollouts are written in advance, with a long-tailed distribution of lengths, and half of them are correct. What
 counts are useful tokens: those of correct rollouts. Every arm has a process of its own and the arms take turns. TRL's
-loss is given the valid positions only, as it does itself where it finds Triton. Results and plot go to
-recipes/results/step/<device>.{json,png}.
+loss is given the valid positions only, as it does itself where it finds Triton. Of several processes, the seconds are
+those of the clock, and a process is idle while its processor does nothing for it: give them a quiet machine. Results and
+plot go to recipes/results/step/<device>.{json,png}.
 """
 
 import argparse
@@ -60,6 +62,7 @@ SIZES = {
         "steps": 3,
     },
 }
+PARTS = ("teacher", "student", "loss", "backward", "optimizer", "idle", "rest")
 CONTEXT = "{prompt}{privileged_context}"
 ARMS = {
     "TRL Distillation": ("distillation", {}),
@@ -139,6 +142,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
     """One arm, in a process of its own: writes one results file."""
     size, cuda = SIZES[args.device], args.device == "cuda"
     kind, options = ARMS[arm]
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     completions, correct = rollouts(size, args.seed)
     tokenizer = make_tokenizer()
     config = Qwen3Config(
@@ -169,7 +173,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": args.per_device,
-        "gradient_accumulation_steps": len(rows) // args.per_device,
+        "gradient_accumulation_steps": len(rows) // (args.per_device * world),
         "max_steps": size["steps"] + 1,
         "max_completion_length": size["max_length"],
         "shuffle_dataset": False,
@@ -177,6 +181,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
         "logging_steps": 1,
         "bf16": cuda,
         "use_cpu": not cuda,
+        "ddp_backend": "gloo" if world > 1 and not cuda else None,
         "gradient_checkpointing": cuda,
         "report_to": "none",
         "save_strategy": "no",
@@ -185,7 +190,8 @@ def work(arm: str, args: argparse.Namespace) -> None:
     }
     shares = Shares(cuda)
     steps = Steps(args.device, shares)
-    common = {"model": checkpoint(0), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    student, teacher = checkpoint(0), checkpoint(1)  # before a configuration starts the processes' group
+    common = {"model": student, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     common["callbacks"] = [steps]
     budget = size["budget"] if options.pop("budget", False) else None
     if kind == "sdft":
@@ -194,7 +200,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
         trainer = SDFTTrainer(args=SDFTConfig(**settings), **common)
     elif kind == "distillation":
         trainer = DistillationTrainer(
-            args=DistillationConfig(**settings, beta=1.0), teacher_model=checkpoint(1), **common
+            args=DistillationConfig(**settings, beta=1.0), teacher_model=teacher, **common
         )
     else:
         external = options.pop("external", False)
@@ -206,14 +212,14 @@ def work(arm: str, args: argparse.Namespace) -> None:
                 max_tokens_per_microbatch=budget,
                 teacher_prompt_template=None if external else CONTEXT,
             ),
-            teacher_model=checkpoint(1) if external else None,
+            teacher_model=teacher if external else None,
             reward_funcs=lambda correct, **kwargs: correct,
             **common,
         )
         trainer.alarms.check_divergence = lambda: None  # random weights are not a dead teacher
 
     def written(self, prompt_ids, *args, **kwargs):
-        return completions
+        return [completions[int(tokenizer.decode(ids).split("+")[0])] for ids in prompt_ids]
 
     for network in {id(m): m for m in (trainer.model, trainer.teacher_model) if m is not None}.values():
         network.base_model.forward = shares.timed("forward", network.base_model.forward)
@@ -222,7 +228,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
     our_loss = shares.timed("loss", opsd_trainer.linear_divergence_with_metrics)
     with (
         mock.patch.object(DistillationTrainer, "_generate_single_turn", written),
-        mock.patch.object(SDFTTrainer, "_generate", lambda self, prompt_ids: (prompt_ids, completions)),
+        mock.patch.object(SDFTTrainer, "_generate", lambda self, prompt_ids: (prompt_ids, written(self, prompt_ids))),
         mock.patch.object(distillation_trainer, "_use_triton", lambda device: True),
         mock.patch.object(distillation_trainer, "_chunked_divergence_loss", loss),
         mock.patch.object(opsd_trainer, "linear_divergence_with_metrics", our_loss),
@@ -244,12 +250,15 @@ def work(arm: str, args: argparse.Namespace) -> None:
     measured = []
     for meter, parts in zip(steps.meters, steps.parts, strict=True):
         # Where other jobs share the machine the processor's time is the fair one; on a GPU it is the clock's
-        seconds = meter.seconds if cuda else meter.cpu_seconds
+        seconds = meter.seconds if cuda or world > 1 else meter.cpu_seconds
+        if world > 1 and not cuda:
+            parts["idle"] = meter.seconds - meter.cpu_seconds
         parts["rest"] = seconds - sum(parts.values())
         measured.append({"seconds": seconds, "wall_s": meter.seconds, "peak_mib": meter.peak_mib, "parts": parts})
     row = {
         "arm": arm,
         "per_device": args.per_device,
+        "processes": world,
         "budget": budget,
         "rollouts": len(rows),
         "tokens_written": written_tokens,
@@ -259,7 +268,14 @@ def work(arm: str, args: argparse.Namespace) -> None:
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "measured": measured,
     }
-    write_results(args.output, [row], vars(args) | size)
+    write_results(f"{args.output}.{rank}", [row], vars(args) | size)
+
+
+def combined(ranks: tuple[dict, ...]) -> dict:
+    """What a step took of all processes: as long as the slowest, the memory of the largest, and the parts' means."""
+    step = {name: max(rank[name] for rank in ranks) for name in ("seconds", "wall_s", "peak_mib")}
+    parts = {part: statistics.mean(rank["parts"].get(part, 0.0) for rank in ranks) for part in PARTS}
+    return {**step, "parts": parts}
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -269,10 +285,9 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
-    parts = ["teacher", "student", "loss", "backward", "optimizer", "rest"]
     names = [row["arm"] for row in rows][::-1]
     left = [0.0] * len(rows)
-    for part in parts:
+    for part in PARTS:
         widths = [row["parts"][part] for row in rows][::-1]
         axes.barh(names, widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
@@ -291,6 +306,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="turns of every arm")
     parser.add_argument("--per_device", type=int, default=4, help="rollouts of a micro-batch without a budget")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -304,19 +320,25 @@ def main() -> None:
         for turn in range(args.repeats):
             for arm in args.arms:
                 output = Path(folder) / "row.json"
-                command = [sys.executable, __file__, "--device", args.device, "--per_device", str(args.per_device)]
+                command, environment = [sys.executable], dict(os.environ)
+                if args.processes > 1:
+                    command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+                    environment |= {} if args.device == "cuda" else {"ACCELERATE_USE_CPU": "true"}
+                command += [__file__, "--device", args.device, "--per_device", str(args.per_device)]
                 command += ["--seed", str(args.seed), "--work", arm, "--output", str(output)]
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
                 if done.returncode != 0:
                     sys.exit(f"The arm `{arm}` failed:\n{done.stderr}")
-                found[arm].append(json.loads(output.read_text())["rows"][0])
+                ranks = [json.loads(Path(f"{output}.{rank}").read_text())["rows"][0] for rank in range(args.processes)]
+                assert all(rank["processes"] == args.processes for rank in ranks)
+                steps = zip(*(rank.pop("measured") for rank in ranks), strict=True)
+                found[arm].append({**ranks[0], "measured": [combined(step) for step in steps]})
                 last = found[arm][-1]["measured"]
                 print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
     rows = []
     for turns in found.values():
         measured = [m for turn in turns for m in turn.pop("measured")]
         seconds = statistics.median(m["seconds"] for m in measured)
-        parts = ["teacher", "student", "loss", "backward", "optimizer", "rest"]
         rows.append(
             {
                 **turns[0],
@@ -325,7 +347,7 @@ def main() -> None:
                 "wall_s": statistics.median(m["wall_s"] for m in measured),
                 "useful_per_s": turns[0]["tokens_useful"] / seconds,
                 "peak_mib": statistics.median(m["peak_mib"] for m in measured),
-                "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in parts},
+                "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in PARTS},
             }
         )
     for row in rows:
@@ -343,7 +365,8 @@ def main() -> None:
                 if k in row
             },
         )
-    output = ROOT / "recipes" / "results" / "step" / f"{args.device}.json"
+    name = args.device if args.processes == 1 else f"{args.device}-{args.processes}-processes"
+    output = ROOT / "recipes" / "results" / "step" / f"{name}.json"
     config = {k: v for k, v in vars(args).items() if k not in ("work", "output")} | SIZES[args.device]
     write_results(output, rows, config | {"load": os.getloadavg()[0]})
     plot(rows, output.with_suffix(".png"))

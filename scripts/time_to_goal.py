@@ -5,9 +5,10 @@ SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
     OMP_NUM_THREADS=1 python scripts/time_to_goal.py --develop           # the settings of each: about 20 minutes
     OMP_NUM_THREADS=1 python scripts/time_to_goal.py --seeds 0 1 2       # the measurement: about 15
 
-All start from the same RLVR checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method
-are the fastest of its grid below, on one development run each: recipes/results/time_to_goal/development.json. Every run
-has a process of its own, and the methods take turns. The clock is the processor's time of training, generation included
+With `--world long`, some twice as long, traces are long and a few much longer, and a third of them is wrong; otherwise it
+is the tiny reasoner of the quickstart. All start from the same RLVR checkpoint (made if it is not there) with batches of
+96 rollouts. The settings of each method are the fastest of its grid below, on one development run each:
+recipes/results/time_to_goal/development.json, or time_to_goal_long for the other world. Every run has a process of its own, and the methods take turns. The clock is the processor's time of training, generation included
 and evaluation excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at temperature
 1, whenever the clock has gone on by an eighth, for every method alike. `--report` makes plot and table from the files.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from ablate_tiny import evaluate_model, make_teacher
+from ablate_tiny import evaluate_model, stage
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -37,37 +38,56 @@ from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "recipes" / "results" / "time_to_goal"
+# Where the recipes and the results of a world are, how its starts are called, and the longest reply in an evaluation
+WORLDS = {
+    "short": {"recipes": "recipes/tiny/", "results": "time_to_goal", "runs": "strong", "limit": 192},
+    "long": {"recipes": "recipes/tiny/long_", "results": "time_to_goal_long", "runs": "long", "limit": 448},
+}
 TOKENS, ACCURACY = 0.6, 0.01  # the goal: this share of the tokens of the start, at most this much less accurate
 # What length is punished by, beside the math reward: in comparison with the group, or by each token
 PENALTIES = {
     "length_reward": length_reward,
     "get_soft_overlong_punishment(128, 128)": get_soft_overlong_punishment(128, 128),
+    "get_soft_overlong_punishment(448, 448)": get_soft_overlong_punishment(448, 448),
 }
-# The first of ours is recipes/tiny/opsd.yaml as it is
-GRIDS = {
-    "ours": [{"learning_rate": rate} for rate in (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)],
-    # Reverse KL, which is the objective of ours, and the Jensen-Shannon divergence that is SDFT's default
-    "SDFT": [
-        {"learning_rate": rate, "distillation_alpha": alpha}
-        for alpha in (1.0, 0.5)
-        for rate in (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
-    ],
-    "GRPO": [
-        {"learning_rate": rate, "penalty": penalty, "weight": weight}
-        for rate, penalty, weight in (
-            (3e-4, "length_reward", 1.0),
-            (1e-3, "length_reward", 1.0),
-            (2e-3, "length_reward", 1.0),
-            (1e-3, "length_reward", 0.3),
-            (1e-3, "get_soft_overlong_punishment(128, 128)", 1.0),
-        )
-    ],
-}
+RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
 
 
-def make_trainer(method: str, setting: dict, path: Path, data: Path, seed: int, callback: TrainerCallback):
-    recipe = yaml.safe_load((ROOT / "recipes/tiny/opsd.yaml").read_text())
+def grids(world: str) -> dict[str, list[dict]]:
+    """The settings that are tried. The first of ours is the recipe as it is."""
+    overlong = (
+        "get_soft_overlong_punishment(128, 128)" if world == "short" else "get_soft_overlong_punishment(448, 448)"
+    )
+    return {
+        "ours": [{"learning_rate": rate} for rate in RATES],
+        # Reverse KL, which is the objective of ours, and the Jensen-Shannon divergence that is SDFT's default
+        "SDFT": [{"learning_rate": rate, "distillation_alpha": alpha} for alpha in (1.0, 0.5) for rate in RATES],
+        "GRPO": [
+            {"learning_rate": rate, "penalty": penalty, "weight": weight}
+            for rate, penalty, weight in (
+                (3e-4, "length_reward", 1.0),
+                (1e-3, "length_reward", 1.0),
+                (2e-3, "length_reward", 1.0),
+                (1e-3, "length_reward", 0.3),
+                (1e-3, overlong, 1.0),
+            )
+        ],
+    }
+
+
+def make_start(world: dict, seed: int, runs: Path) -> tuple[Path, Path]:
+    """The checkpoint that all start from, and the folder of the data."""
+    sft, rlvr = (runs / f"{world['runs']}-{seed}" / name for name in ("sft", "rlvr"))
+    stage("trl_opsd.tiny", f"{world['recipes']}sft.yaml", sft, seed=seed)
+    options = {"seed": seed, "model_name_or_path": sft, "dataset_name": sft / "data"}
+    stage("trl_opsd.rlvr", f"{world['recipes']}rlvr.yaml", rlvr, **options)
+    return rlvr, sft / "data"
+
+
+def make_trainer(
+    world: dict, method: str, setting: dict, path: Path, data: Path, seed: int, callback: TrainerCallback
+):
+    recipe = yaml.safe_load((ROOT / f"{world['recipes']}opsd.yaml").read_text())
     # What the three have in common: batch, length, temperature, steps and optimizer; not `beta`, which is not one thing
     fields = GRPOConfig.__dataclass_fields__.keys() & SDFTConfig.__dataclass_fields__.keys()
     common = {name: value for name, value in recipe.items() if name in fields}
@@ -87,7 +107,7 @@ def make_trainer(method: str, setting: dict, path: Path, data: Path, seed: int, 
         }
         return SDFTTrainer(args=SDFTConfig(**common | own | setting), **arguments)
     penalty, weight = PENALTIES[setting.pop("penalty")], setting.pop("weight")
-    # As long as the clock lets it: the schedule of recipes/tiny/rlvr.yaml, without its end
+    # As long as the clock lets it: the schedule of the RLVR before it, without its end
     own = {"num_generations": 8, "max_steps": 10_000, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
     config = GRPOConfig(**common | own | setting, reward_weights=[1.0, weight])
     return GRPOTrainer(args=config, reward_funcs=[math_reward, penalty], **arguments)
@@ -143,16 +163,17 @@ class Clock(TrainerCallback):
 
 def work(args: argparse.Namespace) -> None:
     """One run, in a process of its own."""
-    method, setting = args.work, json.loads(args.setting)
-    path, data = make_teacher("strong", args.seed, Path(args.runs))
+    method, setting, world = args.work, json.loads(args.setting), WORLDS[args.world]
+    path, data = make_start(world, args.seed, Path(args.runs))
 
     def measure(model=None):
-        rows = evaluate_model(path, data, args.seed, args.max_samples, model=model, decoding="sampled")
+        options = {"decoding": "sampled", "max_completion_length": str(world["limit"])}
+        rows = evaluate_model(path, data, args.seed, args.max_samples, model=model, **options)
         return {name: rows[0][name] for name in ("accuracy", "accuracy_low", "accuracy_high", "mean_tokens")}
 
     start = measure()
     clock = Clock(measure, start, args)
-    trainer = make_trainer(method, setting, path, data, args.seed + args.shift, clock)
+    trainer = make_trainer(world, method, setting, path, data, args.seed + args.shift, clock)
     clock.time_generation(trainer.model)
     trainer.train()
     reached = [next((row for row in clock.rows if row[name]), None) for name in ("goal", "short")]
@@ -165,7 +186,7 @@ def run(method: str, setting: dict, seed: int, args: argparse.Namespace, **optio
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--work", method, "--setting", json.dumps(setting), "--seed", str(seed)]
-        for name in ("runs", "budget", "stay", "every", "max_samples"):
+        for name in ("world", "runs", "budget", "stay", "every", "max_samples"):
             command += [f"--{name}", str(options.get(name, getattr(args, name)))]
         command += ["--shift", str(options.get("shift", 0)), "--output", str(output)]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -184,17 +205,21 @@ def run(method: str, setting: dict, seed: int, args: argparse.Namespace, **optio
 def develop(args: argparse.Namespace) -> None:
     """Every setting of every grid, once: on the start of seed 0, with other random numbers than the measurement."""
     options = {"shift": 100, "max_samples": 512, "every": 1.3, "budget": args.budget / 2, "stay": 1.3}
-    output = RESULTS / "development.json"
+    output = folder(args.world) / "development.json"
     rows = json.loads(output.read_text())["rows"] if output.is_file() else []
     done = [(row["method"], row["setting"]) for row in rows]
-    for method, grid in GRIDS.items():
+    for method, grid in grids(args.world).items():
         for setting in grid:
             if (method, setting) not in done:
                 rows.append(run(method, setting, 0, args, **options))
                 write_results(output, rows, {"seed": 0, "goal": [TOKENS, ACCURACY], **options})
 
 
-def chosen(method: str) -> dict:
+def folder(world: str) -> Path:
+    return ROOT / "recipes" / "results" / WORLDS[world]["results"]
+
+
+def chosen(world: str, method: str) -> dict:
     """The setting that was at the goal first in development, or was the shortest that was accurate enough."""
 
     def rank(row):
@@ -202,18 +227,18 @@ def chosen(method: str) -> dict:
         shortest = min([e["mean_tokens"] for e in accurate], default=float("inf"))
         return (row["goal"]["cpu_s"], 0) if row["goal"] else (float("inf"), shortest)
 
-    rows = json.loads((RESULTS / "development.json").read_text())["rows"]
+    rows = json.loads((folder(world) / "development.json").read_text())["rows"]
     return min((row for row in rows if row["method"] == method), key=rank)["setting"]
 
 
-def report() -> None:
+def report(world: str) -> None:
     """Writes curves.png and table.md."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    files = sorted(RESULTS.glob("seed-*.json"))
+    files = sorted(folder(world).glob("seed-*.json"))
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 6), sharex=True, sharey="row", squeeze=False)
     for column, file in zip(axes.T, files, strict=True):
@@ -233,7 +258,7 @@ def report() -> None:
     axes[1, 0].set_ylabel("accuracy, sampled, %")
     axes[0, 0].legend()
     figure.tight_layout()
-    figure.savefig(RESULTS / "curves.png", dpi=120)
+    figure.savefig(folder(world) / "curves.png", dpi=120)
 
     def cell(row: dict, name: str) -> str:
         found = row[name]
@@ -264,13 +289,16 @@ def report() -> None:
             f"{row['goal']['cpu_s'] / ours['goal']['cpu_s']:.2f}" if row["goal"] and ours["goal"] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    settings = "\n".join(f"- {method}: `{json.dumps(chosen(method))}`" for method in GRIDS)
-    write_text(RESULTS / "table.md", "\n".join([*lines, "", settings, "", "Made by `scripts/time_to_goal.py`.", ""]))
+    settings = "\n".join(f"- {method}: `{json.dumps(chosen(world, method))}`" for method in grids(world))
+    write_text(
+        folder(world) / "table.md", "\n".join([*lines, "", settings, "", "Made by `scripts/time_to_goal.py`.", ""])
+    )
     print("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=list(WORLDS), default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--develop", action="store_true", help="choose the settings")
     parser.add_argument("--report", action="store_true", help="only make the plot and the table")
@@ -293,12 +321,14 @@ def main() -> None:
         return develop(args)
     if not args.report:
         for seed in args.seeds:
-            rows = [run(method, chosen(method), seed, args) for method in GRIDS]
+            rows = [run(method, chosen(args.world, method), seed, args) for method in grids(args.world)]
             config = {
                 name: value for name, value in vars(args).items() if name in ("budget", "stay", "every", "max_samples")
             }
-            write_results(RESULTS / f"seed-{seed}.json", rows, {"seed": seed, "goal": [TOKENS, ACCURACY], **config})
-    report()
+            write_results(
+                folder(args.world) / f"seed-{seed}.json", rows, {"seed": seed, "goal": [TOKENS, ACCURACY], **config}
+            )
+    report(args.world)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The embedded default: its task, tokenizer, model and warm start."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -17,10 +18,12 @@ from trl_opsd.cli import parse
 from trl_opsd.tiny import TEMPLATES, TinyConfig, make_model, problems, row, sft_rows, warm_start
 from trl_opsd.tiny.__main__ import main
 from trl_opsd.tiny.sft import StopAtAccuracy, encode, measure, train
+from trl_opsd.tiny.tokenizer import make_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
 CONFIG = TinyConfig()
+LONG = TinyConfig(max_ops=24, median_ops=6, verbosity=2)
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
 
 
@@ -60,21 +63,21 @@ def check_reply(mode: str, problem: str, reply: str, modulus: int, verbosity: in
     else:
         restated, chain = reply.split(". ")
         assert restated == problem
-        assert re.sub(r"\? \d ([a-h]):..=\d", "", chain) == concise
+        assert re.sub(r"\? \d ([a-x]):..=\d", "", chain) == concise
         for value, step, result in zip(values, problem.split()[1:], values[1:], strict=False):
             assert chain.count(f"? {value} {step}={result}") == verbosity
 
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, TinyConfig(modulus=10, min_ops=2, max_ops=8, verbosity=2, test_size=200, train_size=200)],
-    ids=["default", "other"],
+    [CONFIG, TinyConfig(modulus=10, min_ops=2, max_ops=8, verbosity=2, test_size=200, train_size=200), LONG],
+    ids=["default", "other", "long"],
 )
 def test_every_reply_is_right_in_its_form(config):
     seen = Counter()
     for example in islice(sft_rows(replace(config, style_blur=0.0), seed=0), 2000):
         mode, prompt, reply = example["mode"], example["prompt"][0]["content"], example["completion"][0]["content"]
-        problem = re.match(r"\d( [a-h]:[+*-]\d)+", prompt)[0]
+        problem = re.match(r"\d( [a-x]:[+*-]\d)+", prompt)[0]
         values, solution = work_out(problem, config.modulus)
         assert prompt == TEMPLATES[mode].format(prompt=problem, answer=values[-1], solution=solution)
         check_reply(mode, problem, reply, config.modulus, config.verbosity)
@@ -89,10 +92,10 @@ def test_blur_moves_redundancy_and_nothing_else():
         mode, prompt, reply = example["mode"], example["prompt"][0]["content"], example["completion"][0]["content"]
         if mode in ("brief", "answer"):
             continue
-        problem = re.match(r"\d( [a-h]:[+*-]\d)+", prompt)[0]
+        problem = re.match(r"\d( [a-x]:[+*-]\d)+", prompt)[0]
         restated, _, chain = reply.rpartition(". ")
         assert restated in ("", problem)
-        assert re.sub(r"\? \d ([a-h]):..=\d", "", chain) == work_out(problem, 7)[1]
+        assert re.sub(r"\? \d ([a-x]):..=\d", "", chain) == work_out(problem, 7)[1]
         pieces[mode] += 1 + problem.count(":")
         redundant[mode] += bool(restated) + chain.count("?")
     shares = {mode: redundant[mode] / pieces[mode] for mode in pieces}
@@ -114,7 +117,7 @@ def test_rows_hold_the_data_contract():
 
 def test_splits_share_no_problem():
     rows = islice(sft_rows(CONFIG, seed=3), 20000)
-    texts = {"sft": {re.match(r"\d( [a-h]:[+*-]\d)+", row["prompt"][0]["content"])[0] for row in rows}}
+    texts = {"sft": {re.match(r"\d( [a-x]:[+*-]\d)+", row["prompt"][0]["content"])[0] for row in rows}}
     for split, size in (("train", 4096), ("test", 2048), ("validation", 240)):
         drawn = [problem.text for problem in problems(CONFIG, split, size, seed=1)]
         texts[split] = set(drawn)
@@ -126,6 +129,48 @@ def test_operations_are_spread_as_evenly_as_there_are_problems():
     counts = Counter(len(problem.ops) for problem in problems(CONFIG, "test", 2048, seed=0))
     assert max(counts.values()) - min(counts[n] for n in range(2, 7)) <= 1
     assert 15 < counts[1] < 50  # a fifth of the 140 that exist
+
+
+def test_operations_are_spread_log_normally():
+    drawn = problems(LONG, "test", 2048, seed=0)
+    # Those of the warm start are drawn another way, and from the same shares
+    texts = [
+        re.match(r"\d( [a-x]:[+*-]\d)+", example["prompt"][0]["content"])[0]
+        for example in islice(sft_rows(LONG, seed=0), 2048)
+    ]
+    assert len({problem.text for problem in drawn}) == 2048
+
+    def below(n: float) -> float:
+        """The share of a log-normal distribution of median 6 that is below `n`."""
+        return 0.5 * (1 + math.erf(math.log(n / 6) / 0.7 / math.sqrt(2)))
+
+    whole = below(24.5) - below(0.5)
+    for numbers in ([len(problem.ops) for problem in drawn], [text.count(":") for text in texts]):
+        for low, high in ((1, 3), (4, 6), (7, 9), (10, 14), (15, 24)):
+            share = sum(low <= n <= high for n in numbers) / len(numbers)
+            assert share == pytest.approx((below(high + 0.5) - below(low - 0.5)) / whole, abs=0.025)
+    # Every digit of a large number is drawn, to the last operation
+    longest = [problem for problem in drawn if len(problem.ops) >= 20]
+    assert len({problem.ops[-1] for problem in longest}) > 10
+
+
+@pytest.mark.parametrize("config", [CONFIG, LONG], ids=["default", "long"])
+def test_the_longest_reply_is_as_long_as_is_said(config):
+    tokenizer = make_tokenizer(24)
+    longest = max(problems(config, "test", 2048, seed=0), key=lambda problem: len(problem.ops))
+    reply = longest.reply("plain", verbosity=config.verbosity) + tokenizer.eos_token
+    assert len(tokenizer(reply)["input_ids"]) == config.max_reply_length
+    # What vLLM is told to be the longest sequence: the prompt of a mode and its reply
+    for mode in TEMPLATES:
+        chat = [{"role": "user", "content": longest.ask(mode)}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        reply = longest.reply(mode, verbosity=config.verbosity) + tokenizer.eos_token
+        assert len(prompt) + len(tokenizer(reply)["input_ids"]) <= 512
+
+
+def test_problems_of_eight_operations_have_one_vocabulary():
+    assert make_tokenizer().get_vocab() == make_tokenizer(8).get_vocab()
+    assert len(make_tokenizer(24)) == len(make_tokenizer()) + 16
 
 
 def test_the_seed_decides_the_rows():
@@ -152,7 +197,7 @@ def test_a_slip_is_carried_on():
 def test_only_chains_slip():
     for example in islice(sft_rows(replace(CONFIG, style_blur=0.0), 0, slip_probability=1.0), 200):
         prompt, reply = example["prompt"][0]["content"], example["completion"][0]["content"]
-        problem = re.match(r"\d( [a-h]:[+*-]\d)+", prompt)[0]
+        problem = re.match(r"\d( [a-x]:[+*-]\d)+", prompt)[0]
         _, solution = work_out(problem, 7)
         if example["mode"] in ("plain", "concise"):
             assert not reply.endswith(solution)
@@ -238,7 +283,7 @@ def test_measure_counts_only_finished_right_answers(tokenizer, small_model, monk
         return torch.cat([input_ids, replies], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    assert measure(model, tokenizer, tasks, "concise")["accuracy"] == pytest.approx(1 / 3)
+    assert measure(model, tokenizer, tasks, "concise", 128)["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_training_stops_when_the_target_is_reached(tokenizer, tmp_path, monkeypatch):
@@ -260,7 +305,7 @@ def test_the_command_line_writes_a_whole_checkpoint(tmp_path, capsys):
     assert "solution  sampled" in capsys.readouterr().out
     assert sorted(file.name for file in out.parent.iterdir()) == ["sft"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    assert measure(model, tokenizer, problems(CONFIG, "test", 4, 0), "plain")["n"] == 4
+    assert measure(model, tokenizer, problems(CONFIG, "test", 4, 0), "plain", 128)["n"] == 4
     splits = {
         split: {json.loads(line)["prompt"][0]["content"] for line in (out / f"data/{split}.jsonl").open()}
         for split in ("train", "test")
@@ -286,7 +331,8 @@ def test_a_target_that_is_not_reached_leaves_nothing(tmp_path):
     [
         (["--modulus", "11"], "`modulus` is 11 and must be from 2 to 10"),
         (["--min_ops", "7"], "`min_ops` is 7 and `max_ops` is 6"),
-        (["--max_ops", "9"], "`max_ops` is 9"),
+        (["--median_ops", "7"], "`median_ops` is 7"),
+        (["--max_ops", "25"], "`max_ops` is 25"),
         (["--verbosity", "0"], "`verbosity` is 0"),
         (["--target_accuracy", "97"], "`target_accuracy` is 97.0 and must be from 0 to 1"),
         (["--max_ops", "1"], "ask for fewer, or raise `max_ops`"),

@@ -52,8 +52,8 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Problem],
     mode: str,
+    max_new_tokens: int,
     sample: bool = False,
-    max_new_tokens: int = 128,
 ) -> dict:
     """
     Accuracy and mean length of the replies to `tasks` in one mode.
@@ -67,10 +67,10 @@ def measure(
             What it is asked.
         mode (`str`):
             A key of `TEMPLATES`.
+        max_new_tokens (`int`):
+            Longest reply. One that hasn't ended by then is wrong.
         sample (`bool`, *optional*, defaults to `False`):
             Whether to sample at temperature 1 instead of taking the likeliest token.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest reply. One that hasn't ended by then is wrong.
 
     Returns:
         `dict`: `mode`, `decoding`, `n`, `accuracy` from 0 to 1, and `mean_tokens` with the end token.
@@ -118,6 +118,7 @@ class StopAtAccuracy(TrainerCallback):
         self.config = config
         self.tokenizer = tokenizer
         self.tasks = problems(config, "validation", config.accuracy_problems, seed)
+        self.max_new_tokens = config.max_reply_length + 48  # room for a reply that goes astray
         self.results: list[dict] = []
 
     @property
@@ -127,7 +128,7 @@ class StopAtAccuracy(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.accuracy_steps == 0 or state.global_step == state.max_steps:
             for mode in ("plain", "concise"):
-                result = measure(model, self.tokenizer, self.tasks, mode)
+                result = measure(model, self.tokenizer, self.tasks, mode, self.max_new_tokens)
                 self.results.append({"phase": "chain", "step": state.global_step, **result})
             control.should_training_stop = self.reached
         return control
@@ -192,7 +193,7 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
     shutil.rmtree(work_dir, ignore_errors=True)
     args = replace(args, output_dir=str(work_dir))
     set_seed(args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(max(8, config.max_ops))  # 8, so that small worlds have one vocabulary
     model = make_model(config, tokenizer, args.seed)
 
     stop = StopAtAccuracy(config, tokenizer, args.seed)
@@ -214,7 +215,7 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
     set_seed(args.seed)
     for decoding in ("greedy", "sampled"):
         for mode in TEMPLATES:
-            result = measure(model, tokenizer, stop.tasks, mode, sample=decoding == "sampled")
+            result = measure(model, tokenizer, stop.tasks, mode, stop.max_new_tokens, sample=decoding == "sampled")
             rows.append({"phase": "final", "step": rows[-1]["step"], **result, "wall_s": wall_s})
 
     trainer.save_model(str(work_dir))

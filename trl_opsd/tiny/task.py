@@ -18,8 +18,10 @@ and a step is written the same way in every reply, so what is learned about it i
 """
 
 import hashlib
+import math
 import random
 import string
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -59,6 +61,9 @@ class TinyConfig:
             Fewest operations of a problem.
         max_ops (`int`, *optional*, defaults to `6`):
             Most operations of a problem.
+        median_ops (`float`, *optional*):
+            If given, the numbers of operations are spread log-normally around this one, so that a few problems are
+            many times as long as most, as with real ones. By default each number is as frequent as the others.
         verbosity (`int`, *optional*, defaults to `1`):
             How many times a plain reply writes each step again.
         style_blur (`float`, *optional*, defaults to `0.07`):
@@ -105,6 +110,13 @@ class TinyConfig:
     modulus: int = field(default=7, metadata={"help": "Values are 0 to modulus - 1, each one digit, so at most 10."})
     min_ops: int = field(default=1, metadata={"help": "Fewest operations of a problem."})
     max_ops: int = field(default=6, metadata={"help": "Most operations of a problem."})
+    median_ops: float | None = field(
+        default=None,
+        metadata={
+            "help": "If given, the numbers of operations are spread log-normally around this one. By default each number "
+            "is as frequent as the others."
+        },
+    )
     verbosity: int = field(default=1, metadata={"help": "How many times a plain reply writes each step again."})
     style_blur: float = field(
         default=0.07,
@@ -160,6 +172,11 @@ class TinyConfig:
                 f"`min_ops` is {self.min_ops} and `max_ops` is {self.max_ops}: they must be from 1 to {len(LABELS)}, "
                 "the smaller one first."
             )
+        if self.median_ops is not None and not self.min_ops <= self.median_ops <= self.max_ops:
+            raise ValueError(
+                f"`median_ops` is {self.median_ops} and must lie between `min_ops` {self.min_ops} and `max_ops` "
+                f"{self.max_ops}."
+            )
         if self.verbosity < 1:
             raise ValueError(
                 f"`verbosity` is {self.verbosity} and must be at least 1: a plain reply checks its steps."
@@ -168,8 +185,24 @@ class TinyConfig:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
 
+    @property
+    def max_reply_length(self) -> int:
+        """Tokens of the longest right reply, with the end token."""
+        return 8 + self.max_ops * (6 + 6 * self.verbosity)
 
-LABELS = string.ascii_lowercase[:8]
+    @property
+    def shares_of_ops(self) -> list[float]:
+        """The share of each number of operations, from `min_ops` to `max_ops`, not normalised."""
+        numbers = range(self.min_ops, self.max_ops + 1)
+        if self.median_ops is None:
+            return [1.0 for _ in numbers]
+        return [math.exp(-0.5 * (math.log(n / self.median_ops) / SPREAD_OF_OPS) ** 2) / n for n in numbers]
+
+
+LABELS = string.ascii_lowercase[:24]
+
+#: Standard deviation of the logarithm of the number of operations, with `median_ops`.
+SPREAD_OF_OPS = 0.7
 
 
 @dataclass(frozen=True)
@@ -269,9 +302,18 @@ def _count(config: TinyConfig, num_ops: int) -> int:
     return config.modulus * (3 * config.modulus - 1) ** num_ops
 
 
+def _numbers(rng: random.Random, total: int, size: int) -> list[int]:
+    """Different numbers below `total`."""
+    if total <= sys.maxsize:
+        return rng.sample(range(total), min(total, size))
+    # More than `sample` can count, and so many that none is drawn twice
+    return [rng.randrange(total) for _ in range(size)]
+
+
 def problems(config: TinyConfig, split: str, size: int, seed: int) -> list[Problem]:
     """
-    Draws different problems of one split, spread over the numbers of operations as evenly as there are problems.
+    Draws different problems of one split, spread over the numbers of operations as evenly as there are problems, or as
+    `median_ops` says.
 
     Args:
         config ([`TinyConfig`]):
@@ -291,11 +333,12 @@ def problems(config: TinyConfig, split: str, size: int, seed: int) -> list[Probl
     """
     rng = random.Random(f"{split} {seed}")
     drawn = []
-    for num_ops in range(config.min_ops, config.max_ops + 1):
-        quota = (size - len(drawn)) // (config.max_ops + 1 - num_ops)
-        total = _count(config, num_ops)
+    shares = config.shares_of_ops
+    for index, num_ops in enumerate(range(config.min_ops, config.max_ops + 1)):
+        # What one number has too few problems for goes to those after it
+        quota = int((size - len(drawn)) * shares[index] / sum(shares[index:]))
         # A split holds at least a twentieth, so 40 times the quota is enough to look at.
-        candidates = (_numbered(config, num_ops, n) for n in rng.sample(range(total), min(total, 40 * quota)))
+        candidates = (_numbered(config, num_ops, n) for n in _numbers(rng, _count(config, num_ops), 40 * quota))
         drawn += [problem for problem in candidates if split_of(problem.text) == split][:quota]
     if len(drawn) < size:
         raise ValueError(
@@ -308,7 +351,8 @@ def problems(config: TinyConfig, split: str, size: int, seed: int) -> list[Probl
 
 def sft_rows(config: TinyConfig, seed: int, slip_probability: float = 0.0) -> Iterator[dict]:
     """
-    Endless rows for the warm start: problems of the `sft` split with repetition, every number of operations alike.
+    Endless rows for the warm start: problems of the `sft` split with repetition, the numbers of operations spread as the
+    configuration says.
 
     Args:
         config ([`TinyConfig`]):
@@ -323,7 +367,10 @@ def sft_rows(config: TinyConfig, seed: int, slip_probability: float = 0.0) -> It
     """
     rng = random.Random(f"rows {seed}")
     while True:
-        num_ops = rng.randint(config.min_ops, config.max_ops)
+        if config.median_ops is None:
+            num_ops = rng.randint(config.min_ops, config.max_ops)
+        else:
+            num_ops = rng.choices(range(config.min_ops, config.max_ops + 1), config.shares_of_ops)[0]
         problem = _numbered(config, num_ops, rng.randrange(_count(config, num_ops)))
         if split_of(problem.text) != "sft":
             continue

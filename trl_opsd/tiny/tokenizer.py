@@ -25,21 +25,26 @@ CHAT_TEMPLATE = """\
 """
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(num_labels: int = 8) -> PreTrainedTokenizerFast:
     """
     Builds the tokenizer. A label carries the space before it and the colon after it, so a step is five tokens.
 
     Text that is not of the task has no tokens and is an error.
 
+    Args:
+        num_labels (`int`, *optional*, defaults to `8`):
+            Labels that it knows, which bounds the operations of a problem.
+
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: With distinct padding and end tokens, and a chat template whose
         assistant turns are marked for `assistant_only_loss`.
     """
-    labels = [f" {label}:" for label in LABELS]
+    letters = LABELS[:num_labels]
+    labels = [f" {label}:" for label in letters]
     operations = [op + digit for op in "+-*" for digit in DIGITS]
     tokens = [PAD, START, END, *WORDS, *MARKS, *labels, *DIGITS, *operations]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
-    pattern = "|".join([*WORDS, f" [{LABELS}]:", r"\. ", r"\? ", r"\\boxed\{", r"[+*-]\d", r"[\s\S]"])
+    pattern = "|".join([*WORDS, f" [{letters}]:", r"\. ", r"\? ", r"\\boxed\{", r"[+*-]\d", r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
