@@ -199,9 +199,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
         settings |= {"distillation_alpha": 1.0, "num_generations": 1, "teacher_prompt_template": CONTEXT, **options}
         trainer = SDFTTrainer(args=SDFTConfig(**settings), **common)
     elif kind == "distillation":
-        trainer = DistillationTrainer(
-            args=DistillationConfig(**settings, beta=1.0), teacher_model=teacher, **common
-        )
+        trainer = DistillationTrainer(args=DistillationConfig(**settings, beta=1.0), teacher_model=teacher, **common)
     else:
         external = options.pop("external", False)
         trainer = OPSDTrainer(
