@@ -1,5 +1,6 @@
 """What a newcomer meets first: the import, the names in a script of TRL's, and the layout."""
 
+import ast
 import importlib.metadata
 import inspect
 import os
@@ -29,6 +30,30 @@ def test_metadata():
     metadata = importlib.metadata.metadata("trl-opsd")
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Version"] == trl_opsd.__version__
+
+
+def test_every_import_is_declared():
+    """A package that only happens to be there, because a tool of the tests brings it, is missing for a newcomer."""
+    requirements = [line for line in importlib.metadata.requires("trl-opsd") if "extra ==" not in line]
+    own, extra = (
+        {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in lines}
+        for lines in (requirements, importlib.metadata.requires("trl-opsd"))
+    )
+    # torch brings triton where there is a GPU, and `lm-eval[ifeval]` brings langdetect
+    extra |= {"triton", "langdetect"}
+    distributions = {"yaml": "pyyaml"}
+    modules = {path: ast.parse(path.read_text()) for path in (ROOT / "trl_opsd").rglob("*.py")}
+    missing, seen = [], set()
+    for path, module in modules.items():
+        for node in ast.walk(module):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
+                is_lazy = node not in module.body or path.name == "divergence_triton.py"
+                seen.add(name)
+                if distributions.get(name, name).replace("_", "-") not in (extra if is_lazy else own):
+                    missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not missing and {"torch", "trl", "yaml", "requests", "vllm"} <= seen
 
 
 def test_the_top_level_is_what_the_contributing_guide_says():
