@@ -111,7 +111,7 @@ def make_trainer(
     arguments = {"model": str(path), "train_dataset": rows, "callbacks": [callback]}
     if method == "ours":
         own = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
-        own |= common | setting
+        own |= common | setting | {"alarm_correct_drop": None}  # the others have none
         return OPSDTrainer(args=OPSDConfig(**own), reward_funcs=math_reward, **arguments)
     if method == "SDFT":
         arguments["train_dataset"] = rows.add_column("privileged_context", [""] * len(rows))
