@@ -1,5 +1,6 @@
 """Micro-batches under a budget of tokens: the same numbers, fewer tokens computed, every process as busy as the others."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -43,6 +44,38 @@ def test_processes_work_on_about_as_many_tokens_at_a_time():
     # What accumulation steps of four rollouts for each process pay for: each forward as wide as its longest rollout
     padded = sum(4 * max(lengths[start : start + 4]) for start in range(0, 512, 4))
     assert 1 - sum(lengths) / padded > 0.4
+
+
+def test_the_last_micro_batches_are_not_half_empty():
+    """Few rollouts on several processes: filled up to the budget, a third of the time would be waited and padded away."""
+    shares = {"in step": [], "in all": [], "of the budget": []}
+    for seed in range(50):
+        spread = torch.randn(32, generator=torch.Generator().manual_seed(seed)).mul(0.9).exp()
+        lengths = (1500 * spread).clamp(16, 8192).int().tolist()
+        steps = token_budget_batches(lengths, 20480, 4)
+        areas = [[len(batch) * max(lengths[row] for row in batch) for batch in step] for step in steps]
+        shares["in step"].append(
+            sum(lengths) / sum(4 * max(area) for area in areas)
+        )  # all wait for the slowest (FSDP)
+        shares["in all"].append(sum(lengths) / (4 * max(map(sum, zip(*areas, strict=True)))))  # at the end only (DDP)
+        shares["of the budget"].append(max(map(max, areas)) / 20480)
+        filled = math.ceil(count_filled(lengths, 20480) / 4)
+        assert len(steps) == filled
+    assert {name: sum(values) / 50 for name, values in shares.items()} == {
+        "in step": pytest.approx(0.78, abs=0.02),
+        "in all": pytest.approx(0.82, abs=0.02),
+        "of the budget": pytest.approx(0.66, abs=0.03),
+    }
+
+
+def count_filled(lengths: list[int], budget: int) -> int:
+    """Micro-batches of rollouts of similar length, each filled as far as it goes."""
+    count, width, rows = 0, 0, 0
+    for length in sorted(lengths, reverse=True):
+        if rows == 0 or (rows + 1) * width > budget:
+            count, width, rows = count + 1, length, 0
+        rows += 1
+    return count
 
 
 @pytest.mark.parametrize("gate", ["correct", "incorrect", "all"])
