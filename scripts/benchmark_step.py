@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 from benchmark_divergence import Meter
 from datasets import Dataset
+from scaling import ASSUMED, shape_of
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer, sdft_trainer
@@ -194,6 +195,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
     common = {"model": student, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     common["callbacks"] = [steps]
     budget = size["budget"] if options.pop("budget", False) else None
+    has_context = kind == "sdft" or (kind == "ours" and "external" not in options)
     if kind == "sdft":
         # Reverse KL over the vocabulary, from the initial weights: the objective of the others
         settings |= {"distillation_alpha": 1.0, "num_generations": 1, "teacher_prompt_template": CONTEXT, **options}
@@ -245,6 +247,14 @@ def work(arm: str, args: argparse.Namespace) -> None:
     useful = sum(len(ids) for ids, verdict in zip(completions, correct, strict=True) if verdict)
     written_tokens = sum(map(len, completions))
     trained = written_tokens if options.get("gate", "all") == "all" else useful
+    # What the models have to compute of the rollouts trained on, without padding and recomputation
+    flops = shape_of(size).loss(trained)
+    for row, ids, verdict in zip(rows, completions, correct, strict=True):
+        if verdict or trained == written_tokens:
+            prompt = len(tokenizer(row["prompt"])["input_ids"])
+            context = len(tokenizer(row["privileged_context"])["input_ids"]) if has_context else 0
+            flops += 3 * shape_of(size).forward([prompt + len(ids)])
+            flops += shape_of(size).forward([prompt + context + len(ids)])
     measured = []
     for meter, parts in zip(steps.meters, steps.parts, strict=True):
         # Where other jobs share the machine the processor's time is the fair one; on a GPU it is the clock's
@@ -262,6 +272,7 @@ def work(arm: str, args: argparse.Namespace) -> None:
         "tokens_written": written_tokens,
         "tokens_useful": useful,
         "tokens_trained": trained,
+        "model_flops": flops,
         "parameters": trainer.model.num_parameters(),
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "measured": measured,
@@ -344,11 +355,14 @@ def main() -> None:
                 "seconds_all": [m["seconds"] for m in measured],
                 "wall_s": statistics.median(m["wall_s"] for m in measured),
                 "useful_per_s": turns[0]["tokens_useful"] / seconds,
+                "tflop_per_s": turns[0]["model_flops"] / seconds / 1e12,
                 "peak_mib": statistics.median(m["peak_mib"] for m in measured),
                 "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in PARTS},
             }
         )
     for row in rows:
+        if args.device == "cuda":  # an H100 or H200, in bfloat16
+            row["mfu"] = row["tflop_per_s"] * 1e12 / (ASSUMED["peak"] * args.processes)
         peer = "TRL SDFT, full logits" if "context" in row["arm"] or "SDFT" in row["arm"] else "TRL Distillation"
         for other in rows:
             if other["arm"] == peer:
@@ -359,7 +373,15 @@ def main() -> None:
             row["arm"],
             {
                 k: round(row[k], 2)
-                for k in ("seconds", "useful_per_s", "peak_mib", "speed_to_peer", "memory_to_peer")
+                for k in (
+                    "seconds",
+                    "useful_per_s",
+                    "tflop_per_s",
+                    "mfu",
+                    "peak_mib",
+                    "speed_to_peer",
+                    "memory_to_peer",
+                )
                 if k in row
             },
         )

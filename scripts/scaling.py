@@ -102,7 +102,7 @@ CASES = {
 ARM = "ours, context, correct"
 
 
-def cpu_shape(size: dict) -> Shape:
+def shape_of(size: dict) -> Shape:
     """As scripts/benchmark_step.py makes it."""
     hidden = size["hidden_size"]
     return Shape(
@@ -122,8 +122,7 @@ def measure_step(name: str, output: Path) -> None:
     with mock.patch.object(AlarmCallback, "check_divergence"):  # random weights are not a dead teacher
         benchmark_step.work(ARM, options)
     completions, correct = benchmark_step.rollouts(size, 0)
-    result = json.loads(output.read_text())
-    row = result["rows"][0]
+    row = json.loads(Path(f"{output}.0").read_text())["rows"][0]
     row |= {"case": name, "size": size, "lengths": [len(ids) for ids in completions], "correct": correct}
     write_results(output, [row], {})
 
@@ -190,7 +189,7 @@ def measure() -> None:
 
 def predicted_parts(row: dict) -> dict[str, float]:
     """FLOPs of the parts of a step."""
-    shape = cpu_shape(row["size"])
+    shape = shape_of(row["size"])
     kept = [length for length, verdict in zip(row["lengths"], row["correct"], strict=True) if verdict]
     # The prompts of scripts/benchmark_step.py, in tokens of one character each
     student = shape.forward([length + 82 for length in kept], causal=False)
