@@ -26,11 +26,11 @@ class RolloutBank:
     | file | what it holds |
     |---|---|
     | `rollouts/*.parquet` | `prompt`, `completion` (as in TRL's prompt-completion format), `prompt_id`, `completion_ids`, `num_tokens`, `reward`, `step` |
-    | `attempts.parquet` | `step`, `prompt_id`, `attempts`, `correct` |
+    | `attempts/*.parquet` | `step`, `prompt_id`, `attempts`, `correct` |
 
     So `rollouts` is a data set for `load_dataset("parquet", data_dir=...)` and [`~trl.SFTTrainer`], as it is.
 
-    Every [`add`] writes one new part, whole or not at all. A completion that the bank has for its prompt is not written
+    Every [`add`] writes one new part of each, whole or not at all. A completion that the bank has for its prompt is not written
     again, and rollouts that shorter ones of their prompt replace leave the disk with the same `add`. A step that is run
     again, because the run was resumed from before it, is counted once.
 
@@ -47,16 +47,14 @@ class RolloutBank:
         # For each prompt what is kept: (tokens, digest of the completion, part that it is in), shortest first
         self._kept: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
         self._outdated: set[str] = set()
-        self._attempts: list[dict[str, Any]] = []
         self._step: int | None = None
-        (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        for name in ("rollouts", "attempts"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         parts = sorted((self.folder / "rollouts").glob("*.parquet"))
         for part in parts:
             for row in pq.read_table(part, columns=["prompt_id", "completion", "num_tokens"]).to_pylist():
                 self._offer(row, part.name)
         self._next_part = 1 + int(parts[-1].stem) if parts else 0
-        if (self.folder / "attempts.parquet").is_file():
-            self._attempts = pq.read_table(self.folder / "attempts.parquet").to_pylist()
 
     def add(self, step: int, rollouts: list[dict[str, Any]], attempts: dict[str, tuple[int, int]]) -> None:
         """
@@ -92,13 +90,18 @@ class RolloutBank:
             self._rewrite(self.folder / "rollouts" / self._outdated.pop())
 
         if self._step is None or step < self._step:  # resumed, or begun anew: what follows is counted again
-            self._attempts = [row for row in self._attempts if row["step"] < step]
+            for part in (self.folder / "attempts").glob("*.parquet"):
+                if int(part.stem.split("-")[0]) >= step:
+                    part.unlink()
         self._step = step
-        self._attempts += [
+        number = len(list((self.folder / "attempts").glob(f"{step:08d}-*.parquet")))
+        rows = [
             {"step": step, "prompt_id": prompt, "attempts": tried, "correct": correct}
             for prompt, (tried, correct) in attempts.items()
         ]
-        self._write(self.folder / "attempts.parquet", pa.Table.from_pylist(self._attempts, schema=_ATTEMPTS))
+        self._write(
+            self.folder / "attempts" / f"{step:08d}-{number:08d}.parquet", pa.Table.from_pylist(rows, schema=_ATTEMPTS)
+        )
 
     def _offer(self, row: dict[str, Any], part: str) -> bool:
         """Takes a rollout if it is new and among the shortest of its prompt. Returns whether it was taken."""
@@ -167,13 +170,13 @@ def read_attempts(folder: str | Path) -> dict[str, tuple[int, int]]:
     Raises:
         ValueError: If there is no bank in the folder.
     """
-    path = Path(folder) / "attempts.parquet"
-    if not path.is_file():
+    folder = Path(folder) / "attempts"
+    if not any(folder.glob("*.parquet")):
         raise ValueError(
-            f"There is no rollout bank at `{folder}`: give the folder `bank` of an RLVR run's `output_dir`."
+            f"There is no rollout bank at `{folder.parent}`: give the folder `bank` of an RLVR run's `output_dir`."
         )
     counts = defaultdict(lambda: (0, 0))
-    for row in pq.read_table(path).to_pylist():
+    for row in pq.read_table(folder).to_pylist():
         attempts, correct = counts[row["prompt_id"]]
         counts[row["prompt_id"]] = (attempts + row["attempts"], correct + row["correct"])
     return dict(counts)
