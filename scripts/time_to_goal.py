@@ -288,10 +288,19 @@ def report(world: str) -> None:
 
     lines = [
         "| seed | method | start, accuracy / tokens | tokens alone | goal, processor (wall) | at the goal | "
-        "after it: accuracy, mean; evaluations at the goal | generation | times ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "after it: accuracy, mean; evaluations at the goal | generation | times ours | "
+        "a step at first / at last, of it generation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+
+    def step(before: dict, after: dict) -> str:
+        """Processor seconds of a step between two evaluations."""
+        steps = after["step"] - before["step"]
+        seconds = [(after[name] - before[name]) / steps for name in ("cpu_s", "generation_cpu_s")]
+        return f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
+
     for row in rows:
+        evaluations = [{"step": 0, "cpu_s": 0.0, "generation_cpu_s": 0.0}, *row["evaluations"]]
         ours = next(other for other in rows if other["method"] == "ours" and other["seed"] == row["seed"])
         after = [e for e in row["evaluations"] if row["goal"] and e["step"] > row["goal"]["step"]]
         end = row["goal"] or row["evaluations"][-1]
@@ -307,6 +316,7 @@ def report(world: str) -> None:
             else "",
             f"{end['generation_cpu_s'] / end['cpu_s']:.0%}",
             f"{row['goal']['cpu_s'] / ours['goal']['cpu_s']:.2f}" if row["goal"] and ours["goal"] else "",
+            f"{step(*evaluations[:2])} / {step(*evaluations[-2:])}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     settings = "\n".join(f"- {method}: `{json.dumps(chosen(world, method))}`" for method in grids(world))
