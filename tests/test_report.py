@@ -16,7 +16,7 @@ from trl_opsd.evaluate.svg import Series, chart, mark, number, ticks
 from trl_opsd.results import write_results
 
 
-HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\" onload='x' {{ 7 * 7 }} ]]> |\n`"
+HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\" onload='x' {{ 12345 * 54321 }} ]]> |\n`"
 
 
 class Page(HTMLParser):
@@ -205,7 +205,7 @@ class TestHostileTexts:
         assert seen.count("script") == 1 and seen.count("img") == 0 and html.count("<script") == 1
         assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
         assert seen.text.count(HOSTILE) >= 4  # shown as it is: question, completion before and after, labels
-        assert "49" not in seen.text
+        assert "670592745" not in seen.text  # which a commit or a time does not hold by chance
 
     def test_the_page_forbids_every_script_but_its_own(self, page):
         import base64
