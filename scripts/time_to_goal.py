@@ -5,13 +5,14 @@ SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
     OMP_NUM_THREADS=1 python scripts/time_to_goal.py --develop           # the settings of each: about 20 minutes
     OMP_NUM_THREADS=1 python scripts/time_to_goal.py --seeds 0 1 2       # the measurement: about 15
 
-With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long
-and a few much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR checkpoint (made if it is not there) with batches of
-96 rollouts. The settings of each method are the fastest of its grid below, on one development run each:
-recipes/results/time_to_goal/development.json, or time_to_goal_long for the other world. Every run has a process of its
-own, and the methods take turns. The clock is the processor's time of training, generation included and evaluation
-excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at temperature 1, whenever
-the clock has gone on by an eighth (`--every`), for every method alike. `--report` makes plot and table from the files.
+With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long and a few
+much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR
+checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method are the fastest of its grid
+below, on one development run each: recipes/results/time_to_goal/development.json, or time_to_goal_long for the other world.
+Every run has a process of its own, and the methods take turns. The clock is the processor's time of training, generation
+included and evaluation excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at
+temperature 1, whenever the clock has gone on by an eighth (`--every`), for every method alike. `--report` makes plot and
+table from the files.
 """
 
 import argparse

@@ -68,6 +68,17 @@ def test_the_last_micro_batches_are_not_half_empty():
     }
 
 
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 2000))
+def test_one_process_pays_for_no_more_padding_than_by_filling_up(lengths, budget):
+    batches = [batch for step in token_budget_batches(lengths, budget) for batch in step]
+    computed = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    filled, rest = 0, sorted(lengths, reverse=True)
+    while rest:
+        size = min(max(budget // rest[0], 1), len(rest))
+        filled, rest = filled + size * rest[0], rest[size:]
+    assert computed <= filled
+
+
 def count_filled(lengths: list[int], budget: int) -> int:
     """Micro-batches of rollouts of similar length, each filled as far as it goes."""
     count, width, rows = 0, 0, 0
