@@ -42,7 +42,7 @@ asked = Counter()
 def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
     """The completion of the prompt, longer by a token for each time that it has been asked for before."""
     prompts = [tokenizer.decode(ids).split("\n")[1].removesuffix("<|im_end|>") for ids in prompt_ids]
-    if self.max_generation_rounds > 1:
+    if self.args.max_generation_rounds > 1:
         asked.update(prompts)
     more = tokenizer("5")["input_ids"]
     return [more * (asked[prompt] - 1) + completions[index[prompt]] for prompt in prompts]
@@ -92,7 +92,7 @@ def train(kept: str) -> dict:
         "num_processes": trainer.accelerator.num_processes,
         "is_main": trainer.accelerator.is_main_process,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "pass_rates": trainer.pass_rates.state_dict() if skip else None,
+        "pass_rates": trainer.rollouts.pass_rates.state_dict() if skip else None,
         "logs": trainer.state.log_history[:2],
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }

@@ -20,7 +20,8 @@ from trl import DistillationTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
 from trl_opsd.cli import save_final
-from trl_opsd.opsd.alarms import OPSDAlarm
+from trl_opsd.opsd.alarms import AlarmCallback
+from trl_opsd.opsd.metrics import OPSDAlarm
 from trl_opsd.opsd.teacher import whole
 from trl_opsd.tiny import TinyConfig, problems, row
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
@@ -142,7 +143,6 @@ def opsd(case: dict, models: Path, output: Path) -> dict:
         eval_strategy="steps" if case.get("eval") else "no",
         eval_steps=1,
         disable_tqdm=True,
-        alarm_correct_drop=None,
     )
     recorder = Recorder()
     with mock.patch.object(DistillationTrainer, "_generate_single_turn", generate):
@@ -158,6 +158,7 @@ def opsd(case: dict, models: Path, output: Path) -> dict:
             callbacks=[recorder],
         )
         recorder.trainer = trainer
+        trainer.add_callback(AlarmCallback(trainer, correct_drop=None))
         if trainer.is_fsdp_enabled and case.get("activation_checkpointing"):
             trainer.accelerator.state.fsdp_plugin.activation_checkpointing = True
         try:

@@ -119,13 +119,6 @@ def test_thinking_on_one_side_only_is_an_error_that_shows_both_endings(tmp_path,
     assert [closed in side for side in sides] == [not student, not teacher]
 
 
-def test_a_system_prompt_of_the_teacher(tmp_path):
-    trainer = build(tmp_path, "qwen3", teacher_context="concise", teacher_system_prompt="Be terse.")
-    ids = trainer._tokenize_teacher_prompts(list(ROWS), [None, None], 12)["teacher_prompt_ids"]
-    texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
-    assert all("Be terse." in text for text in texts) and "Think." not in texts[0]
-
-
 @pytest.mark.parametrize(
     "name, default",
     [("smollm2", "You are a helpful AI assistant named SmolLM"), ("qwen2_5", "You are Qwen, created by")],
@@ -146,7 +139,3 @@ def test_a_default_system_prompt_is_on_both_sides_or_neither(tmp_path, name, def
         # The first row has a system prompt of its own, the second one does not
         assert [default in text for text in texts] == [False, True]
         assert ["Think." in text for text in texts] == [True, False]
-    # Asked for, and only then, it is another one on the teacher's side
-    student, teacher = sides(build(tmp_path, name, teacher_context="concise", teacher_system_prompt="Be terse."))
-    assert [default in text for text in student] == [False, True]
-    assert all("system\nBe terse." in text and default not in text and "Think." not in text for text in teacher)

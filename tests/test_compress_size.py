@@ -18,6 +18,7 @@ from trl_opsd.compress import CompressConfig, Stage, run_chain
 from trl_opsd.compress import bank as bank_stage
 from trl_opsd.compress.report import COLUMNS, table_cells, write_report
 from trl_opsd.compress.sweep import METHODS, conditions, sweep_rows
+from trl_opsd.opsd import AlarmCallback
 from trl_opsd.opsd.__main__ import main as opsd_main
 from trl_opsd.results import write_results
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id, read_rollouts
@@ -293,7 +294,7 @@ def test_lmbda_is_the_share_of_batches_that_the_student_writes(tmp_path, small_m
     assert 12 <= generate.call_count <= 28
     with mock.patch.object(DistillationTrainer, "_generate_single_turn", return_value=[[5, 6]]) as generate:
         trainer.model.eval()  # what is measured is the student's own, whatever it is trained on
-        trainer.lmbda = 0.0
+        trainer.args.lmbda = 0.0
         trainer._generate_and_score_completions([trainer.train_dataset[0]])
     assert generate.call_count == 1
 
@@ -310,16 +311,18 @@ def test_what_the_data_set_holds_does_not_count_as_the_students(tmp_path, small_
         processing_class=tokenizer,
         reward_funcs=lambda completion_ids, **kwargs: [float(tuple(ids) in given) for ids in completion_ids],
     )
+    alarms = AlarmCallback(trainer)
+    trainer.add_callback(alarms)
     with mock.patch.object(DistillationTrainer, "_generate_single_turn", return_value=[[5, 6]] * 4) as generate:
         trainer.train()
-    own = [value for value in trainer.alarms.correct if not math.isnan(value)]
-    assert len(trainer.alarms.correct) == 12 and 0 < len(own) == generate.call_count < 12
+    own = [value for value in alarms.correct if not math.isnan(value)]
+    assert len(alarms.correct) == 12 and 0 < len(own) == generate.call_count < 12
     assert own == [0.0] * len(own)
-    lengths = [value for value in trainer.alarms.lengths if not math.isnan(value)]
+    lengths = [value for value in alarms.lengths if not math.isnan(value)]
     assert lengths == [2.0] * len(own)
     logged = [log["opsd/correct"] for log in trainer.state.log_history if "opsd/correct" in log]
     assert logged == [0.0] * len(own)
-    assert trainer.alarms.best_checkpoint(None) is None  # none was written
+    assert alarms.best_checkpoint(None) is None  # none was written
 
 
 @pytest.mark.parametrize(

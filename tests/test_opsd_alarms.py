@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_opsd_trainer import Recorder, same_rollouts, settings, train
+from test_opsd_trainer import Recorder, same_rollouts, settings
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd.__main__ import main
-from trl_opsd.opsd.alarms import OPSDAlarm
+from trl_opsd.opsd.alarms import AlarmCallback
+from trl_opsd.opsd.metrics import OPSDAlarm
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -20,15 +21,24 @@ def completions(tokenizer):
 
 def build(tmp_path, model, tokenizer, rows, reward_funcs=None, teacher_model=None, **changes):
     config = OPSDConfig(**settings(tmp_path, **changes), teacher_prompt_template=CONCISE_TEMPLATE)
-    return OPSDTrainer(
-        model=model,
-        teacher_model=teacher_model,
-        args=config,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        reward_funcs=reward_funcs,
-        callbacks=[Recorder()],
+    return watched(
+        OPSDTrainer(
+            model=model,
+            teacher_model=teacher_model,
+            args=config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            reward_funcs=reward_funcs,
+            callbacks=[Recorder()],
+        )
     )
+
+
+def watched(trainer):
+    """A trainer with its alarms, which a test reads as `trainer.alarms`."""
+    trainer.alarms = AlarmCallback(trainer)
+    trainer.add_callback(trainer.alarms)
+    return trainer
 
 
 @pytest.mark.parametrize(
@@ -46,6 +56,41 @@ def test_a_teacher_without_weights_ends_the_run_before_a_step(tmp_path, small_mo
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
+def test_by_itself_the_trainer_ends_on_nothing_but_a_divergence_that_is_not_finite(
+    tmp_path, small_model, tokenizer, rows
+):
+    """A dead teacher, and one that says nothing, are trained from unless somebody asked for alarms."""
+    dead = small_model(1)
+    with torch.no_grad():
+        for parameter in dead.parameters():
+            parameter.fill_(0.0)
+    for teacher in (dead, small_model(0)):
+        config = OPSDConfig(**settings(tmp_path))
+        trainer = OPSDTrainer(
+            model=small_model(0), teacher_model=teacher, args=config, train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+    with torch.no_grad():
+        dead.lm_head.weight.fill_(torch.nan)
+    trainer = OPSDTrainer(
+        model=small_model(0), teacher_model=dead, args=config, train_dataset=rows, processing_class=tokenizer
+    )
+    with pytest.raises(OPSDAlarm, match="of step 1 is nan"):
+        trainer.train()
+
+
+def test_two_models_that_know_nothing_train(tmp_path, small_model, tokenizer, rows):
+    """Near uniform are both: the teacher has not lost what the student has."""
+    student, teacher = small_model(0), small_model(1)
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.lm_head.weight.mul_(1e-3)
+    trainer = build(tmp_path, student, tokenizer, rows, teacher_model=teacher, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_a_healthy_teacher_raises_nothing(tmp_path, small_model, tokenizer, rows, caplog):
     trainer = build(tmp_path, small_model(0), tokenizer, rows, learning_rate=1e-4, max_completion_length=64)
     trainer.train()
@@ -55,7 +100,8 @@ def test_a_healthy_teacher_raises_nothing(tmp_path, small_model, tokenizer, rows
 
 def test_a_context_that_says_nothing_stops_the_run(tmp_path, small_model, tokenizer, rows, caplog):
     config = OPSDConfig(**settings(tmp_path), teacher_prompt_template="{prompt}")
-    trainer, _ = train(OPSDTrainer, config, model=small_model(0), train_dataset=rows, processing_class=tokenizer)
+    trainer = watched(OPSDTrainer(args=config, model=small_model(0), train_dataset=rows, processing_class=tokenizer))
+    trainer.train()
     assert trainer.state.global_step == 1
     assert "Stopped at step 1: The divergence is" in caplog.text and "nothing is learned" in caplog.text
 
@@ -142,8 +188,8 @@ def test_warnings_carry_their_numbers(tmp_path, small_model, tokenizer, rows, ca
     assert "the rollouts are 15.0 tokens long, at the start they were 100.0" in caplog.text
     assert not trainer.control.should_training_stop
     caplog.clear()
-    for name in ("alarm_truncated", "alarm_length_floor", "alarm_kl_spike", "alarm_correct_drop"):
-        setattr(trainer.args, name, None)
+    for name in ("truncated", "length_floor", "kl_spike", "correct_drop"):
+        setattr(trainer.alarms, name, None)
     logs = {"opsd/kl": 9.0, "opsd/correct": 0.0, "completions/mean_length": 1.0, "completions/clipped_ratio": 1.0}
     for _ in range(6):
         trainer.alarms.on_log(trainer.args, trainer.state, trainer.control, logs=logs)

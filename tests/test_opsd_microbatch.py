@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_opsd_trainer import reward_by_length, same_rollouts, settings, train
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.microbatch import token_budget_batches
+from trl_opsd.opsd.batches import token_budget_batches
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -96,7 +96,7 @@ def test_the_same_step_under_every_budget(tmp_path, small_model, tokenizer, rows
     hidden = OPSDTrainer._get_last_hidden_state
 
     def record(self, model, input_ids, attention_mask, *args):
-        forwards.append((*input_ids.shape, self.max_tokens_per_microbatch))
+        forwards.append((*input_ids.shape, self.args.max_tokens_per_microbatch))
         return hidden(self, model, input_ids, attention_mask, *args)
 
     for max_tokens in (None, budget):

@@ -196,7 +196,7 @@ def test_what_the_verifier_logs_goes_with_the_rollout(tmp_path, small_model, tok
     script = Script(tokenizer, rows, {(0, 1), (1, 2), (2, 3)})
     trainer = build(tmp_path, small_model(0), tokenizer, rows, script, max_generation_rounds=3, log_completions=True)
     trainer._generate_and_score_completions(list(rows))
-    logged = list(trainer._rollout_log.rollouts["train"].values())
+    logged = list(trainer.rollout_log.rollouts["train"].values())
     assert [rollout.extra["text"] for rollout in logged] == ["0 a:+0", "1 a:+0+0", "2 a:+0+0+0", "3 a:+0"]
     assert [rollout.completion for rollout in logged] == ["0 a:+0", "1 a:+0+0", "2 a:+0+0+0", "3 a:+0"]
     assert [rollout.rewards["reward"] for rollout in logged] == [1.0, 1.0, 1.0, 0.0]
@@ -208,7 +208,7 @@ def test_an_evaluation_asks_once(tmp_path, small_model, tokenizer, rows):
     trainer = build(tmp_path, small_model(0), tokenizer, rows, script, max_generation_rounds=3, min_pass_rate=0.5)
     trainer.model.eval()
     trainer._generate_and_score_completions(list(rows))
-    assert len(script.asked) == 1 and trainer.pass_rates.counts == {}
+    assert len(script.asked) == 1 and trainer.rollouts.pass_rates.counts == {}
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_prompt_is_skipped_once_its_rate_is_known(tmp_path, small_model, token
     assert [log.get("opsd/skipped") for log in logs] == [0, 0, len(gone) / 4, len(gone) / 4]
     # The student is as good as it was, whoever is asked
     assert [log["opsd/correct"] for log in logs] == [0.5] * 4
-    counted = sum(rollouts for _, rollouts in trainer.pass_rates.counts.values())
+    counted = sum(rollouts for _, rollouts in trainer.rollouts.pass_rates.counts.values())
     assert counted == 4 * 8
 
 
@@ -312,7 +312,7 @@ def test_only_the_first_round_counts_for_the_pass_rate(tmp_path, small_model, to
     trainer = build(tmp_path, small_model(0), tokenizer, rows, script, max_generation_rounds=3, min_pass_rate=0.01)
     trainer._generate_and_score_completions(list(rows))
     keys = [prompt_key(example["prompt"]) for example in rows]
-    assert trainer.pass_rates.counts == dict(zip(keys, [[1, 1], [0, 1], [0, 1], [0, 1]], strict=True))
+    assert trainer.rollouts.pass_rates.counts == dict(zip(keys, [[1, 1], [0, 1], [0, 1], [0, 1]], strict=True))
 
 
 def test_resuming_goes_on_with_the_same_prompts_and_counts(tmp_path, small_model, tokenizer, rows, finished):
@@ -333,8 +333,8 @@ def test_resuming_goes_on_with_the_same_prompts_and_counts(tmp_path, small_model
     assert saved["position"] > 0
     resumed, rest = run(tmp_path / "b", small_model(0), tokenizer, rows, solved, resume=str(folder), **changes)
     assert rest[4:] == steps[4:] and len(rest) == 8
-    assert resumed.pass_rates.state_dict() == straight.pass_rates.state_dict()
-    assert straight.pass_rates.position > saved["position"]
+    assert resumed.rollouts.pass_rates.state_dict() == straight.rollouts.pass_rates.state_dict()
+    assert straight.rollouts.pass_rates.position > saved["position"]
     for name, value in straight.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
 

@@ -43,7 +43,7 @@ class TeacherRecorder(Recorder):
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
-        pairs = self.trainer._teacher_pairs()
+        pairs = self.trainer.teacher.pairs()
         self.teachers.append({name: teacher.detach().clone() for name, (teacher, _) in pairs.items()})
 
 
@@ -83,7 +83,7 @@ def test_the_teacher_follows_the_student(tmp_path, small_model, tokenizer, rows,
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(history[0], history[-1])
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert optimized.isdisjoint(id(teacher) for teacher, _ in trainer._teacher_pairs().values())
+    assert optimized.isdisjoint(id(teacher) for teacher, _ in trainer.teacher.pairs().values())
     assert trainer.teacher_model is None if peft else trainer.teacher_model is not None
 
 
@@ -118,7 +118,7 @@ def test_what_the_teacher_scores_with(tmp_path, small_model, tokenizer, rows, co
             return trainer._get_last_hidden_state(model.eval(), *inputs)
 
     trainer.model.train()
-    found, _ = trainer._teacher_forward(trainer.model, inputs, {})
+    found, _ = trainer.teacher.forward(trainer.model, trainer._get_last_hidden_state, *inputs)
     assert trainer.model.training
     initial, student = hidden(small_model(0)), hidden(trainer.model)
     assert not torch.allclose(initial, student, atol=1e-3)
@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, small_mode
     assert load_file(checkpoint / "teacher.safetensors")
     assert not (checkpoint / "teacher").exists()
     resumed, _ = run(tmp_path / "b", small_model(0), tokenizer, rows, peft=peft, resume=str(checkpoint), **changes)
-    pairs, expected = resumed._teacher_pairs(), whole._teacher_pairs()
+    pairs, expected = resumed.teacher.pairs(), whole.teacher.pairs()
     for name, (teacher, student) in expected.items():
         assert torch.equal(pairs[name][0], teacher), name
         assert torch.equal(pairs[name][1], student), name
@@ -262,7 +262,7 @@ def test_heads_that_differ_in_padding_distil_with_it_masked(tmp_path, small_mode
                 processing_class=tokenizer,
             )
         losses[padding] = recorder.logs[0]["loss"], recorder.logs[0]["grad_norm"]
-        assert trainer.valid_vocab == (None if padding[0] == padding[1] else len(tokenizer))
+        assert trainer.teacher.valid_vocab == (None if padding[0] == padding[1] else len(tokenizer))
     assert losses[7, 0] == pytest.approx(losses[0, 0], rel=1e-5)
     assert losses[3, 9] == pytest.approx(losses[0, 0], rel=1e-5)
 
@@ -292,7 +292,7 @@ def test_too_long_cuts_the_privileged_text_and_never_the_problem(tmp_path, small
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert trainer._metrics["train"]["opsd/privileged_cut"] == [0.5]
     assert "A privileged text was cut to fit 60 tokens" in caplog.text
-    trainer.max_teacher_prompt_length = 5
+    trainer.args.max_teacher_prompt_length = 5
     with pytest.raises(ValueError, match="the problem is never cut"):
         trainer._tokenize_teacher_prompts([example], [None], 12)
 
@@ -339,7 +339,6 @@ def test_mistakes(tmp_path, small_model, tokenizer, rows, changes, message):
         ({"teacher_sync_steps": 0}, "`teacher_sync_steps` must be"),
         ({"keep_shortest": 0}, "`keep_shortest` must be"),
         ({"max_teacher_prompt_length": 0}, "`max_teacher_prompt_length` must be"),
-        ({"teacher_system_prompt": "x"}, "comes with a context"),
         ({"teacher_weights": "ema", "teacher_model_name_or_path": "x"}, "contradict each other"),
     ],
 )

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd import RolloutPages
+from trl_opsd.opsd.completions import Rollout, visible
 from trl_opsd.opsd.probe import probe
-from trl_opsd.opsd.view import EDGES, Rollout, render, token_texts, visible
+from trl_opsd.opsd.view import EDGES, render, token_texts
 from trl_opsd.tiny.task import SOLUTION_TEMPLATE
 
 
@@ -67,7 +69,7 @@ def trainer_of(tmp_path, small_model, tokenizer, rows, **changes):
         shuffle_dataset=False,
         beta=0.0,
     )
-    return OPSDTrainer(
+    trainer = OPSDTrainer(
         model=small_model(0),
         args=config,
         train_dataset=rows,
@@ -75,6 +77,9 @@ def trainer_of(tmp_path, small_model, tokenizer, rows, **changes):
         processing_class=tokenizer,
         reward_funcs=verifier,
     )
+    if config.log_completions:
+        trainer.add_callback(RolloutPages(trainer))
+    return trainer
 
 
 @pytest.mark.parametrize("batch", [(8, 1), (2, 4)])
@@ -131,15 +136,15 @@ def test_the_last_step_before_the_log_is_shown_once(tmp_path, small_model, token
     assert evaluated["kept"].tolist() == [True, False, True, True] * 2
     assert evaluated["kl"].notna().tolist() == evaluated["kept"].tolist()
     assert capsys.readouterr().out.count("Step 4") == 2
-    assert trainer._rollout_log.rollouts == {"train": {}, "eval": {}}
+    assert trainer.rollout_log.rollouts == {"train": {}, "eval": {}}
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path, small_model, tokenizer, rows, completions):
     with same_rollouts(completions):
         trainer = trainer_of(tmp_path, small_model, tokenizer, rows, log_completions=False)
         trainer.train()
-    assert trainer._rollout_log is None and "rollout" not in trainer._buffered_inputs[0]
-    assert not trainer._pending_extra_logs and not list((tmp_path / "out").rglob("*.*"))
+    assert trainer.rollout_log is None and "rollout" not in trainer._buffered_inputs[0]
+    assert not trainer.rollouts.verifiers.columns and not list((tmp_path / "out").rglob("*.*"))
 
 
 def test_tokens_of_few_rollouts_are_held(tmp_path, small_model, tokenizer, rows, completions):
@@ -148,7 +153,7 @@ def test_tokens_of_few_rollouts_are_held(tmp_path, small_model, tokenizer, rows,
         trainer.model.train()
         for start in (0, 8, 16):
             trainer._generate_and_score_completions(list(rows)[start : start + 8])
-    held = trainer._rollout_log.rollouts["train"]
+    held = trainer.rollout_log.rollouts["train"]
     assert len(held) == 8 and [rollout.token_ids is not None for rollout in held.values()].count(True) == 3
 
 
@@ -158,7 +163,7 @@ def test_a_column_that_does_not_fit_is_named(tmp_path, small_model, tokenizer, r
         return [1.0] * len(completions)
 
     trainer = trainer_of(tmp_path, small_model, tokenizer, rows)
-    trainer.reward_funcs = [short]
+    trainer.rollouts.verifiers.functions = [short]
     with same_rollouts(completions), pytest.raises(ValueError, match="logged 1 values of `note`"):
         trainer.train()
 
@@ -172,7 +177,7 @@ def test_the_table_goes_where_the_metrics_go(tmp_path, small_model, tokenizer, r
         trainer._generate_and_score_completions([rows[i // 4] for i in range(8)])
     trainer.args.report_to = ["trackio"]
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    trainer._rollout_log.write("train")
+    trainer.rollout_log.write_table("train", 0)
     assert [list(table["kept"]) for table in (entry["completions"] for entry in sent)] == [[True, False]]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from trl_opsd.opsd.teacher import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from trl_opsd.opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2+{2}?"}]
@@ -60,17 +60,6 @@ def test_a_sibling_is_given_and_nothing_stands_in_for_it():
     assert context.prompt(example, context.privileged_texts(example, sibling="s")) == "p s"
     with pytest.raises(ValueError, match="needs `sibling`"):
         context.prompt(example)
-
-
-def test_a_system_prompt_takes_the_place_of_the_students():
-    context = TeacherContext("{prompt} short", system_prompt="Be terse.")
-    assert context.prompt({"prompt": CHAT}) == [
-        {"role": "system", "content": "Be terse."},
-        {"role": "user", "content": "2+{2}? short"},
-    ]
-    assert context.prompt({"prompt": CHAT[1:]})[0] == {"role": "system", "content": "Be terse."}
-    with pytest.raises(ValueError, match="needs conversational prompts"):
-        context.prompt({"prompt": "2+2?"})
 
 
 def test_earlier_turns_are_kept():

@@ -2,12 +2,17 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import trl.trainer.utils
 from trl import DistillationTrainer, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models.utils import _ForwardRedirection
 from trl.trainer import distillation_trainer
+
+import trl_opsd
+from trl_opsd.opsd.verify import Verifiers
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,9 @@ from trl.trainer import distillation_trainer
                 "image_position_ids",
             ],
         ),
+        # What follows is RLVR's
         (GRPOTrainer, "_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
-        (GRPOTrainer, "_log_completion_extra", ["self", "column", "values"]),
-        (GRPOTrainer, "_log_metric", ["self", "name", "value"]),
+        (GRPOTrainer, "_generate_and_score_completions", ["self", "inputs"]),
     ],
 )
 def test_private_methods_have_the_parameters_we_know(owner, name, parameters):
@@ -79,21 +84,32 @@ def test_the_base_class_sets_or_reads_the_attributes_we_know(name):
     assert f"self.{name}" in inspect.getsource(DistillationTrainer)
 
 
-def test_scoring_of_grpo_reads_nothing_that_we_do_not_set():
+def test_verifiers_are_called_as_grpo_calls_its_reward_functions():
+    """The keyword arguments that a reward function of GRPO may rely on, by the lines that set them."""
     source = inspect.getsource(GRPOTrainer._calculate_rewards)
-    names = set(re.findall(r"self\.(\w+)", source))
-    assert names == {
-        "_log_completion_extra",
-        "_log_metric",
-        "accelerator",
-        "async_loop",
-        "chat_template_kwargs",
-        "environments",
-        "reward_func_names",
-        "reward_funcs",
-        "reward_processing_classes",
-        "state",
+    assert set(re.findall(r'(?<!_)reward_kwargs\["(\w+)"\] = ', source)) == {
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "environments",  # which `DistillationTrainer` does not have
     }
+    assert 'key not in ["prompt", "completion", "completion_ids"]' in source
+    call = "prompts=prompts, completions=completions, completion_ids=completion_ids_list, **reward_kwargs"
+    assert source.count(call) == 2  # of the synchronous and of the others
+    ours = inspect.getsource(Verifiers.score)
+    assert all(f'"{name}"' in ours for name in ("prompts", "completions", "completion_ids", "trainer_state"))
+    assert all(f'"{name}"' in ours for name in ("log_extra", "log_metric"))
+
+
+def test_the_loss_of_a_wrapped_teacher_is_redirected_as_the_base_class_does():
+    parameters = list(inspect.signature(_ForwardRedirection.__call__).parameters)
+    assert parameters == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
+
+
+def test_no_private_name_of_accelerate_is_used():
+    """What there is no public way for is above, and all of it is TRL's."""
+    for path in (Path(trl_opsd.__file__).parent / "opsd").glob("*.py"):
+        assert not re.search(r"(accelerator|gradient_state|state)\._\w+", path.read_text()), path
 
 
 @pytest.mark.parametrize(
@@ -140,7 +156,7 @@ def test_the_chunked_kernel_takes_the_arguments_we_give_it():
 
 
 def test_image_fields_are_those_of_the_base_class():
-    from trl_opsd.opsd.trainer import MULTIMODAL_FIELDS
+    from trl_opsd.opsd.batches import MULTIMODAL_FIELDS
 
     source = inspect.getsource(distillation_trainer.DistillationTrainer._compute_loss)
     listed = source.split("multimodal_keys = (")[1].split(")")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..opsd.teacher import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 from .tasks import OTHER, Task, find_task
 
 

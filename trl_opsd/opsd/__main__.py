@@ -18,12 +18,12 @@ from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
-from .config import OPSDConfig
-from .gate import check_completion_ids, resolve_gate
+from .alarms import AlarmCallback
+from .config import OPSDConfig, check_arguments
 from .probe import check_probe, probe
 from .qat import fake_quantise
-from .teacher import resolve_teacher_weights
 from .trainer import OPSDTrainer
+from .view import RolloutPages
 
 
 @dataclass
@@ -53,6 +53,9 @@ class OPSDScriptArguments(ScriptArguments):
             Number of prompts that student and teacher-in-context are measured on before training. `0` is no probe.
         probe_only (`bool`, *optional*, defaults to `False`):
             Whether to end after the probe.
+        alarm_correct_drop (`float` or `None`, *optional*, defaults to `0.2`):
+            The run stops when the share of correct rollouts is this much below that of the start, see
+            [`~trl_opsd.opsd.alarms.AlarmCallback`]. `1.0` is never.
     """
 
     reward_funcs: list[str] | None = field(
@@ -93,6 +96,12 @@ class OPSDScriptArguments(ScriptArguments):
         },
     )
     probe_only: bool = field(default=False, metadata={"help": "End after the probe."})
+    alarm_correct_drop: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "The run stops when the share of correct rollouts is this much below that of the start. 1.0 is never."
+        },
+    )
 
 
 def show_probe(result: dict) -> None:
@@ -200,8 +209,7 @@ def main(args: list[str] | None = None) -> None:
             check_probe(training_args)
         is_judged = training_args.lmbda > 0 or training_args.gate != "all"
         reward_funcs = load_reward_funcs((script_args.reward_funcs or []) if is_judged else [])
-        resolve_gate(training_args, reward_funcs)
-        resolve_teacher_weights(training_args, model_args.model_name_or_path, teacher)
+        check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
 
         if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
             raise UserError(
@@ -217,19 +225,14 @@ def main(args: list[str] | None = None) -> None:
             datasets = [read_rollouts(script_args.dataset_name)]
         else:
             datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        if training_args.lmbda < 1:
-            check_completion_ids(datasets[0].column_names, training_args.lmbda)
         if script_args.rollout_bank is not None:
             datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
             if training_args.process_index == 0:
                 print(counts)
-        training_args.check_num_prompts(len(datasets[0]))
-        context = training_args.build_teacher_context()
+        check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
-            if context is not None:
-                context.check_columns(dataset.column_names)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
@@ -257,6 +260,10 @@ def main(args: list[str] | None = None) -> None:
     )
     if script_args.qat is not None:
         fake_quantise(trainer.model, script_args.qat, script_args.qat_group_size)
+    alarms = AlarmCallback(trainer, correct_drop=script_args.alarm_correct_drop)
+    trainer.add_callback(alarms)
+    if training_args.log_completions:
+        trainer.add_callback(RolloutPages(trainer))
     if is_probed:
         found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
         if trainer.accelerator.is_main_process:
@@ -265,9 +272,9 @@ def main(args: list[str] | None = None) -> None:
     if script_args.probe_only:
         return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if trainer.alarms.stopped_by is not None:
+    if alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name
-        trainer.accelerator.print(f"error: {trainer.alarms.stopped_by}", file=sys.stderr)
+        trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)
         raise SystemExit(3)
     save_final(trainer)
     if trainer.accelerator.is_main_process:

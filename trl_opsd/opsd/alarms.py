@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 from accelerate.logging import get_logger
-from transformers import TrainerCallback
+
+from .metrics import DivergenceCallback, OPSDAlarm
 
 
 logger = get_logger(__name__)
@@ -23,23 +24,18 @@ def mean(values: list[float]) -> float:
     return fmean(known) if known else math.nan
 
 
-class OPSDAlarm(RuntimeError):
-    """Raised before the optimizer step that would ruin the student."""
-
-
-class AlarmCallback(TrainerCallback):
+class AlarmCallback(DivergenceCallback):
     """
-    Watches a run of [`OPSDTrainer`].
+    Watches a run of [`OPSDTrainer`], which by itself ends on a divergence that is not finite, and on nothing else.
 
     | alarm | raised when | what happens |
     |---|---|---|
-    | divergence not finite | in any step | [`OPSDAlarm`], before the optimizer step |
-    | dead teacher | its entropy is within 1% of that of the uniform distribution | [`OPSDAlarm`], before the step |
+    | dead teacher | its entropy is within 1% of that of the uniform distribution, and the student's is not | [`OPSDAlarm`], before the optimizer step |
     | nothing to learn | the divergence is zero | the run stops |
-    | accuracy falls | the share of correct rollouts is `alarm_correct_drop` below that of the start | the run stops |
-    | truncation | the share of truncated rollouts is above `alarm_truncated` | warning |
-    | length collapse | the mean length is below `alarm_length_floor` times that of the start | warning |
-    | spike | the divergence is `alarm_kl_spike` times its recent median | warning |
+    | accuracy falls | the share of correct rollouts is `correct_drop` below that of the start | the run stops |
+    | truncation | the share of truncated rollouts is above `truncated` | warning |
+    | length collapse | the mean length is below `length_floor` times that of the start | warning |
+    | spike | the divergence is `kl_spike` times its recent median | warning |
 
     Shares and lengths are means over the last 256 rollouts, and over the first 256 for the start. When accuracy falls,
     the run names its best checkpoint and keeps it through rotation: of those whose share of correct rollouts was not
@@ -48,15 +44,37 @@ class AlarmCallback(TrainerCallback):
 
     Args:
         trainer ([`OPSDTrainer`]):
-            Trainer to watch. Its configuration has the thresholds; `None` switches one off.
+            Trainer to watch.
+        correct_drop (`float`, *optional*, defaults to `0.2`):
+            How far the share of correct rollouts may fall below that of the start. `None` is no limit.
+        truncated (`float`, *optional*, defaults to `0.5`):
+            Share of truncated rollouts from which on there is a warning. `None` is none.
+        length_floor (`float`, *optional*, defaults to `0.2`):
+            Share of the mean length of the start below which there is a warning. `None` is none.
+        kl_spike (`float`, *optional*, defaults to `10.0`):
+            Multiple of the recent median of the divergence from which on there is a warning. `None` is none.
+
+    Example:
+
+    ```python
+    >>> from trl_opsd.opsd import AlarmCallback
+
+    >>> trainer.add_callback(AlarmCallback(trainer))
+    ```
     """
 
-    def __init__(self, trainer):
+    def __init__(
+        self,
+        trainer,
+        correct_drop: float | None = 0.2,
+        truncated: float | None = 0.5,
+        length_floor: float | None = 0.2,
+        kl_spike: float | None = 10.0,
+    ):
         self.trainer = trainer
-        args = trainer.args
-        self.window = math.ceil(
-            WINDOW / (args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps)
-        )
+        self.correct_drop, self.truncated = correct_drop, truncated
+        self.length_floor, self.kl_spike = length_floor, kl_spike
+        self.window = math.ceil(WINDOW / trainer.args.global_batch_size)
         # One entry for each step: share of correct rollouts, their mean length. NaN where there is none: without a
         # verifier nothing is known to be wrong, and what the data set holds is no rollout of the student's
         self.correct: list[float] = []
@@ -77,41 +95,29 @@ class AlarmCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         metrics = self.trainer._metrics["train"]
-        is_own = self.trainer._given_completion_ids is None
+        is_own = self.trainer.rollouts.given is None
         self.lengths.append(metrics["completions/mean_length"][-1] if is_own else math.nan)
         self.correct.append(metrics["opsd/correct"][-1] if is_own and "opsd/correct" in metrics else math.nan)
-        if args.alarm_correct_drop is not None and len(self.correct) > self.window:
+        if self.correct_drop is not None and len(self.correct) > self.window:
             start, now = self._start_and_now(self.correct)
-            if now < start - args.alarm_correct_drop:
+            if now < start - self.correct_drop:
                 self._stop(
                     control,
                     f"{now:.0%} of the rollouts are correct, at the start they were {start:.0%} "
-                    f"(`alarm_correct_drop={args.alarm_correct_drop}`).",
+                    f"(`correct_drop={self.correct_drop}`).",
                 )
 
-    def check_divergence(self) -> None:
-        """
-        Checks what the loss has measured. Called by the trainer before backward, because DeepSpeed takes the optimizer
-        step in there.
-
-        Raises:
-            OPSDAlarm: If the divergence is not finite, or the teacher is dead.
-        """
-        step = self.trainer.state.global_step + 1
-        num_tokens, kl, _, _, teacher_entropy, _ = self.trainer._token_sums["train"].tolist()
-        if num_tokens == 0:
-            return
-        if not math.isfinite(kl):
+    def on_divergence(self, args, state, control, metrics, **kwargs):
+        means = metrics.means()
+        vocab_size = self.trainer.teacher.valid_vocab or self.trainer.model.config.get_text_config().vocab_size
+        uniform = math.log(vocab_size)
+        teacher, student = means["opsd/teacher_entropy"], means["opsd/student_entropy"]
+        # Never true where the backend does not measure it (NaN)
+        if metrics.num_tokens > 0 and teacher >= 0.99 * uniform and student < 0.99 * uniform:
             raise OPSDAlarm(
-                f"The divergence of step {step} is {kl / num_tokens}: the weights of the teacher or of the student are "
-                "not finite, or their logits overflow. Nothing was updated in this step."
-            )
-        entropy = teacher_entropy / num_tokens
-        uniform = math.log(self.trainer.valid_vocab or self.trainer.model.config.get_text_config().vocab_size)
-        if entropy >= 0.99 * uniform:  # never true where the backend does not measure it (NaN)
-            raise OPSDAlarm(
-                f"The teacher is dead: in step {step} its entropy is {entropy:.3f} nats, that of the uniform "
-                f"distribution {uniform:.3f}. Check that its weights were loaded. Nothing was updated in this step."
+                f"The teacher is dead: in step {state.global_step + 1} its entropy is {teacher:.3f} nats, that of the "
+                f"uniform distribution {uniform:.3f} and the student's {student:.3f}. Check that its weights were loaded. "
+                "Nothing was updated in this step."
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -126,21 +132,21 @@ class AlarmCallback(TrainerCallback):
                 f"The divergence is {kl:.1e} nats, so nothing is learned: the teacher gives what the student gives. "
                 "Check that its context says something and that its weights are those you meant.",
             )
-        if args.alarm_kl_spike is not None and len(recent) >= 5 and kl > args.alarm_kl_spike * median(recent):
+        if self.kl_spike is not None and len(recent) >= 5 and kl > self.kl_spike * median(recent):
             logger.warning(
                 f"Step {state.global_step}: the divergence is {kl:.3g} nats, {kl / median(recent):.1f} times its recent "
-                f"median (`alarm_kl_spike={args.alarm_kl_spike}`)."
+                f"median (`kl_spike={self.kl_spike}`)."
             )
-        if args.alarm_truncated is not None and truncated > args.alarm_truncated:
+        if self.truncated is not None and truncated > self.truncated:
             logger.warning(
                 f"Step {state.global_step}: {truncated:.0%} of the rollouts are truncated "
-                f"(`alarm_truncated={args.alarm_truncated}`): raise `max_completion_length`."
+                f"(`truncated={self.truncated}`): raise `max_completion_length`."
             )
         start, now = self._start_and_now(self.lengths)
-        if args.alarm_length_floor is not None and now < args.alarm_length_floor * start:
+        if self.length_floor is not None and now < self.length_floor * start:
             logger.warning(
                 f"Step {state.global_step}: the rollouts are {now:.1f} tokens long, at the start they were {start:.1f} "
-                f"(`alarm_length_floor={args.alarm_length_floor}`): what the answers depend on may be gone."
+                f"(`length_floor={self.length_floor}`): what the answers depend on may be gone."
             )
 
     def on_save(self, args, state, control, **kwargs):
@@ -148,7 +154,7 @@ class AlarmCallback(TrainerCallback):
             return
         folder = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self.checkpoints.append(self._measured(folder, len(self.correct)))
-        best = self.best_checkpoint(args.alarm_correct_drop)
+        best = self.best_checkpoint(self.correct_drop)
         if best is not None:
             state.best_model_checkpoint = best  # which `save_total_limit` then keeps
 
@@ -181,7 +187,7 @@ class AlarmCallback(TrainerCallback):
         return folder, correct, lengths
 
     def _stop(self, control, reason: str) -> None:
-        best = self.best_checkpoint(self.trainer.args.alarm_correct_drop)
+        best = self.best_checkpoint(self.correct_drop)
         where = (
             f"The best checkpoint is {best}." if best else "There is no checkpoint to go back to (`save_strategy`)."
         )

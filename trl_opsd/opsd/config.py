@@ -1,9 +1,17 @@
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
 from trl import DistillationConfig
 
-from .teacher import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from .context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 
+
+logger = get_logger(__name__)
 
 TEACHER_WEIGHTS = ("initial", "ema", "snapshot", "live", "external")
 
@@ -41,8 +49,6 @@ class OPSDConfig(DistillationConfig):
         teacher_prompt_template (`str`, *optional*):
             Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: `{prompt}`,
             `{solution}`, `{answer}`, `{sibling}`, `{privileged_context}`; a literal brace is written twice.
-        teacher_system_prompt (`str`, *optional*):
-            System prompt of the teacher, in place of that of the prompt, or of the chat template.
         max_teacher_prompt_length (`int`, *optional*):
             Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the problem.
             Defaults to what the teacher's positions leave beside the longest completion of the batch.
@@ -97,17 +103,6 @@ class OPSDConfig(DistillationConfig):
             process, and `per_device_train_batch_size` × `gradient_accumulation_steps` only says how many rollouts are
             written. A rollout that is longer by itself is a micro-batch of its own. `None` is one forward pass for
             each accumulation step, padded to its longest rollout.
-
-        > Parameters that control the alarms (see [`~trl_opsd.opsd.alarms.AlarmCallback`]; `None` switches one off)
-
-        alarm_correct_drop (`float` or `None`, *optional*, defaults to `0.2`):
-            The run stops when the share of correct rollouts is this much below that of the start.
-        alarm_truncated (`float` or `None`, *optional*, defaults to `0.5`):
-            A warning when the share of truncated rollouts is above this.
-        alarm_length_floor (`float` or `None`, *optional*, defaults to `0.2`):
-            A warning when the mean length of the rollouts is below this share of that of the start.
-        alarm_kl_spike (`float` or `None`, *optional*, defaults to `10.0`):
-            A warning when the divergence is this many times its recent median.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["teacher_chat_template_kwargs"]
@@ -154,10 +149,6 @@ class OPSDConfig(DistillationConfig):
             "help": "Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: "
             "{prompt}, {solution}, {answer}, {sibling}, {privileged_context}; a literal brace is written twice."
         },
-    )
-    teacher_system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System prompt of the teacher, in place of that of the prompt, or of the chat template."},
     )
     max_teacher_prompt_length: int | None = field(
         default=None,
@@ -252,22 +243,6 @@ class OPSDConfig(DistillationConfig):
         },
     )
 
-    # Parameters that control the alarms
-    alarm_correct_drop: float | None = field(
-        default=0.2,
-        metadata={"help": "The run stops when the share of correct rollouts is this much below that of the start."},
-    )
-    alarm_truncated: float | None = field(
-        default=0.5, metadata={"help": "A warning when the share of truncated rollouts is above this."}
-    )
-    alarm_length_floor: float | None = field(
-        default=0.2,
-        metadata={"help": "A warning when the mean length of the rollouts is below this share of the start's."},
-    )
-    alarm_kl_spike: float | None = field(
-        default=10.0, metadata={"help": "A warning when the divergence is this many times its recent median."}
-    )
-
     def __post_init__(self):
         super().__post_init__()
 
@@ -297,11 +272,6 @@ class OPSDConfig(DistillationConfig):
                 f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
             )
         context = self.build_teacher_context()
-        if context is None and self.teacher_system_prompt is not None:
-            raise ValueError(
-                "`teacher_system_prompt` comes with a context: set `teacher_context` or `teacher_prompt_template` (which "
-                "may be just '{prompt}')."
-            )
         uses_sibling = context is not None and "sibling" in context.fields
         if uses_sibling and self.num_generations < 2:
             raise ValueError(
@@ -375,43 +345,237 @@ class OPSDConfig(DistillationConfig):
         """Rollouts of an optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
-    def check_num_prompts(self, num_prompts: int) -> None:
+    def resolve_teacher_weights(self, teacher_model: str | PreTrainedModel | None) -> str:
         """
-        Checks that the training data fills a batch, because the sampler leaves out what does not.
-
         Args:
-            num_prompts (`int`):
-                Rows of the training data.
+            teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+                External teacher.
 
-        Raises:
-            ValueError: If a batch takes more, so that there would be no step at all.
+        Returns:
+            `str`: `teacher_weights`, or what it is where it is not set.
         """
-        batch = self.global_batch_size // self.num_generations
-        if num_prompts < batch:
-            raise ValueError(
-                f"The training data has {num_prompts} prompts and a batch takes {batch}, so there would be no step at "
-                "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
-            )
+        return self.teacher_weights or ("initial" if teacher_model is None else "external")
+
+    def resolve_teacher_sync_steps(self, weights: str) -> int:
+        """
+        Args:
+            weights (`str`):
+                Weights of the teacher.
+
+        Returns:
+            `int`: `teacher_sync_steps`, or what it is where it is not set.
+        """
+        return self.teacher_sync_steps or (50 if weights == "snapshot" else 1)
+
+    def resolve_gate(self, has_verifier: bool) -> str:
+        """
+        Args:
+            has_verifier (`bool`):
+                Whether there are reward functions.
+
+        Returns:
+            `str`: `gate`, or what it is where it is not set.
+        """
+        return self.gate or ("correct" if has_verifier else "all")
 
     def build_teacher_context(self) -> TeacherContext | None:
         """
         The context that `teacher_context` and `teacher_prompt_template` describe.
 
         Returns:
-            [`~trl_opsd.opsd.teacher.TeacherContext`] or `None`: `None` if the teacher sees the plain prompt.
+            [`~trl_opsd.opsd.context.TeacherContext`] or `None`: `None` if the teacher sees the plain prompt.
         """
         template = self.teacher_prompt_template
         if template is None and self.teacher_context is not None:
             template = TEACHER_PROMPT_TEMPLATES[self.teacher_context]
-        return None if template is None else TeacherContext(template, self.teacher_system_prompt)
+        return None if template is None else TeacherContext(template)
 
     def build_sibling_fallback(self) -> TeacherContext | None:
         """
         The context that `sibling_fallback` describes.
 
         Returns:
-            [`~trl_opsd.opsd.teacher.TeacherContext`] or `None`: `None` if there is none.
+            [`~trl_opsd.opsd.context.TeacherContext`] or `None`: `None` if there is none.
         """
         if self.sibling_fallback is None:
             return None
-        return TeacherContext(TEACHER_PROMPT_TEMPLATES[self.sibling_fallback], self.teacher_system_prompt)
+        return TeacherContext(TEACHER_PROMPT_TEMPLATES[self.sibling_fallback])
+
+
+def check_arguments(
+    args: OPSDConfig,
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | None = None,
+    train_dataset: Dataset | IterableDataset | None = None,
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+    reward_funcs: list[Callable] | None = None,
+    tools: list[Callable] | None = None,
+) -> None:
+    """
+    Checks what the arguments of [`OPSDTrainer`] say together, before any model is loaded.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            External teacher.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Training data.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Data of the evaluation.
+        reward_funcs (`list[Callable]`, *optional*):
+            Verifiers.
+        tools (`list[Callable]`, *optional*):
+            Tools.
+
+    Raises:
+        ValueError: If teacher and student are the same in weights and context, if a gate needs a verifier and there is
+            none, if a column is missing, if the data does not fill a batch, or if two of the arguments exclude each other.
+    """
+    _check_teacher(args, model, teacher_model)
+    _check_gate(args, reward_funcs or [])
+    _check_datasets(args, train_dataset, eval_dataset)
+    if args.max_generation_rounds > 1 and tools:
+        raise ValueError(
+            f"`max_generation_rounds={args.max_generation_rounds}` asks again for single completions, and `tools` make "
+            "conversations of them: leave it at 1, or drop the tools."
+        )
+    if args.use_liger_kernel and args.kl_clip is not None:
+        raise ValueError(
+            "`use_liger_kernel=True` and `kl_clip` exclude each other, because Liger's loss has no clip: drop one."
+        )
+
+
+def _check_teacher(
+    args: OPSDConfig, model: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None
+) -> None:
+    weights = args.resolve_teacher_weights(teacher_model)
+    if weights == "external" and teacher_model is None:
+        raise ValueError(
+            "`teacher_weights='external'` needs a teacher model: set `teacher_model_name_or_path` (in Python "
+            "`teacher_model`), or use `teacher_weights='initial'`."
+        )
+    if weights != "external" and teacher_model is not None:
+        raise ValueError(
+            f"`teacher_weights={weights!r}` and a teacher model contradict each other: drop the teacher model, or set "
+            "`teacher_weights='external'`."
+        )
+    if weights != "external" and args.teacher_model_init_kwargs is not None:
+        raise ValueError(
+            "`teacher_model_init_kwargs` are for an external teacher, and this one is loaded as the student is: set "
+            "`model_init_kwargs` instead."
+        )
+    same_weights = weights != "external" or teacher_model is model
+    same_weights = same_weights or (isinstance(model, str) and model == teacher_model)
+    own_template_kwargs = args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {})
+    if same_weights and args.build_teacher_context() is None and not own_template_kwargs:
+        raise ValueError(
+            "Teacher and student are the same in weights and context, so the divergence is zero and nothing would be "
+            "learned: set `teacher_context`, or `teacher_model_name_or_path` to another model."
+        )
+
+
+def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
+    gate = args.resolve_gate(bool(reward_funcs))
+    if gate != "all" and not reward_funcs:
+        raise ValueError(
+            f"`gate='{gate}'` needs a verifier to decide it, and there is none: set `reward_funcs`, or `gate='all'`."
+        )
+    context = args.build_teacher_context()
+    if not reward_funcs and context is not None and "sibling" in context.fields:
+        raise ValueError(
+            "The sibling context needs a verifier to find correct siblings, and there is none: set `reward_funcs`."
+        )
+    if not reward_funcs and args.keep_shortest is not None:
+        raise ValueError(
+            f"`keep_shortest={args.keep_shortest}` chooses among rollouts that pass the gate, and there is no verifier: "
+            "set `reward_funcs`."
+        )
+    if args.max_generation_rounds > 1 and gate == "all":
+        raise ValueError(
+            f"`max_generation_rounds={args.max_generation_rounds}` asks again for the rollouts that the gate rejects, and "
+            "`gate='all'` rejects none: leave it at 1, or set `reward_funcs` and another gate."
+        )
+    if args.max_generation_rounds > 1 and gate == "incorrect" and context is not None and "sibling" in context.fields:
+        raise ValueError(
+            f"`max_generation_rounds={args.max_generation_rounds}` with `gate='incorrect'` replaces the correct rollouts "
+            "that the sibling context lives on: leave it at 1, or take another context."
+        )
+    bounds = [name for name in ("min_pass_rate", "max_pass_rate") if vars(args)[name] is not None]
+    if bounds and not reward_funcs:
+        raise ValueError(f"`{bounds[0]}` needs a verifier to measure it, and there is none: set `reward_funcs`.")
+    for func in reward_funcs:
+        if isinstance(func, torch.nn.Module) or not callable(func):
+            raise ValueError(
+                f"A verifier must be a function, and `reward_funcs` holds {func!r}: reward models are not verifiers."
+            )
+    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+        raise ValueError(
+            f"`reward_weights` has {len(args.reward_weights)} entries and `reward_funcs` {len(reward_funcs)}: give one "
+            "weight for each function."
+        )
+
+
+def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    context = args.build_teacher_context()
+    for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
+        if context is not None and dataset is not None and dataset.column_names is not None:
+            context.check_columns(dataset.column_names)
+    if train_dataset is None:
+        return
+    columns = train_dataset.column_names
+    if args.lmbda < 1 and columns is not None and "completion_ids" not in columns:
+        raise ValueError(
+            f"`lmbda={args.lmbda}` takes completions from the column `completion_ids`, and the columns found are "
+            f"{', '.join(f'`{name}`' for name in columns)}: give a data set that has it, such as the bank of an RLVR run, "
+            "or set `lmbda=1.0`."
+        )
+    if isinstance(train_dataset, IterableDataset):
+        for name, value, needed in (
+            ("num_generations", args.num_generations, args.num_generations > 1),
+            ("min_pass_rate", args.min_pass_rate, args.min_pass_rate is not None),
+            ("max_pass_rate", args.max_pass_rate, args.max_pass_rate is not None),
+        ):
+            if needed:
+                raise ValueError(
+                    f"`{name}={value}` needs a dataset that can be indexed, and `train_dataset` is an IterableDataset: "
+                    f"load it without streaming, or leave `{name}` as it is by default."
+                )
+        return
+    # The sampler leaves out what does not fill a batch
+    batch = args.global_batch_size // args.num_generations
+    if len(train_dataset) < batch:
+        raise ValueError(
+            f"The training data has {len(train_dataset)} prompts and a batch takes {batch}, so there would be no step at "
+            "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+        )
+
+
+def check_text_only(args: OPSDConfig) -> None:
+    """
+    Checks that a processing class of several modalities meets nothing that works on text.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if args.build_teacher_context() is not None:
+        raise ValueError(
+            "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a multimodal "
+            "processor: use an external teacher without a context."
+        )
+    if args.max_generation_rounds > 1 or args.min_pass_rate is not None or args.max_pass_rate is not None:
+        raise ValueError(
+            "`max_generation_rounds`, `min_pass_rate` and `max_pass_rate` work on text, and the processing class is a "
+            "multimodal processor: leave them as they are by default."
+        )
+    if args.max_tokens_per_microbatch is not None:
+        raise ValueError(
+            "`max_tokens_per_microbatch` divides a batch by the length of its text, and the processing class is a "
+            "multimodal processor: leave it at None."
+        )

@@ -1,8 +1,54 @@
 """How a model gets from its hidden states to its logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+@dataclass
+class Head:
+    """
+    What a model does to its last hidden states.
+
+    Args:
+        weight (`torch.Tensor`):
+            Weight of the `lm_head`, of shape `(V, H)`.
+        bias (`torch.Tensor`, *optional*):
+            Its bias, of shape `(V,)`.
+        logit_scale (`float`):
+            Multiplier of the logits.
+        softcap (`float`, *optional*):
+            Soft-cap of the logits, applied after it.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of a model as it is now: with an adapter, that of the active one."""
+        embeddings = model.get_output_embeddings()
+        return cls(embeddings.weight, embeddings.bias, *logit_transform(model.config))
+
+    @contextmanager
+    def gathered(self, dtype: torch.dtype) -> Iterator["Head"]:
+        """
+        The head with whole parameters, where FSDP2 or ZeRO-3 shard them.
+
+        Args:
+            dtype (`torch.dtype`):
+                Type of the hidden states, in which a parameter that FSDP2 shards is kept.
+        """
+        # ZeRO-3 gathers a parameter in the forward of its own module, which the loss does not go through
+        with maybe_gather_lm_head_ctx(self.weight, self.bias):
+            yield replace(self, weight=gather_head(self.weight, dtype), bias=gather_head(self.bias, dtype))
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+
+# Name in a checkpoint
+FILE = "pass_rates.json"
 
 
 def prompt_key(prompt: list[dict[str, Any]] | str) -> str:
@@ -167,3 +172,37 @@ class PassRates:
                 What [`state_dict`] gave.
         """
         self.position, self.counts = state["position"], state["counts"]
+
+    def save(self, folder: str) -> None:
+        """
+        Writes what a resumed run needs into a checkpoint.
+
+        Args:
+            folder (`str`):
+                Folder of the checkpoint. A missing one is made.
+        """
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, FILE)
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(self.state_dict(), file)
+        os.replace(f"{path}.tmp", path)
+
+    def load(self, folder: str) -> None:
+        """
+        Reads what [`save`] wrote.
+
+        Args:
+            folder (`str`):
+                Folder of the checkpoint.
+
+        Raises:
+            ValueError: If it has no pass rates.
+        """
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"`{folder}` has no {FILE}, so it is not known which prompts were skipped: resume from a checkpoint that "
+                "was written with `min_pass_rate` or `max_pass_rate`, or resume without them."
+            )
+        with open(path) as file:
+            self.load_state_dict(json.load(file))

@@ -13,8 +13,9 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import parse_flag_from_env
 
+from .completions import RolloutLog
 from .config import OPSDConfig
-from .view import RolloutLog
+from .view import num_shown, write_page
 
 
 logger = get_logger(__name__)
@@ -71,20 +72,21 @@ def probe(trainer, num_prompts: int, page: str | None = None) -> dict[str, Any]:
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     was_training = trainer.model.training
     trainer.model.eval()
-    own_log, log = trainer._rollout_log, RolloutLog(trainer, num_kept=num_prompts)
+    own_log, log = trainer.rollout_log, RolloutLog(trainer, num_shown(trainer.args), num_kept=num_prompts)
+    prompts = trainer.teacher_prompts
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            trainer._rollout_log = log
+            trainer.rollout_log = log
             batches, student = _roll_out(trainer, rows)
-            trainer._rollout_log = None
+            trainer.rollout_log = None
             in_context = None
-            if trainer.teacher_context is not None and "sibling" not in trainer.teacher_context.fields:
-                contexts = [{**row, "prompt": trainer._teacher_prompt(row)} for row in rows]
+            if prompts is not None and prompts.context is not None and not prompts.takes_sibling:
+                contexts = [{**row, "prompt": prompts.prompt(row)} for row in rows]
                 with trainer._chat_template_kwargs(trainer.teacher_chat_template_kwargs):
                     in_context = _roll_out(trainer, contexts)[1]
             teacher = _score(trainer, batches, log)
     finally:
-        trainer._rollout_log = own_log
+        trainer.rollout_log = own_log
         trainer.model.train(was_training)
         trainer._metrics["eval"].clear()
     result = {"num_prompts": len(rows), "student": student, "prompt_only": in_context, "teacher": teacher}
@@ -92,7 +94,7 @@ def probe(trainer, num_prompts: int, page: str | None = None) -> dict[str, Any]:
     for warning in result["warnings"]:
         logger.warning(warning)
     if page is not None and trainer.accelerator.is_main_process:
-        log.write_page(page, log.own("eval"), "Probe")
+        write_page(page, log.own("eval"), log, "Probe")
     return result
 
 

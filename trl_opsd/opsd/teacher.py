@@ -1,23 +1,22 @@
 """
-The teacher is weights × context.
+Whose weights score the rollouts.
 
-Its context is a prompt template: what the teacher sees and the student does not. The placeholders say what it needs
-from a row: `{prompt}` is the student's own prompt, `{solution}` and `{answer}` are columns of the dataset,
-`{privileged_context}` is a column that, wherever a row has it, also stands in for `{solution}` and `{answer}`, and
-`{sibling}` is the shortest correct rollout of the same prompt.
-
-Its weights may follow the student's: [`TeacherSyncCallback`] is how.
+[`Teacher`] is all there is to know of them: where they come from, where they lie, how they score, how they follow the
+student, and how they get into a checkpoint and out of it.
 """
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, fsdp2_canonicalize_names, fsdp2_prepare_model
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
@@ -29,181 +28,257 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.models import prepare_deepspeed
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
+
+from .config import OPSDConfig
+from .head import Head
 
 
 if TYPE_CHECKING:
-    from .config import OPSDConfig
+    from peft import PeftModel
 
 
-# Wording ours. The meaning follows https://huggingface.co/papers/2601.18734 (solution) and
-# https://huggingface.co/papers/2603.05433 (concise, uniform and by difficulty).
-TEACHER_PROMPT_TEMPLATES = {
-    "solution": (
-        "{prompt}\n\nA reference solution to this problem, for your eyes only:\n\n{solution}\n\n"
-        "With its line of thought in mind, derive the answer again in your own words, step by step, as if you had "
-        "found it yourself. Do not mention the reference."
-    ),
-    "answer": (
-        "{prompt}\n\nThe final answer is known to be: {answer}\n\n"
-        "Derive it step by step, as if you did not know it, and do not mention that it was given."
-    ),
-    "concise": (
-        "{prompt}\n\nReason as concisely as you can: keep every step that the result depends on, and leave out "
-        "restatements, second thoughts and repeated checks."
-    ),
-    "concise_by_difficulty": (
-        "{prompt}\n\nFirst judge how hard this problem is. If it is easy, answer with the few steps that it takes. If it "
-        "is hard, think as long as it needs, but leave out restatements, second thoughts and repeated checks."
-    ),
-    "sibling": (
-        "{prompt}\n\nA short and correct way to solve this problem, for your eyes only:\n\n{sibling}\n\n"
-        "Solve it as briefly, in your own words. Do not mention the other solution."
-    ),
-}
+logger = get_logger(__name__)
 
-PRIVILEGED_FIELDS = ("solution", "answer", "sibling", "privileged_context")
+# Name of a teacher that is a second adapter, and the file of a teacher that follows the student in a checkpoint
+ADAPTER = "teacher"
+FILE = "teacher.safetensors"
 
 
-class TeacherContext:
+class Teacher:
     """
-    Puts prompts into the teacher's context.
+    The weights that score the rollouts of a student.
+
+    | `weights` | without an adapter | with one |
+    |---|---|---|
+    | `"external"` | the model that is given | the same |
+    | `"initial"` | a frozen copy of the student | the student with its adapter disabled |
+    | `"ema"`, `"snapshot"` | a frozen copy that follows the student | a second adapter that follows the first |
+    | `"live"` | the student | the student |
 
     Args:
-        template (`str`):
-            Prompt template with the placeholder `{prompt}` and any of `{solution}`, `{answer}`, `{sibling}` and
-            `{privileged_context}`. A literal brace is written twice.
-        system_prompt (`str`, *optional*):
-            System prompt of the teacher, in place of that of the prompt, or of the chat template.
+        args ([`OPSDConfig`]):
+            Configuration.
+        student (`str` or [`~transformers.PreTrainedModel`]):
+            Student, before anything is done to it.
+        external (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Model of an external teacher.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the student, if it was given.
+        has_adapter (`bool`):
+            Whether an adapter is what is trained.
 
     Attributes:
-        fields (`set[str]`):
-            Privileged placeholders of the template.
+        weights (`str`):
+            One of the values of `teacher_weights`.
+        model ([`~transformers.PreTrainedModel`] or `None`):
+            Model of its own, as the accelerator has prepared it. `None` if it scores with the student's.
+        valid_vocab (`int` or `None`):
+            Columns of the heads that tokens reach, where the heads of student and teacher differ in their padding.
 
     Raises:
-        ValueError: If the template lacks `{prompt}`, has an unknown placeholder or unbalanced braces.
-
-    Example:
-
-    ```python
-    >>> from trl_opsd.opsd.teacher import TeacherContext
-
-    >>> context = TeacherContext("{prompt} The answer is {answer}.")
-    >>> context.prompt({"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"})
-    [{'role': 'user', 'content': '2+2? The answer is 4.'}]
-    ```
+        ValueError: If the tokenizers of student and teacher differ. Before a model is loaded.
     """
 
-    def __init__(self, template: str, system_prompt: str | None = None):
+    def __init__(
+        self,
+        args: OPSDConfig,
+        student: str | PreTrainedModel,
+        external: str | PreTrainedModel | None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+        has_adapter: bool,
+    ):
+        self.weights = args.resolve_teacher_weights(external)
+        self.follows_student = self.weights in ("ema", "snapshot")
+        self.has_adapter = has_adapter
+        self.model: PreTrainedModel | None = None
+        self.valid_vocab: int | None = None
+        self._is_padded = False
+        self._student: PreTrainedModel | PeftModel | None = None
+        self._accelerator: Accelerator | None = None
+        self._redirect = _ForwardRedirection()
+        if self.weights == "live" or (
+            self.weights == "snapshot" and args.resolve_teacher_sync_steps(self.weights) <= 10
+        ):
+            logger.warning(
+                "A teacher that keeps up with the student has been seen to collapse: "
+                "https://huggingface.co/papers/2603.05433 found 50 steps between copies to be good and 10 too few."
+            )
+        if self.weights == "external":
+            self._is_padded = not check_vocabularies(student, external, processing_class, args)
+            self.model = load_external(external, args)
+        elif self.weights != "live" and not has_adapter:
+            self.model = copy_of_student(student, args)
+
+    def prepare(self, student: "PreTrainedModel | PeftModel", tokenizer, accelerator: Accelerator) -> None:
+        """
+        Places the teacher where the student will be, before the accelerator prepares the student.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Student, with its adapter.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the student.
+            accelerator ([`~accelerate.Accelerator`]):
+                Accelerator of the training.
+
+        Raises:
+            ValueError: If the base model is to be the teacher and the adapter already changes it, or if a teacher is to
+                follow the student under FSDP1.
+        """
+        self._student, self._accelerator = student, accelerator
+        if self._is_padded:
+            self.valid_vocab = len(tokenizer)
+        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        if self.follows_student and is_fsdp1:
+            raise ValueError(
+                f"`teacher_weights={self.weights!r}` is not supported under FSDP1, which hides the parameters of a model "
+                "in flat ones: set `fsdp_version: 2`."
+            )
+        if self.model is not None:
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                self.model = prepare_deepspeed(self.model, accelerator)
+            else:
+                self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+            if accelerator.is_fsdp2:
+                shard_teacher(self.model, accelerator)
+        elif self.follows_student:
+            self._add_adapter()
+        elif self.weights == "initial":
+            trained = [name for name, p in student.named_parameters() if "lora_B" in name and p.detach().any()]
+            if trained:
+                raise ValueError(
+                    f"`teacher_weights='initial'` takes the base model with the adapter disabled, but the adapter "
+                    f"already changes it (`{trained[0]}` is not zero): merge the adapter first (`merge_and_unload`), "
+                    "or initialise it so that it starts as the identity."
+                )
+
+    def _add_adapter(self) -> None:
+        """Adds a second adapter to the student, equal to its own and frozen."""
+        own = self._student.active_adapter
+        with torch.random.fork_rng():  # so that the student's rollouts do not depend on it
+            self._student.add_adapter(ADAPTER, self._student.peft_config[own])
+        self._student.set_adapter(own)
+        for teacher, student in self.pairs().values():
+            teacher.requires_grad_(False)
+            teacher.data.copy_(student.data)  # before FSDP or DeepSpeed shard the model
+
+    @property
+    def config(self):
+        """Configuration of the model that scores."""
+        return (self._student if self.model is None else self._accelerator.unwrap_model(self.model)).config
+
+    @torch.no_grad()
+    def forward(
+        self, student: "PreTrainedModel | PeftModel", hidden_states: Callable, *inputs: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Head]:
+        """
+        Scores rollouts.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Student without wrappers, whose forward pass this is called in: its sharded parameters are whole.
+            hidden_states (`Callable`):
+                Hidden states of the model that is its first argument.
+            *inputs, **kwargs:
+                The other arguments of it.
+
+        Returns:
+            `tuple[torch.Tensor, Head]`: Hidden states, of shape `(B, L, H_teacher)`, and the head that belongs to them.
+        """
+        if self.model is not None:
+            self.model.eval()
+            model = self._accelerator.unwrap_model(self.model)
+            hidden = self._redirect(self.model, model, hidden_states, model, *inputs, **kwargs)
+            return hidden, Head.of(model)
+        # The student's own module. Already inside its wrapper, so nothing to redirect.
+        weights = nullcontext()
+        if self.weights != "live":
+            weights = use_adapter(student, ADAPTER if self.follows_student else None)
+        was_training = student.training
+        student.eval()
         try:
-            fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-        except ValueError as error:
-            raise ValueError(
-                f"`teacher_prompt_template` has unbalanced braces ({error}): write a literal brace twice, as in "
-                "`\\boxed{{}}`."
-            ) from None
-        unknown = fields - {"prompt", *PRIVILEGED_FIELDS}
-        if unknown:
-            raise ValueError(
-                f"`teacher_prompt_template` has the unknown placeholder `{{{sorted(unknown)[0]}}}`: use {{prompt}}, "
-                f"{', '.join('{' + name + '}' for name in PRIVILEGED_FIELDS)}, and write a literal brace twice."
-            )
-        if "prompt" not in fields:
-            raise ValueError(
-                "`teacher_prompt_template` has no `{prompt}`, so the teacher would not see the problem: add it."
-            )
-        self.template = template
-        self.system_prompt = system_prompt
-        self.fields = fields - {"prompt"}
+            with weights:
+                return hidden_states(student, *inputs, **kwargs), Head.of(student)
+        finally:
+            student.train(was_training)
 
-    def check_columns(self, columns: list[str]) -> None:
+    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """
-        Checks that a dataset has what the template takes.
-
-        Args:
-            columns (`list[str]`):
-                Columns of the dataset.
-
-        Raises:
-            ValueError: If a column is missing. The message names it and the columns found.
-        """
-        if "privileged_context" in columns:
-            return
-        for field in sorted(self.fields - {"sibling"}):
-            if field not in columns:
-                raise ValueError(
-                    f"The teacher context needs the column `{field}`, and the dataset has {sorted(columns)}: add it, "
-                    "or add `privileged_context`, which stands in for it, or choose another `teacher_context`."
-                )
-
-    def privileged_texts(self, example: dict[str, Any], sibling: str | None = None) -> dict[str, str]:
-        """
-        What the template takes from a row.
-
-        Args:
-            example (`dict[str, Any]`):
-                Row of the dataset.
-            sibling (`str`, *optional*):
-                Shortest correct rollout of the same prompt.
+        Parameters of a teacher that follows the student, and the student's.
 
         Returns:
-            `dict[str, str]`: Text for each of `fields`.
-
-        Raises:
-            ValueError: If one is missing in this row.
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: Teacher's and student's, by name, each as it is trained:
+            sharded, where the student is.
         """
-        override = example.get("privileged_context")
-        texts = {}
-        for field in self.fields:
-            text = example.get(field)
-            if field == "sibling":
-                text = sibling
-            elif override is not None:
-                text = override
-            if text is None:
-                raise ValueError(
-                    f"The teacher context needs `{field}`, and it is empty in the row with the prompt "
-                    f"{str(example['prompt'])[:80]!r}: filter such rows out, or fill `privileged_context`."
-                )
-            texts[field] = text
-        return texts
+        student = sharded_parameters(self._student)
+        if self.model is not None:
+            teacher = sharded_parameters(self._accelerator.unwrap_model(self.model))
+            return {name: (teacher[name], parameter) for name, parameter in student.items()}
+        own = f".{self._student.active_adapter}."
+        return {
+            name: (student[name.replace(own, f".{ADAPTER}.")], parameter)
+            for name, parameter in student.items()
+            if own in name
+        }
 
-    def prompt(self, example: dict[str, Any], texts: dict[str, str] | None = None) -> list[dict[str, Any]] | str:
+    def follow(self, args: OPSDConfig) -> "TeacherSyncCallback":
         """
-        The prompt of a row in the teacher's context.
+        Returns:
+            [`TeacherSyncCallback`]: Callback that lets a teacher which follows the student do so.
+        """
+        rate = 1.0 if self.weights == "snapshot" else args.teacher_update_rate
+        return TeacherSyncCallback(self.pairs, rate, args.resolve_teacher_sync_steps(self.weights))
+
+    def save(self, folder: str, is_main: bool) -> None:
+        """
+        Writes a teacher that follows the student into a checkpoint. Called on every process.
 
         Args:
-            example (`dict[str, Any]`):
-                Row with `prompt`, either a string or a list of messages that ends in a user turn.
-            texts (`dict[str, str]`, *optional*):
-                Privileged texts, by default those of the row.
+            folder (`str`):
+                Folder of the checkpoint.
+            is_main (`bool`):
+                Whether this process writes.
+        """
+        # Every process takes part in making the parameters whole, and the main one keeps them
+        parameters = {name: whole(teacher) for name, (teacher, _) in self.pairs().items()}
+        if is_main:
+            path = os.path.join(folder, FILE)
+            save_file(parameters, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
 
-        Returns:
-            `list[dict[str, Any]]` or `str`: Prompt of the same format as the row's own. Earlier turns are kept.
+    def load(self, folder: str) -> None:
+        """
+        Reads what [`save`] wrote. Called on every process.
+
+        Args:
+            folder (`str`):
+                Folder of the checkpoint.
 
         Raises:
-            ValueError: If a privileged text is missing in this row, or if the last message is not a user turn of
-                plain text, or if there is a system prompt and the prompt is not conversational.
+            ValueError: If it has no teacher.
         """
-        texts = self.privileged_texts(example) if texts is None else texts
-        prompt = example["prompt"]
-        if isinstance(prompt, str):
-            if self.system_prompt is not None:
-                raise ValueError(
-                    "`teacher_system_prompt` needs conversational prompts, and the dataset has plain strings: put the "
-                    "text into `teacher_prompt_template`."
-                )
-            return self.template.format(prompt=prompt, **texts)
-        *earlier, last = prompt
-        if last["role"] != "user" or not isinstance(last["content"], str):
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
             raise ValueError(
-                f"A teacher context needs prompts that end in a user turn of plain text, and found a last message "
-                f"with the role {last['role']!r} and content of type {type(last['content']).__name__}."
+                f"`{folder}` has no {FILE}, so the teacher cannot go on from where it was: resume from a checkpoint that "
+                f"was written with `teacher_weights={self.weights!r}`."
             )
-        if self.system_prompt is not None:
-            earlier = [message for message in earlier if message["role"] != "system"]
-            earlier = [{"role": "system", "content": self.system_prompt}, *earlier]
-        return [*earlier, {**last, "content": self.template.format(prompt=last["content"], **texts)}]
+        saved = load_file(path)
+        for name, (teacher, _) in self.pairs().items():
+            assign(teacher, saved[name])
+
+    def remove_saved_adapter(self, folder: str) -> None:
+        """
+        PEFT saves every adapter, and reads a folder with several as one without the student's.
+
+        Args:
+            folder (`str`):
+                Folder that the student was saved to.
+        """
+        shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)
 
 
 class TeacherSyncCallback(TrainerCallback):
@@ -229,6 +304,133 @@ class TeacherSyncCallback(TrainerCallback):
             for teacher, student in self.pairs().values():
                 with gathered(student), gathered(teacher, is_changed=True):
                     teacher.lerp_(student.to(teacher.dtype), self.rate)
+
+
+def load_external(model: str | PreTrainedModel, args: OPSDConfig) -> PreTrainedModel:
+    """
+    An external teacher, loaded as [`~trl.DistillationTrainer`] loads one.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Path or id. A model is returned as it is.
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Model.
+
+    Raises:
+        ValueError: If there are arguments for loading a model that is loaded already.
+    """
+    if isinstance(model, str):
+        # Where nothing is said of it, the type is that of the checkpoint
+        own = {"dtype": None, "revision": args.teacher_model_revision, **(args.teacher_model_init_kwargs or {})}
+        return load(model, own, args)
+    if args.teacher_model_init_kwargs is not None:
+        raise ValueError(
+            "`teacher_model_init_kwargs` are for loading a teacher, and `teacher_model` is a model already: drop them, or "
+            "give the teacher as a path."
+        )
+    return model
+
+
+def load(model: str, init_kwargs: dict[str, Any] | None, args: OPSDConfig) -> PreTrainedModel:
+    """
+    Loads a model with what the base class adds to the keyword arguments of the student.
+
+    Args:
+        model (`str`):
+            Path or id.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained`.
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Model.
+    """
+    init_kwargs = dict(init_kwargs or {})
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        init_kwargs["device_map"] = None
+    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **init_kwargs)
+
+
+def copy_of_student(model: str | PreTrainedModel, args: OPSDConfig) -> PreTrainedModel:
+    """
+    A frozen copy of the student, for a teacher that starts with its weights.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student. Given as a path, it is loaded a second time.
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Copy, in evaluation mode.
+
+    Raises:
+        ValueError: If a copy would be empty, under ZeRO-3.
+    """
+    if isinstance(model, str):
+        teacher = load(model, args.model_init_kwargs, args)
+    elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # The parameters of an instantiated model are sharded already, so a copy of it would be empty
+        raise ValueError(
+            "A teacher with the student's weights needs, under ZeRO-3, the model as a path, so that it can be "
+            "loaded a second time: pass `model` as a string."
+        )
+    else:
+        teacher = copy.deepcopy(model)
+    return teacher.requires_grad_(False).eval()
+
+
+def check_vocabularies(
+    student: str | PreTrainedModel,
+    teacher: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: OPSDConfig,
+) -> bool:
+    """
+    Checks that an external teacher speaks the student's language: the same tokenizer, though one head may be padded to
+    more columns than the other.
+
+    Args:
+        student (`str` or [`~transformers.PreTrainedModel`]):
+            Student.
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            External teacher.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the student, if it was given.
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Returns:
+        `bool`: Whether the heads have the same number of columns.
+
+    Raises:
+        ValueError: If the tokenizers differ, or if the heads do and it cannot be told that the tokenizers do not.
+    """
+    options = {"trust_remote_code": args.trust_remote_code}
+    configs = [
+        AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
+        for model in (student, teacher)
+    ]
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    paths = [model if isinstance(model, str) else get_config_model_id(model.config) for model in (student, teacher)]
+    if not all(isinstance(model, str) for model in (student, teacher)) and sizes[0] == sizes[1]:
+        return True  # as in the base class: an instantiated model may have no tokenizer to look at
+    student_tokenizer = processing_class or AutoTokenizer.from_pretrained(paths[0], **options)
+    vocabularies = [
+        tokenizer.get_vocab() for tokenizer in (student_tokenizer, AutoTokenizer.from_pretrained(paths[1], **options))
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"Student and teacher have different tokenizers ({len(vocabularies[0])} and {len(vocabularies[1])} tokens), "
+            "and the divergence compares them token by token: take a teacher of the same family, or use TRL's "
+            "GOLDTrainer, which distils across tokenizers."
+        )
+    return sizes[0] == sizes[1]
 
 
 def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
@@ -319,154 +521,3 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         parameter.copy_(value)
-
-
-def resolve_teacher_weights(
-    args: "OPSDConfig", model: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None
-) -> str:
-    """
-    Weights of the teacher, checked against its context.
-
-    Args:
-        args ([`OPSDConfig`]):
-            Configuration.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Student.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            External teacher.
-
-    Returns:
-        `str`: One of the values of `teacher_weights`.
-
-    Raises:
-        ValueError: If the teacher would be the student in weights and context, or if weights and teacher model
-            contradict each other.
-    """
-    weights = args.teacher_weights or ("initial" if teacher_model is None else "external")
-    if weights == "external" and teacher_model is None:
-        raise ValueError(
-            "`teacher_weights='external'` needs a teacher model: set `teacher_model_name_or_path` (in Python "
-            "`teacher_model`), or use `teacher_weights='initial'`."
-        )
-    if weights != "external" and teacher_model is not None:
-        raise ValueError(
-            f"`teacher_weights={weights!r}` and a teacher model contradict each other: drop the teacher model, or set "
-            "`teacher_weights='external'`."
-        )
-    same_weights = weights != "external" or teacher_model is model
-    same_weights = same_weights or (isinstance(model, str) and model == teacher_model)
-    own_template_kwargs = args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {})
-    if same_weights and args.build_teacher_context() is None and not own_template_kwargs:
-        raise ValueError(
-            "Teacher and student are the same in weights and context, so the divergence is zero and nothing would be "
-            "learned: set `teacher_context`, or `teacher_model_name_or_path` to another model."
-        )
-    return weights
-
-
-def load_like_student(
-    model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, args: "OPSDConfig"
-) -> PreTrainedModel:
-    """
-    Loads a model with what the base class adds to the keyword arguments of the student.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Path or id. A model is returned as it is.
-        init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained`.
-        args ([`OPSDConfig`]):
-            Configuration.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: Model.
-    """
-    if not isinstance(model, str):
-        return model
-    init_kwargs = dict(init_kwargs or {})
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        init_kwargs["device_map"] = None
-    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **init_kwargs)
-
-
-def copy_of_student(model: str | PreTrainedModel, args: "OPSDConfig") -> PreTrainedModel:
-    """
-    A frozen copy of the student, for a teacher that starts with its weights.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Student. Given as a path, it is loaded a second time.
-        args ([`OPSDConfig`]):
-            Configuration.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: Copy, in evaluation mode.
-
-    Raises:
-        ValueError: If there are arguments for loading an external teacher, or if a copy would be empty under ZeRO-3.
-    """
-    if args.teacher_model_init_kwargs is not None:
-        raise ValueError(
-            "`teacher_model_init_kwargs` are for an external teacher, and this one is loaded as the student is: "
-            "set `model_init_kwargs` instead."
-        )
-    if isinstance(model, str):
-        teacher = load_like_student(model, args.model_init_kwargs, args)
-    elif args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        # The parameters of an instantiated model are sharded already, so a copy of it would be empty
-        raise ValueError(
-            "A teacher with the student's weights needs, under ZeRO-3, the model as a path, so that it can be "
-            "loaded a second time: pass `model` as a string."
-        )
-    else:
-        teacher = copy.deepcopy(model)
-    return teacher.requires_grad_(False).eval()
-
-
-def check_vocabularies(
-    student: str | PreTrainedModel,
-    teacher: str | PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
-    args: "OPSDConfig",
-) -> bool:
-    """
-    Checks that an external teacher speaks the student's language: the same tokenizer, though one head may be padded to
-    more columns than the other.
-
-    Args:
-        student (`str` or [`~transformers.PreTrainedModel`]):
-            Student.
-        teacher (`str` or [`~transformers.PreTrainedModel`]):
-            External teacher.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the student, if it was given.
-        args ([`OPSDConfig`]):
-            Configuration.
-
-    Returns:
-        `bool`: Whether the heads have the same number of columns.
-
-    Raises:
-        ValueError: If the tokenizers differ, or if the heads do and it cannot be told that the tokenizers do not.
-    """
-    options = {"trust_remote_code": args.trust_remote_code}
-    configs = [
-        AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model.config
-        for model in (student, teacher)
-    ]
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    paths = [model if isinstance(model, str) else get_config_model_id(model.config) for model in (student, teacher)]
-    if not all(isinstance(model, str) for model in (student, teacher)) and sizes[0] == sizes[1]:
-        return True  # as in the base class: an instantiated model may have no tokenizer to look at
-    student_tokenizer = processing_class or AutoTokenizer.from_pretrained(paths[0], **options)
-    vocabularies = [
-        tokenizer.get_vocab() for tokenizer in (student_tokenizer, AutoTokenizer.from_pretrained(paths[1], **options))
-    ]
-    if vocabularies[0] != vocabularies[1]:
-        raise ValueError(
-            f"Student and teacher have different tokenizers ({len(vocabularies[0])} and {len(vocabularies[1])} tokens), "
-            "and the divergence compares them token by token: take a teacher of the same family, or use TRL's "
-            "GOLDTrainer, which distils across tokenizers."
-        )
-    return sizes[0] == sizes[1]

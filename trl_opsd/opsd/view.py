@@ -1,22 +1,15 @@
 """
-What people look at: a table of the rollouts of a step, and a page that shows a few of them with every token coloured by
-how much the teacher disagrees.
+A page that shows a few rollouts, every token coloured by how much the teacher disagrees.
 """
 
-import importlib
 import math
 import os
-import unicodedata
 from bisect import bisect_right
-from dataclasses import dataclass, field
 from html import escape
-from typing import Any
 
-import torch
-from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import is_rich_available
-from trl.trainer.utils import print_prompt_completions_sample
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from .completions import Rollout, RolloutLog, visible
 
 
 # Rollouts on a page, where `num_completions_to_print` does not say
@@ -54,264 +47,55 @@ i { opacity: .5; font-style: normal; }
 """
 
 
-@dataclass
-class Rollout:
+class RolloutPages(TrainerCallback):
     """
-    What is known of a rollout.
-
-    Args:
-        prompt (`str`):
-            Prompt of the student, without special tokens.
-        completion (`str`):
-            What the student wrote, without special tokens.
-        num_tokens (`int`):
-            Tokens of it.
-        kept (`bool`):
-            Whether it is trained on.
-        rewards (`dict[str, float]`, *optional*):
-            Reward of each verifier (`rewards/{name}`), and what they add up to (`reward`).
-        extra (`dict[str, Any]`, *optional*):
-            What the verifiers logged of it with `log_extra`.
-        kl (`float`, *optional*):
-            Divergence before the clip, mean over its tokens, in nats. `None` where it was not measured.
-        token_ids (`list[int]`, *optional*):
-            Its tokens, if it is to be shown.
-        prompt_ids (`list[int]`, *optional*):
-            Those of the prompt, if it is to be shown.
-        teacher_prompt_ids (`list[int]`, *optional*):
-            Those of the teacher's prompt, if it is to be shown and the teacher has one of its own.
-        token_kl (`list[float]`, *optional*):
-            Divergence at each token, in nats; NaN where the token is not the student's own.
-    """
-
-    prompt: str
-    completion: str
-    num_tokens: int
-    kept: bool
-    rewards: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    kl: float | None = None
-    token_ids: list[int] | None = None
-    prompt_ids: list[int] | None = None
-    teacher_prompt_ids: list[int] | None = None
-    token_kl: list[float] | None = None
-
-
-class RolloutLog:
-    """
-    Keeps, on each process, the rollouts since the last log: all of them for the table, the tokens of a few for the page.
+    Writes `<output_dir>/rollouts/step-<n>.html` with every log of [`OPSDTrainer`].
 
     Args:
         trainer ([`OPSDTrainer`]):
-            Trainer whose rollouts they are.
-        num_kept (`int`, *optional*):
-            Number of rollouts from which on the oldest are forgotten. Defaults to those of a step on this process.
+            Trainer. Its `num_completions_to_print` says how many rollouts are shown, 8 where it is not set.
     """
 
-    def __init__(self, trainer, num_kept: int | None = None):
+    def __init__(self, trainer):
         self.trainer = trainer
-        args = trainer.args
-        self.num_shown = NUM_SHOWN if args.num_completions_to_print is None else args.num_completions_to_print
-        self.num_kept = num_kept or args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.rollouts: dict[str, dict[int, Rollout]] = {"train": {}, "eval": {}}
-        # Divergence at each token, by the number of the rollout. It may have been written by another process
-        self.measured: dict[str, dict[int, list[float]]] = {"train": {}, "eval": {}}
-        self.count = 0
+        if trainer.rollout_log is None:
+            trainer.rollout_log = RolloutLog(trainer)
+        trainer.rollout_log.num_shown = num_shown(trainer.args)
 
-    def add(self, mode: str, output: dict[str, Any]) -> None:
-        """
-        Takes up the rollouts of a batch, and numbers them in `output["rollout"]`, of shape `(B,)`, so that what is
-        measured of them later finds them wherever they have been shuffled to.
-
-        Args:
-            mode (`str`):
-                `"train"` or `"eval"`.
-            output (`dict[str, Any]`):
-                The batch. `rewards`, of shape `(B, functions + 1)` with their total last, and `extra`, what the
-                verifiers logged by column, are taken out of it.
-
-        Raises:
-            ValueError: If a verifier logged another number of values than there are rollouts.
-        """
-        ids = _unpadded(output["completion_ids"], output["completion_mask"])
-        prompt_ids = _unpadded(output["prompt_ids"], output["prompt_mask"])
-        kept = output["kept"].tolist() if "kept" in output else [True] * len(ids)
-        rewards, extra = [{}] * len(ids), output.pop("extra", {})
-        if "rewards" in output:
-            names = [*(f"rewards/{name}" for name in self.trainer.reward_func_names), "reward"]
-            rewards = [dict(zip(names, row, strict=True)) for row in output.pop("rewards").tolist()]
-        for column, values in extra.items():
-            if len(values) != len(ids):
-                raise ValueError(
-                    f"A reward function logged {len(values)} values of `{column}` with `log_extra` for a batch of "
-                    f"{len(ids)} rollouts: log one for each."
-                )
-        prompts, completions = (
-            self.trainer._tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in (prompt_ids, ids)
-        )
-        batch = [
-            Rollout(*row, extra={column: values[i] for column, values in extra.items()})
-            for i, row in enumerate(zip(prompts, completions, map(len, ids), kept, rewards, strict=True))
-        ]
-        for i in sorted(range(len(ids)), key=lambda i: not kept[i])[: self.num_shown]:
-            batch[i].token_ids, batch[i].prompt_ids = ids[i], prompt_ids[i]
-            if "teacher_prompt_ids" in output:
-                rows = (output[name][i : i + 1] for name in ("teacher_prompt_ids", "teacher_prompt_mask"))
-                batch[i].teacher_prompt_ids = _unpadded(*rows)[0]
-        rollouts = self.rollouts[mode]
-        for old in list(rollouts)[: max(0, len(rollouts) + len(batch) - self.num_kept)]:
-            del rollouts[old]
-        accelerator = self.trainer.accelerator
-        numbers = [
-            number * accelerator.num_processes + accelerator.process_index
-            for number in range(self.count, self.count + len(batch))
-        ]
-        self.count += len(batch)
-        rollouts.update(zip(numbers, batch, strict=True))
-        output["rollout"] = torch.tensor(numbers, device=output["completion_ids"].device)
-
-    def measure(self, mode: str, numbers: torch.Tensor, valid: torch.Tensor, kl: torch.Tensor) -> None:
-        """
-        Takes up what the loss measured.
-
-        Args:
-            mode (`str`):
-                `"train"` or `"eval"`.
-            numbers (`torch.Tensor`):
-                Numbers of the rollouts, of shape `(B,)`.
-            valid (`torch.Tensor`):
-                Which positions of the completions count, of shape `(B, C)`.
-            kl (`torch.Tensor`):
-                Divergence of each of those, in nats, of shape `(N,)`.
-        """
-        values = torch.full(valid.shape, torch.nan, device=valid.device)
-        values[valid] = kl.detach().float()
-        for number, row, counts in zip(numbers.tolist(), values.cpu(), valid.cpu(), strict=True):
-            if counts.any():
-                self.measured[mode][number] = row[: counts.nonzero().max() + 1].tolist()
-        for old in list(self.measured[mode])[: -self.num_kept]:
-            del self.measured[mode][old]
-
-    def own(self, mode: str) -> list[Rollout]:
-        """
-        Rollouts of this process, with what it has measured of them.
-
-        Args:
-            mode (`str`):
-                `"train"` or `"eval"`.
-
-        Returns:
-            `list[Rollout]`: In the order in which they were taken up.
-        """
-        return _with_kl(self.rollouts[mode], self.measured[mode])
-
-    def write(self, mode: str) -> None:
-        """
-        Prints, saves and reports the table, and writes the page. To be called on every process.
-
-        Args:
-            mode (`str`):
-                `"train"` or `"eval"`.
-        """
-        rollouts, measured = (gather_object(list(own[mode].items())) for own in (self.rollouts, self.measured))
-        rollouts = _with_kl(dict(rollouts), dict(measured))
-        self.rollouts[mode].clear()
-        self.measured[mode].clear()
-        if not rollouts or not self.trainer.accelerator.is_main_process:
-            return
-        args, step = self.trainer.args, self.trainer.state.global_step
-        measured = {
-            "kept": [rollout.kept for rollout in rollouts],
-            "tokens": [rollout.num_tokens for rollout in rollouts],
-            "kl": [rollout.kl for rollout in rollouts],
-        }
-        rewards = {name: [rollout.rewards[name] for rollout in rollouts] for name in rollouts[0].rewards}
-        columns = dict.fromkeys(name for rollout in rollouts for name in rollout.extra)
-        extra = {name: [rollout.extra.get(name) for rollout in rollouts] for name in columns}
-        prompts, completions = ([vars(rollout)[name] for rollout in rollouts] for name in ("prompt", "completion"))
-        if is_rich_available():
-            print_prompt_completions_sample(
-                [visible(prompt) for prompt in prompts],
-                [visible(completion) for completion in completions],
-                rewards,
-                None,
-                step,
-                args.num_completions_to_print,
-                extra={
-                    **{name: [visible(str(value)) for value in values] for name, values in extra.items()},
-                    "kept": ["yes" if kept else "no" for kept in measured["kept"]],
-                    "tokens": measured["tokens"],
-                    "KL": ["" if kl is None else f"{kl:.3f}" for kl in measured["kl"]],
-                },
-            )
-
-        import pandas as pd
-
-        table = {"prompt": prompts, "completion": completions, **extra, **rewards, **measured}
-        table = pd.DataFrame({"step": step, **table})
-        name = "completions" if mode == "train" else "eval_completions"
-        path = os.path.join(args.output_dir, "completions", f"{name}_{step:05d}.parquet")
-        table.to_parquet(f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-        if args.log_unique_prompts:
-            table = table.drop_duplicates(subset=["prompt"])
-        for backend in ("wandb", "trackio"):
-            if backend in args.report_to:
-                backend = importlib.import_module(backend)
-                if backend.__name__ == "trackio" or backend.run is not None:
-                    backend.log({name: backend.Table(dataframe=table)})
-        page = f"step-{step}.html" if mode == "train" else f"eval-step-{step}.html"
-        self.write_page(os.path.join(args.output_dir, "rollouts", page), rollouts, f"Step {step}")
-
-    def write_page(self, path: str, rollouts: list[Rollout], title: str) -> None:
-        """
-        Writes the page, whole or not at all.
-
-        Args:
-            path (`str`):
-                File. A missing folder is made.
-            rollouts (`list[Rollout]`):
-                Rollouts to choose from. Those that are trained on come first.
-            title (`str`):
-                Title.
-        """
-        shown = [rollout for rollout in rollouts if rollout.token_ids is not None]
-        shown = sorted(shown, key=lambda rollout: not rollout.kept)[: self.num_shown]
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(render(shown, self.trainer._tokenizer, f"{title}: {len(shown)} of {len(rollouts)} rollouts"))
-        os.replace(f"{path}.tmp", path)
+    def on_log(self, args, state, control, **kwargs):
+        mode = "train" if self.trainer.model.training else "eval"
+        rollouts = self.trainer.rollout_log.gathered(mode)
+        if rollouts and state.is_world_process_zero:
+            name = f"step-{state.global_step}.html" if mode == "train" else f"eval-step-{state.global_step}.html"
+            path = os.path.join(args.output_dir, "rollouts", name)
+            write_page(path, rollouts, self.trainer.rollout_log, f"Step {state.global_step}")
 
 
-def _with_kl(rollouts: dict[int, Rollout], measured: dict[int, list[float]]) -> list[Rollout]:
-    for number in rollouts.keys() & measured.keys():
-        own = [kl for kl in measured[number] if not math.isnan(kl)]
-        rollouts[number].kl, rollouts[number].token_kl = sum(own) / len(own), measured[number]
-    return list(rollouts.values())
+def num_shown(args) -> int:
+    """Rollouts on a page."""
+    return NUM_SHOWN if args.num_completions_to_print is None else args.num_completions_to_print
 
 
-def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-
-
-def visible(text: str) -> str:
+def write_page(path: str, rollouts: list[Rollout], log: RolloutLog, title: str) -> None:
     """
-    Text without characters that act instead of showing: controls, overrides of direction, lone surrogates.
+    Writes a page, whole or not at all.
 
     Args:
-        text (`str`):
-            Text of any origin.
-
-    Returns:
-        `str`: The same text with each of those as an escape such as `\\x1b`. Newlines, tabs and the joiners that some
-        scripts are written with stay.
+        path (`str`):
+            File. A missing folder is made.
+        rollouts (`list[Rollout]`):
+            Rollouts to choose from. Those that are trained on come first.
+        log ([`RolloutLog`]):
+            Log that they come from.
+        title (`str`):
+            Title.
     """
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\n\t\u200c\u200d"
-        else char
-        for char in text
-    )
+    shown = [rollout for rollout in rollouts if rollout.token_ids is not None]
+    shown = sorted(shown, key=lambda rollout: not rollout.kept)[: log.num_shown]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(render(shown, log.tokenizer, f"{title}: {len(shown)} of {len(rollouts)} rollouts"))
+    os.replace(f"{path}.tmp", path)
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:

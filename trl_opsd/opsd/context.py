@@ -1,0 +1,323 @@
+"""
+What the teacher sees and the student does not.
+
+A context is a prompt template. Its placeholders say what it needs from a row: `{prompt}` is the student's own prompt,
+`{solution}` and `{answer}` are columns of the dataset, `{privileged_context}` is a column that, wherever a row has it,
+also stands in for `{solution}` and `{answer}`, and `{sibling}` is the shortest correct rollout of the same prompt.
+"""
+
+from collections.abc import Callable
+from string import Formatter
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+
+logger = get_logger(__name__)
+
+# Wording ours. The meaning follows https://huggingface.co/papers/2601.18734 (solution) and
+# https://huggingface.co/papers/2603.05433 (concise, uniform and by difficulty).
+TEACHER_PROMPT_TEMPLATES = {
+    "solution": (
+        "{prompt}\n\nA reference solution to this problem, for your eyes only:\n\n{solution}\n\n"
+        "With its line of thought in mind, derive the answer again in your own words, step by step, as if you had "
+        "found it yourself. Do not mention the reference."
+    ),
+    "answer": (
+        "{prompt}\n\nThe final answer is known to be: {answer}\n\n"
+        "Derive it step by step, as if you did not know it, and do not mention that it was given."
+    ),
+    "concise": (
+        "{prompt}\n\nReason as concisely as you can: keep every step that the result depends on, and leave out "
+        "restatements, second thoughts and repeated checks."
+    ),
+    "concise_by_difficulty": (
+        "{prompt}\n\nFirst judge how hard this problem is. If it is easy, answer with the few steps that it takes. If it "
+        "is hard, think as long as it needs, but leave out restatements, second thoughts and repeated checks."
+    ),
+    "sibling": (
+        "{prompt}\n\nA short and correct way to solve this problem, for your eyes only:\n\n{sibling}\n\n"
+        "Solve it as briefly, in your own words. Do not mention the other solution."
+    ),
+}
+
+PRIVILEGED_FIELDS = ("solution", "answer", "sibling", "privileged_context")
+
+
+class TeacherContext:
+    """
+    Puts prompts into the teacher's context.
+
+    Args:
+        template (`str`):
+            Prompt template with the placeholder `{prompt}` and any of `{solution}`, `{answer}`, `{sibling}` and
+            `{privileged_context}`. A literal brace is written twice.
+
+    Attributes:
+        fields (`set[str]`):
+            Privileged placeholders of the template.
+
+    Raises:
+        ValueError: If the template lacks `{prompt}`, has an unknown placeholder or unbalanced braces.
+
+    Example:
+
+    ```python
+    >>> from trl_opsd.opsd.context import TeacherContext
+
+    >>> context = TeacherContext("{prompt} The answer is {answer}.")
+    >>> context.prompt({"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"})
+    [{'role': 'user', 'content': '2+2? The answer is 4.'}]
+    ```
+    """
+
+    def __init__(self, template: str):
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise ValueError(
+                f"`teacher_prompt_template` has unbalanced braces ({error}): write a literal brace twice, as in "
+                "`\\boxed{{}}`."
+            ) from None
+        unknown = fields - {"prompt", *PRIVILEGED_FIELDS}
+        if unknown:
+            raise ValueError(
+                f"`teacher_prompt_template` has the unknown placeholder `{{{sorted(unknown)[0]}}}`: use {{prompt}}, "
+                f"{', '.join('{' + name + '}' for name in PRIVILEGED_FIELDS)}, and write a literal brace twice."
+            )
+        if "prompt" not in fields:
+            raise ValueError(
+                "`teacher_prompt_template` has no `{prompt}`, so the teacher would not see the problem: add it."
+            )
+        self.template = template
+        self.fields = fields - {"prompt"}
+
+    def check_columns(self, columns: list[str]) -> None:
+        """
+        Checks that a dataset has what the template takes.
+
+        Args:
+            columns (`list[str]`):
+                Columns of the dataset.
+
+        Raises:
+            ValueError: If a column is missing. The message names it and the columns found.
+        """
+        if "privileged_context" in columns:
+            return
+        for field in sorted(self.fields - {"sibling"}):
+            if field not in columns:
+                raise ValueError(
+                    f"The teacher context needs the column `{field}`, and the dataset has {sorted(columns)}: add it, "
+                    "or add `privileged_context`, which stands in for it, or choose another `teacher_context`."
+                )
+
+    def privileged_texts(self, example: dict[str, Any], sibling: str | None = None) -> dict[str, str]:
+        """
+        What the template takes from a row.
+
+        Args:
+            example (`dict[str, Any]`):
+                Row of the dataset.
+            sibling (`str`, *optional*):
+                Shortest correct rollout of the same prompt.
+
+        Returns:
+            `dict[str, str]`: Text for each of `fields`.
+
+        Raises:
+            ValueError: If one is missing in this row.
+        """
+        override = example.get("privileged_context")
+        texts = {}
+        for field in self.fields:
+            text = example.get(field)
+            if field == "sibling":
+                text = sibling
+            elif override is not None:
+                text = override
+            if text is None:
+                raise ValueError(
+                    f"The teacher context needs `{field}`, and it is empty in the row with the prompt "
+                    f"{str(example['prompt'])[:80]!r}: filter such rows out, or fill `privileged_context`."
+                )
+            texts[field] = text
+        return texts
+
+    def prompt(self, example: dict[str, Any], texts: dict[str, str] | None = None) -> list[dict[str, Any]] | str:
+        """
+        The prompt of a row in the teacher's context.
+
+        Args:
+            example (`dict[str, Any]`):
+                Row with `prompt`, either a string or a list of messages that ends in a user turn.
+            texts (`dict[str, str]`, *optional*):
+                Privileged texts, by default those of the row.
+
+        Returns:
+            `list[dict[str, Any]]` or `str`: Prompt of the same format as the row's own. Earlier turns are kept.
+
+        Raises:
+            ValueError: If a privileged text is missing in this row, or if the last message is not a user turn of
+                plain text.
+        """
+        texts = self.privileged_texts(example) if texts is None else texts
+        prompt = example["prompt"]
+        if isinstance(prompt, str):
+            return self.template.format(prompt=prompt, **texts)
+        *earlier, last = prompt
+        if last["role"] != "user" or not isinstance(last["content"], str):
+            raise ValueError(
+                f"A teacher context needs prompts that end in a user turn of plain text, and found a last message "
+                f"with the role {last['role']!r} and content of type {type(last['content']).__name__}."
+            )
+        return [*earlier, {**last, "content": self.template.format(prompt=last["content"], **texts)}]
+
+
+class TeacherPrompts:
+    """
+    The prompts of a batch as the teacher sees them.
+
+    Args:
+        context ([`TeacherContext`], *optional*):
+            Context of the teacher. If `None`, it sees the plain prompt, rendered in its own way.
+        sibling_fallback ([`TeacherContext`], *optional*):
+            Context of a rollout without a correct sibling, where the context takes one.
+        render (`Callable`):
+            Token ids of a list of prompts, with the generation prompt, under the teacher's arguments of the chat template.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the student, in whose tokens a privileged text is cut.
+    """
+
+    def __init__(
+        self,
+        context: TeacherContext | None,
+        sibling_fallback: TeacherContext | None,
+        render: Callable[[list], list[list[int]]],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.context, self.sibling_fallback = context, sibling_fallback
+        self.render, self.tokenizer = render, tokenizer
+
+    @property
+    def takes_sibling(self) -> bool:
+        """Whether what the teacher sees is known only when the rollouts are written."""
+        return self.context is not None and "sibling" in self.context.fields
+
+    def prompt(
+        self, row: dict[str, Any], sibling: str | None = None, cut: Callable[[str], str] | None = None
+    ) -> list[dict[str, Any]] | str:
+        """
+        A prompt in the teacher's context.
+
+        Args:
+            row (`dict[str, Any]`):
+                Row of the dataset.
+            sibling (`str`, *optional*):
+                Shortest correct rollout of the same prompt.
+            cut (`Callable`, *optional*):
+                Shortens each privileged text.
+
+        Returns:
+            `list[dict[str, Any]]` or `str`: Prompt of the same format as the row's own.
+        """
+        context = self.sibling_fallback if self.takes_sibling and sibling is None else self.context
+        if context is None:
+            return row["prompt"]
+        texts = context.privileged_texts(row, sibling)
+        if cut is not None:
+            texts = {field: cut(text) for field, text in texts.items()}
+        return context.prompt(row, texts)
+
+    def encode(
+        self, rows: list[dict[str, Any]], siblings: list[str | None], max_length: int
+    ) -> tuple[list[list[int]], int]:
+        """
+        Token ids of the prompts of a batch. In one that is too long the privileged text is cut, never the problem.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Rows of the dataset.
+            siblings (`list[str | None]`):
+                Shortest correct rollout of the same prompt, for each of them.
+            max_length (`int`):
+                Most tokens of a prompt.
+
+        Returns:
+            `tuple[list[list[int]], int]`: Ids of each prompt, and how many were cut.
+
+        Raises:
+            ValueError: If a prompt does not fit even without its privileged text.
+        """
+        pairs = list(zip(rows, siblings, strict=True))
+        prompt_ids = self.render([self.prompt(*pair) for pair in pairs])
+        if self.context is None:
+            return prompt_ids, 0
+        too_long = [index for index, ids in enumerate(prompt_ids) if len(ids) > max_length]
+        for index in too_long:
+            prompt_ids[index] = self._cut(*pairs[index], max_length)
+        return prompt_ids, len(too_long)
+
+    def _cut(self, row: dict[str, Any], sibling: str | None, max_length: int) -> list[int]:
+        """Ids of a prompt that fits, with as many tokens of each privileged text as there is room for."""
+
+        def prompt_ids(num_tokens: int) -> list[int]:
+            def cut(text: str) -> str:
+                return self.tokenizer.decode(self.tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens])
+
+            return self.render([self.prompt(row, sibling, cut)])[0]
+
+        if len(prompt_ids(0)) > max_length:
+            raise ValueError(
+                f"The teacher's prompt is longer than {max_length} tokens even without its privileged text, and the "
+                "problem is never cut: raise `max_teacher_prompt_length` or filter out the row with the prompt "
+                f"{str(row['prompt'])[:80]!r}."
+            )
+        logger.warning_once(
+            f"A privileged text was cut to fit {max_length} tokens of teacher prompt; the share of prompts is logged as "
+            "`opsd/privileged_cut`."
+        )
+        fits, too_many = 0, max_length
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if len(prompt_ids(middle)) <= max_length:
+                fits = middle
+            else:
+                too_many = middle
+        return prompt_ids(fits)
+
+    def check_boundary(self, row: dict[str, Any], student: Callable, teacher: Callable) -> None:
+        """
+        Checks that student and teacher are asked for the completion by the same generation prompt.
+
+        Args:
+            row (`dict[str, Any]`):
+                Row of the dataset. A plain string has no generation prompt: how it ends is the template's own business.
+            student (`Callable`):
+                Token ids of a prompt, on the student's side; called with the prompt and whether the generation prompt
+                is added.
+            teacher (`Callable`):
+                The same on the teacher's side.
+
+        Raises:
+            ValueError: If the generation prompts differ. The message shows both.
+        """
+        if not is_conversational({"prompt": row["prompt"]}):
+            return
+        endings = []
+        for render, prompt in ((student, row["prompt"]), (teacher, self.prompt(row, sibling=""))):
+            ids, without = render(prompt, True), render(prompt, False)
+            # Not always a prefix: some templates end a conversation that has no generation prompt
+            same = next(
+                (i for i, pair in enumerate(zip(ids, without, strict=False)) if pair[0] != pair[1]), len(without)
+            )
+            endings.append(ids[same:])
+        if endings[0] != endings[1]:
+            raise ValueError(
+                "The student and the teacher are asked for the completion in different ways, so the teacher would "
+                f"score tokens in a place where it never writes them: the student's prompt ends in "
+                f"{self.tokenizer.decode(endings[0])!r} and the teacher's in {self.tokenizer.decode(endings[1])!r}. "
+                "Make `chat_template_kwargs` and `teacher_chat_template_kwargs` agree on it."
+            )

@@ -1,0 +1,131 @@
+"""What the loss measures at each token, and who is told of it before the weights move."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from .divergence import DivergenceOutput
+
+
+class OPSDAlarm(RuntimeError):
+    """Raised before the optimizer step that would ruin the student."""
+
+
+class TokenMetrics:
+    """
+    Sums, over the trained tokens of this process since the last log, of what the loss measures at each of them.
+
+    Attributes:
+        num_tokens (`int`):
+            Tokens.
+    """
+
+    NAMES = (
+        "opsd/kl",
+        "opsd/clip_fraction",
+        "opsd/student_entropy",
+        "opsd/teacher_entropy",
+        "opsd/top1_agreement",
+    )
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was measured."""
+        self._sums = torch.zeros(1 + len(self.NAMES), dtype=torch.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._sums[0])
+
+    def add(self, tokens: DivergenceOutput) -> torch.Tensor:
+        """
+        Takes up what a forward pass measured.
+
+        Args:
+            tokens ([`DivergenceOutput`]):
+                Divergence of each token, and what was measured beside it.
+
+        Returns:
+            `torch.Tensor`: Sum of the student's entropy over the tokens, a scalar.
+        """
+        measured = {
+            "opsd/kl": tokens.divergence.detach() if tokens.unclipped is None else tokens.unclipped,
+            "opsd/clip_fraction": tokens.clip_fraction,
+            "opsd/student_entropy": tokens.student_entropy,
+            "opsd/teacher_entropy": tokens.teacher_entropy,
+            "opsd/top1_agreement": tokens.top1_agreement,
+        }
+        # What a backend does not measure is NaN, which `log` shows as missing
+        nan = torch.full((), torch.nan, device=tokens.divergence.device)
+        num_tokens = torch.full_like(nan, tokens.divergence.numel())
+        sums = torch.stack([num_tokens, *(nan if values is None else values.sum() for values in measured.values())])
+        self._sums += sums.cpu().double()
+        return sums[1 + self.NAMES.index("opsd/student_entropy")]
+
+    def means(self) -> dict[str, float]:
+        """
+        Returns:
+            `dict[str, float]`: Mean of each over the tokens of this process, NaN where nothing was measured.
+        """
+        num_tokens, *sums = self._sums.tolist()
+        return {name: total / max(num_tokens, 1) for name, total in zip(self.NAMES, sums, strict=True)}
+
+    def gathered_means(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Means over the tokens of all processes, so that a batch with few of them weighs little. Called on every process.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                Accelerator.
+
+        Returns:
+            `dict[str, float]`: Mean of each. Empty where there was no token.
+        """
+        sums = accelerator.reduce(self._sums.to(accelerator.device, torch.float32)).tolist()
+        if sums[0] == 0:
+            return {}
+        return {name: total / sums[0] for name, total in zip(self.NAMES, sums[1:], strict=True)}
+
+
+class DivergenceCallback(TrainerCallback):
+    """
+    A callback of [`OPSDTrainer`] that is also told of the divergence, before the backward pass: under DeepSpeed that is
+    where the optimizer steps.
+    """
+
+    def on_divergence(self, args, state, control, metrics: TokenMetrics, **kwargs) -> None:
+        """
+        Called after the loss of every micro-batch in training.
+
+        Args:
+            metrics ([`TokenMetrics`]):
+                What has been measured on this process since the last log.
+
+        Raises:
+            OPSDAlarm: To end the run with the weights as they are.
+        """
+
+
+def check_finite(metrics: TokenMetrics, step: int) -> None:
+    """
+    Checks that there is a gradient to follow.
+
+    Args:
+        metrics ([`TokenMetrics`]):
+            What was measured.
+        step (`int`):
+            Number of the optimizer step, for the message.
+
+    Raises:
+        OPSDAlarm: If the divergence is not finite.
+    """
+    kl = metrics.means()["opsd/kl"]
+    if metrics.num_tokens > 0 and not math.isfinite(kl):
+        raise OPSDAlarm(
+            f"The divergence of step {step} is {kl}: the weights of the teacher or of the student are not finite, or "
+            "their logits overflow. Nothing was updated in this step."
+        )

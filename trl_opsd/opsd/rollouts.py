@@ -1,0 +1,260 @@
+"""
+The rollouts of a batch: written, verified, asked again, and those chosen that are trained on.
+
+What is written comes from the trainer's own generation. This is the order of things around it.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl.data_utils import is_conversational
+
+from .batches import padded, unpadded
+from .config import OPSDConfig
+from .gate import Verdicts, judge, shortest, shortest_siblings
+from .pass_rates import PassRates, prompt_key
+from .verify import Verifiers
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class CollectedRollouts:
+    """
+    The rollouts of a batch, of this process.
+
+    Args:
+        rows (`list[dict[str, Any]]`):
+            Row of the dataset of each. It may be another one than the sampler drew.
+        batch (`dict[str, torch.Tensor]`):
+            The batch as the trainer generates it. With verifiers, `kept`, of shape `(B,)`, says which are trained on, and
+            `num_items_in_batch` counts their tokens in the whole global batch.
+        siblings (`list[str | None]`):
+            Text of the shortest correct rollout of the same prompt, where the teacher's context takes one.
+        metrics (`dict[str, float]`):
+            What is to be logged.
+        rewards (`torch.Tensor`, *optional*):
+            Reward by each verifier and, last, what they add up to, of shape `(B, functions + 1)`.
+        columns (`dict[str, list]`):
+            What the verifiers have logged of each.
+    """
+
+    rows: list[dict[str, Any]]
+    batch: dict[str, torch.Tensor]
+    siblings: list[str | None]
+    metrics: dict[str, float] = field(default_factory=dict)
+    rewards: torch.Tensor | None = None
+    columns: dict[str, list] = field(default_factory=dict)
+
+
+class Rollouts:
+    """
+    Collects the rollouts of each batch.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+        generate (`Callable`):
+            Rollouts of a list of rows, as a batch.
+        ask (`Callable`):
+            Rollouts of a list of prompts, from token ids to token ids.
+        verifiers ([`Verifiers`], *optional*):
+            Who judges them. If `None`, all of them are trained on.
+        train_dataset ([`~datasets.Dataset`]):
+            Where prompts are taken from in the place of those that are skipped.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        eos_token_ids (`list[int]`):
+            Tokens that end a rollout.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+
+    Attributes:
+        pass_rates ([`PassRates`] or `None`):
+            Pass rates of the prompts, where some are to be skipped.
+        given (`list[list[int]]` or `None`):
+            Completions that the data set holds, which stand in for those that the student would write now.
+    """
+
+    def __init__(
+        self,
+        args: OPSDConfig,
+        generate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        ask: Callable[[list[list[int]]], list[list[int]]],
+        verifiers: Verifiers | None,
+        train_dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: list[int],
+        accelerator: Accelerator,
+    ):
+        self.args = args
+        self.gate = args.resolve_gate(verifiers is not None)
+        self.verifiers = verifiers
+        context = args.build_teacher_context()
+        self.takes_sibling = context is not None and "sibling" in context.fields
+        self.pass_rates: PassRates | None = None
+        if args.min_pass_rate is not None or args.max_pass_rate is not None:
+            self.pass_rates = PassRates(
+                train_dataset["prompt"], args.min_pass_rate, args.max_pass_rate, args.pass_rate_rollouts, args.seed
+            )
+        self.given: list[list[int]] | None = None
+        self._generate, self._ask = generate, ask
+        self._train_dataset = train_dataset
+        self._tokenizer = tokenizer
+        self._ends = (*eos_token_ids, tokenizer.pad_token_id)
+        self._accelerator = accelerator
+
+    @property
+    def verifier_names(self) -> list[str]:
+        """Names of the verifiers."""
+        return [] if self.verifiers is None else self.verifiers.names
+
+    def collect(self, rows: list[dict[str, Any]], state: TrainerState, is_training: bool) -> CollectedRollouts:
+        """
+        Has rollouts written, verified and chosen. Called on every process.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Rows of this process, those of a prompt side by side.
+            state ([`~transformers.TrainerState`]):
+                State of the training.
+            is_training (`bool`):
+                Whether they are to be trained on, rather than evaluated.
+
+        Returns:
+            [`CollectedRollouts`]: Rollouts.
+        """
+        # Decided by seed and step: the same on every process, and after resuming
+        draw = random.Random(f"{self.args.seed} {state.global_step}").random()
+        is_given = is_training and draw >= self.args.lmbda
+        self.given = [row["completion_ids"] for row in rows] if is_given else None
+        is_own = is_training and not is_given  # rollouts of the student's that are trained on
+        metrics = {}
+        if self.pass_rates is not None and is_own:
+            rows, metrics["opsd/skipped"] = self._replace_skipped(rows)
+        rollouts = CollectedRollouts(rows, self._generate(rows), [None] * len(rows), metrics)
+        if self.verifiers is not None:
+            self._verify_and_choose(rollouts, state, is_training, is_own)
+        return rollouts
+
+    def _replace_skipped(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+        """The rows, with others of the training set in the place of those whose prompt is skipped, and their share."""
+        keys = gather_object([prompt_key(row["prompt"]) for row in rows])
+        taken = self.pass_rates.start_batch(keys, self.args.num_generations)
+        start = self._accelerator.process_index * len(rows)
+        rows = [
+            self._train_dataset[taken[slot]] if slot in taken else row for slot, row in enumerate(rows, start=start)
+        ]
+        return rows, len(taken) / len(keys)
+
+    def _verify_and_choose(
+        self, rollouts: CollectedRollouts, state: TrainerState, is_training: bool, is_own: bool
+    ) -> None:
+        """Decides which rollouts are trained on, after those that the gate rejects have been written again."""
+        rows, batch, metrics = rollouts.rows, rollouts.batch, rollouts.metrics
+        completion_ids = unpadded(batch["completion_ids"], batch["completion_mask"])
+        verdicts = self._verify(rows, completion_ids, state)
+        if self.given is None:  # what the data set holds does not speak for the student
+            for name, column in zip(self.verifiers.names, verdicts.rewards_per_func.unbind(dim=1), strict=True):
+                metrics[f"rewards/{name}/mean"] = column.nanmean().item()
+            metrics["reward"] = verdicts.rewards[verdicts.verified].mean().item()
+            # Of the first round: whoever fails is asked again, and whoever does not is not
+            solved = verdicts.correct.float()
+            if self.pass_rates is not None and is_own:
+                solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
+            metrics["opsd/correct"] = solved.mean().item()
+        metrics |= {name: sum(values) / len(values) for name, values in self.verifiers.metrics.items()}
+        if self.args.max_generation_rounds > 1 and is_own:
+            self._refill(rollouts, completion_ids, verdicts, state)
+        self.verifiers.metrics.clear()
+
+        group_size = self.args.num_generations if is_training else 1
+        kept = verdicts.passed
+        if self.args.keep_shortest is not None:
+            kept = kept & shortest(kept, verdicts.lengths, group_size, self.args.keep_shortest)
+        start = self._accelerator.process_index * len(rows)
+        mine = slice(start, start + len(rows))
+        if self.takes_sibling:
+            chosen = shortest_siblings(verdicts.correct, verdicts.lengths, group_size)
+            texts = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            texts = gather_object(texts)
+            rollouts.siblings = [None if index is None else texts[index] for index in chosen][mine]
+            if self.args.sibling_fallback is None:
+                kept = kept & torch.tensor([index is not None for index in chosen], device=kept.device)
+        metrics["opsd/kept"] = kept.float().mean().item()
+        batch["kept"] = kept[mine]
+
+        loss_mask = batch["completion_mask"]
+        if "tool_mask" in batch:
+            loss_mask = loss_mask * batch["tool_mask"]
+        # The loss is a sum over the tokens of the kept rollouts of the whole global batch, divided by their number
+        num_tokens = (loss_mask * batch["kept"].unsqueeze(1)).sum()
+        batch["num_items_in_batch"] = self._accelerator.gather(num_tokens).sum()
+        if batch["num_items_in_batch"] == 0 and is_training:
+            logger.warning(
+                f"No rollout of step {state.global_step + 1} passed the gate `{self.gate}`: nothing is trained on, and the "
+                "weights stay as they are."
+            )
+        total = verdicts.rewards.where(verdicts.verified, torch.nan)
+        rollouts.rewards = torch.cat([verdicts.rewards_per_func, total.unsqueeze(1)], dim=1)[mine]
+        rollouts.columns = dict(self.verifiers.columns)
+        self.verifiers.columns.clear()
+
+    def _verify(self, rows: list[dict[str, Any]], completion_ids: list[list[int]], state: TrainerState) -> Verdicts:
+        """Verdicts on the rollouts of all processes, `(B × processes,)`, those of a prompt side by side."""
+        completions = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": rows[0]["prompt"]}):
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        device, gather = self._accelerator.device, self._accelerator.gather
+        rewards = gather(self.verifiers.score(rows, completions, completion_ids, state).to(device))
+        own = torch.tensor([[len(ids), ids[-1] in self._ends] for ids in completion_ids], device=device)
+        lengths, finished = gather(own).unbind(dim=1)
+        weights = torch.tensor(self.args.reward_weights or [1.0] * len(self.verifiers.names))
+        return judge(rewards, lengths, finished, weights, self.gate, self.args.gate_threshold)
+
+    def _refill(
+        self,
+        rollouts: CollectedRollouts,
+        completion_ids: list[list[int]],
+        verdicts: Verdicts,
+        state: TrainerState,
+    ) -> None:
+        """Asks the prompts of rejected rollouts again, and puts those that pass in their place in all the arguments."""
+        rows, batch = rollouts.rows, rollouts.batch
+        process, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        prompt_ids = unpadded(batch["prompt_ids"], batch["prompt_mask"])
+        rounds = 1
+        while rounds < self.args.max_generation_rounds and not verdicts.passed.all():
+            # Generating and gathering take all processes: each asks for as many rows as the one with most rejected, its
+            # own rejected ones first, and drops what it has no place for
+            rejected = ~verdicts.passed.view(num_processes, -1)
+            places = rejected.int().argsort(dim=1, descending=True, stable=True)[:, : rejected.sum(dim=1).max()]
+            slots = (places + torch.arange(num_processes, device=places.device).unsqueeze(1) * len(rows)).flatten()
+            own = places[process].tolist()
+            answers = self._ask([prompt_ids[row] for row in own])
+            answered = self._verify([rows[row] for row in own], answers, state)
+            taken = answered.passed & ~verdicts.passed[slots]
+            verdicts.replace(slots[taken], answered, taken)
+            # What the verifiers logged of each answer goes where the answer goes
+            own_taken = taken.view(num_processes, -1)[process].tolist()
+            columns = [(column, column[len(rows) :]) for column in self.verifiers.columns.values()]
+            for column, new in [(completion_ids, answers), *columns]:
+                for row, value, is_taken in zip(own, new, own_taken, strict=False):
+                    if is_taken:
+                        column[row] = value
+                del column[len(rows) :]
+            rounds += 1
+        rollouts.metrics["opsd/generation_rounds"] = rounds
+        if rounds > 1:
+            ids, mask = padded(completion_ids, self._tokenizer.pad_token_id, "right", self.args.pad_to_multiple_of)
+            batch["completion_ids"] = ids.to(self._accelerator.device)
+            batch["completion_mask"] = mask.to(self._accelerator.device)
