@@ -8,14 +8,16 @@ student, and how they get into a checkpoint and out of it.
 import copy
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, fsdp2_canonicalize_names, fsdp2_prepare_model
+from peft import LoraConfig
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Name of a teacher that is a second adapter, and the file of a teacher that follows the student in a checkpoint
-ADAPTER = "teacher"
+ADAPTER = "opsd_teacher"
 FILE = "teacher.safetensors"
 
 
@@ -96,6 +98,7 @@ class Teacher:
         self.model: PreTrainedModel | None = None
         self.valid_vocab: int | None = None
         self._is_padded = False
+        self._sums: dict[str, torch.Tensor] = {}  # weights of a teacher in half precision, in float32
         self._student: PreTrainedModel | PeftModel | None = None
         self._accelerator: Accelerator | None = None
         self._redirect = _ForwardRedirection()
@@ -108,7 +111,8 @@ class Teacher:
             )
         if self.weights == "external":
             self._is_padded = not check_vocabularies(student, external, processing_class, args)
-            self.model = load_external(external, args)
+            # FSDP keeps what may be trained in float32
+            self.model = load_external(external, args).requires_grad_(False)
         elif self.weights != "live" and not has_adapter:
             self.model = copy_of_student(student, args)
 
@@ -147,23 +151,26 @@ class Teacher:
         elif self.follows_student:
             self._add_adapter()
         elif self.weights == "initial":
-            trained = [name for name, p in student.named_parameters() if "lora_B" in name and p.detach().any()]
-            if trained:
-                raise ValueError(
-                    f"`teacher_weights='initial'` takes the base model with the adapter disabled, but the adapter "
-                    f"already changes it (`{trained[0]}` is not zero): merge the adapter first (`merge_and_unload`), "
-                    "or initialise it so that it starts as the identity."
-                )
+            check_identity(student)
 
     def _add_adapter(self) -> None:
         """Adds a second adapter to the student, equal to its own and frozen."""
         own = self._student.active_adapter
+        config = copy.copy(self._student.peft_config[own])
+        if isinstance(config, LoraConfig):
+            # PiSSA, OLoRA and the like take their start out of the base weights, and would do so a second time
+            config.init_lora_weights = True
         with torch.random.fork_rng():  # so that the student's rollouts do not depend on it
-            self._student.add_adapter(ADAPTER, self._student.peft_config[own])
+            self._student.add_adapter(ADAPTER, config)
         self._student.set_adapter(own)
         for teacher, student in self.pairs().values():
             teacher.requires_grad_(False)
-            teacher.data.copy_(student.data)  # before FSDP or DeepSpeed shard the model
+            teacher.data = student.detach().clone()  # before FSDP or DeepSpeed shard the model
+
+    @property
+    def has_second_adapter(self) -> bool:
+        """Whether the teacher is an adapter of the student's that is not the one it trains."""
+        return self.model is None and self.follows_student
 
     @property
     def config(self):
@@ -230,7 +237,54 @@ class Teacher:
             [`TeacherSyncCallback`]: Callback that lets a teacher which follows the student do so.
         """
         rate = 1.0 if self.weights == "snapshot" else args.teacher_update_rate
-        return TeacherSyncCallback(self.pairs, rate, args.resolve_teacher_sync_steps(self.weights))
+        return TeacherSyncCallback(self, rate, args.resolve_teacher_sync_steps(self.weights))
+
+    @torch.no_grad()
+    def move(self, rate: float) -> None:
+        """
+        Moves the teacher towards the student: `teacher += rate × (student − teacher)`. Called on every process.
+
+        In half precision a small step is rounded away: then the sum is kept in float32, beside the weights, and under
+        ZeRO-3, where only the main process writes, in its host memory.
+
+        Args:
+            rate (`float`):
+                Share of the way. 1 is a copy.
+        """
+        for name, (teacher, student) in self.pairs().items():
+            with gathered(student), gathered(teacher, is_changed=True):
+                if rate == 1.0:
+                    teacher.copy_(student)
+                elif teacher.dtype == torch.float32:
+                    teacher.lerp_(student.float(), rate)
+                elif self._accelerator.is_main_process or not is_deepspeed_zero3_enabled():
+                    if name not in self._sums:
+                        self._sums[name] = self._sum(teacher)
+                    sums = self._sums[name]
+                    teacher.copy_(sums.lerp_(student.float().to(sums.device), rate))
+
+    def _sum(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter in float32, where it is kept between two moves."""
+        parameter = parameter.detach().float()
+        return parameter.cpu() if is_deepspeed_zero3_enabled() else parameter
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """
+        Inside, the student's modules hold no weights of the teacher's, so that nobody takes them for the student's: what
+        sends a model to an engine knows the layers of an adapter, and not the modules that are trained as a whole.
+        """
+        taken = []
+        if self.has_second_adapter:
+            wrappers = (m for m in self._student.modules() if isinstance(m, ModulesToSaveWrapper))
+            taken = [
+                (w.modules_to_save, w.modules_to_save.pop(ADAPTER)) for w in wrappers if ADAPTER in w.modules_to_save
+            ]
+        try:
+            yield
+        finally:
+            for modules, module in taken:
+                modules[ADAPTER] = module
 
     def save(self, folder: str, is_main: bool) -> None:
         """
@@ -242,8 +296,13 @@ class Teacher:
             is_main (`bool`):
                 Whether this process writes.
         """
-        # Every process takes part in making the parameters whole, and the main one keeps them
-        parameters = {name: whole(teacher) for name, (teacher, _) in self.pairs().items()}
+        parameters = {}
+        for name, (teacher, _) in self.pairs().items():
+            sums = self._sums.get(name)
+            # Every process takes part in making a parameter whole, and the main one keeps it
+            parameter = whole(teacher if sums is None or is_deepspeed_zero3_enabled() else sums, keep=is_main)
+            if is_main:
+                parameters[name] = sums if sums is not None and is_deepspeed_zero3_enabled() else parameter
         if is_main:
             path = os.path.join(folder, FILE)
             save_file(parameters, f"{path}.tmp")
@@ -269,6 +328,13 @@ class Teacher:
         saved = load_file(path)
         for name, (teacher, _) in self.pairs().items():
             assign(teacher, saved[name])
+            if saved[name].dtype == teacher.dtype:
+                continue
+            if is_deepspeed_zero3_enabled():
+                self._sums |= {name: saved[name]} if self._accelerator.is_main_process else {}
+            else:
+                self._sums[name] = self._sum(teacher)
+                assign(self._sums[name], saved[name])
 
     def remove_saved_adapter(self, folder: str) -> None:
         """
@@ -278,32 +344,65 @@ class Teacher:
             folder (`str`):
                 Folder that the student was saved to.
         """
-        shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)
+        if self.has_second_adapter:
+            shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)
 
 
 class TeacherSyncCallback(TrainerCallback):
     """
-    Moves a teacher's weights towards the student's: `teacher += rate × (student − teacher)`, every some optimizer
-    steps. A rate of 1 is a hard copy.
+    Lets a teacher follow the student, every some optimizer steps.
 
     Args:
-        pairs (`Callable`):
-            Returns the teacher's and the student's parameters, by name: `dict[str, tuple[torch.Tensor, torch.Tensor]]`.
+        teacher ([`Teacher`]):
+            Teacher.
         rate (`float`):
-            Share of the way.
+            Share of the way that it goes.
         every (`int`):
             Number of optimizer steps between two moves.
     """
 
-    def __init__(self, pairs: Callable[[], dict[str, tuple[torch.Tensor, torch.Tensor]]], rate: float, every: int):
-        self.pairs, self.rate, self.every = pairs, rate, every
+    def __init__(self, teacher: Teacher, rate: float, every: int):
+        self.teacher, self.rate, self.every = teacher, rate, every
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
-            for teacher, student in self.pairs().values():
-                with gathered(student), gathered(teacher, is_changed=True):
-                    teacher.lerp_(student.to(teacher.dtype), self.rate)
+            self.teacher.move(self.rate)
+
+
+def check_identity(student: "PeftModel") -> None:
+    """
+    Checks that an adapter changes nothing yet, so that the base model has the student's initial weights.
+
+    Args:
+        student ([`~peft.PeftModel`]):
+            Student.
+
+    Raises:
+        ValueError: If it does.
+    """
+    own = student.active_adapter
+    changed = [
+        name
+        for name, parameter in student.named_parameters()
+        if ("lora_B" in name or "lora_embedding_B" in name) and parameter.detach().any()
+    ]
+    for name, module in student.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and own in module.modules_to_save:
+            original = module.original_module.state_dict()
+            trained = module.modules_to_save[own].state_dict()
+            changed += [f"{name}.{key}" for key in trained if not torch.equal(trained[key], original[key])]
+    if changed:
+        raise ValueError(
+            f"`teacher_weights='initial'` takes the base model with the adapter disabled, but the adapter already changes "
+            f"it (`{changed[0]}`): merge the adapter first (`merge_and_unload`), or initialise it so that it starts as the "
+            "identity."
+        )
+    if not isinstance(student.peft_config[own], LoraConfig):
+        logger.warning(
+            f"`teacher_weights='initial'` takes the base model with the adapter disabled, and of an adapter of the type "
+            f"{student.peft_config[own].peft_type} it cannot be told whether it has been trained already: start from a "
+            "new one."
+        )
 
 
 def load_external(model: str | PreTrainedModel, args: OPSDConfig) -> PreTrainedModel:
@@ -490,20 +589,23 @@ def gathered(parameter: torch.Tensor, is_changed: bool = False) -> AbstractConte
     return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0 if is_changed else None)
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
+def whole(parameter: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
     """
     A copy, on the CPU, of a parameter that FSDP2 or ZeRO-3 may shard. Called on every process.
 
     Args:
         parameter (`torch.Tensor`):
             Parameter.
+        keep (`bool`, *optional*, defaults to `True`):
+            Whether this process wants it. It takes part either way.
 
     Returns:
-        `torch.Tensor`: Copy.
+        `torch.Tensor` or `None`: Copy.
     """
     with gathered(parameter):
         parameter = parameter.detach()
-        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).to("cpu", copy=True)
+        parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return parameter.to("cpu", copy=True) if keep else None
 
 
 @torch.no_grad()

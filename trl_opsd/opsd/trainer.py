@@ -15,6 +15,7 @@ from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
+from ..adapters import FrozenBase
 from .batches import MULTIMODAL_FIELDS, gather_rows, micro_batches, padded, select_rows, with_completion
 from .completions import RolloutLog
 from .config import OPSDConfig, check_arguments, check_text_only
@@ -190,6 +191,7 @@ class OPSDTrainer(DistillationTrainer):
                     partial(self._apply_chat_template, self.teacher_chat_template_kwargs),
                 )
 
+        self._frozen_base = FrozenBase(self.model) if args.use_vllm and has_adapter else None
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
         # Ours instead of the base class's, which has no rewards and knows nothing of the loss
         self.log_completions = False
@@ -211,7 +213,11 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.rollouts.given is not None:
             return self.rollouts.given
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if not self.use_vllm or self.state.global_step == self._last_loaded_step:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # The weights go to the engine first
+        with self.teacher.hidden(), self._frozen_base.restored() if self._frozen_base else nullcontext():
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _ask(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """More rollouts than those of the batch, which count as generated. Called on every process."""
@@ -314,15 +320,14 @@ class OPSDTrainer(DistillationTrainer):
             kept = inputs["kept"]
             if not kept.any():
                 nothing_kept = inputs["num_items_in_batch"] == 0
+                if nothing_kept and self.model.training:
+                    # No step of the optimizer's, nor of the scaler's. DeepSpeed takes it in the backward
+                    self.accelerator.sync_gradients = False
                 is_alone = self.accelerator.distributed_type == DistributedType.NO
                 if is_alone or (nothing_kept and not self.is_deepspeed_enabled):
-                    # Nothing to train on here, and no other process that waits for this one: no forward at all. The
-                    # zero has a gradient of its own and leaves the parameters without one, so no optimizer moves them.
+                    # Nothing to train on here, and no other process that waits for this one: no forward at all
                     loss = torch.zeros((), device=kept.device, requires_grad=True)
                     return (loss, None) if return_outputs else loss
-                if nothing_kept and self.model.training:
-                    # DeepSpeed takes the optimizer step in the backward that ends an accumulation: this one is none
-                    self.accelerator.sync_gradients = False
                 # Another process, or what wraps the model, has gradients to reduce in this step, and needs a forward
                 # and a backward of this one too: of one row that no token is read from
                 kept = torch.arange(len(kept), device=kept.device) == 0
@@ -342,7 +347,9 @@ class OPSDTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         # As in the base class this runs inside the student wrapper's forward, so the sharded parameters are whole and
         # no collective may be called here.
-        tokens, valid = self._compute_divergence(unwrapped_student, inputs)
+        # Nor is accelerate's forward called, which is the one that casts
+        with self.accelerator.autocast():
+            tokens, valid = self._compute_divergence(unwrapped_student, inputs)
         mode = "train" if self.model.training else "eval"
         entropy = self.token_metrics[mode].add(tokens)
         if "rollout" in inputs and not self.args.use_liger_kernel:  # whose loss has no values of single tokens
@@ -388,7 +395,12 @@ class OPSDTrainer(DistillationTrainer):
         row, position = valid.nonzero(as_tuple=True)
         student_hidden = student_hidden.to(device)[row, student_start[row] + position - 1]  # (N, H_student)
         teacher_hidden = teacher_hidden.to(device)[row, teacher_start[row] + position - 1]  # (N, H_teacher)
+        if torch.is_autocast_enabled(device.type):
+            # As the product with a head would be cast; the rest of the divergence says itself what it computes in
+            dtype = torch.get_autocast_dtype(device.type)
+            student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.to(dtype)
         with (
+            torch.autocast(device.type, enabled=False),
             student_head.gathered(student_hidden.dtype) as student_head,
             teacher_head.gathered(teacher_hidden.dtype) as teacher_head,
         ):

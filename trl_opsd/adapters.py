@@ -1,0 +1,46 @@
+"""What the trainers of all stages need to know of PEFT adapters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+class FrozenBase:
+    """
+    Keeps the base weights under a LoRA adapter as they are, bit for bit.
+
+    To hand its weights to an engine, TRL merges the adapter into the base and takes it out again. In half precision the
+    two roundings do not cancel: after 100 times a quarter of the "frozen" weights have changed, and with them a teacher
+    that is the base model. A copy in host memory, of the layers that have an adapter, is written back afterwards.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._saved: dict[str, torch.Tensor] | None = None
+
+    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._model.named_parameters():
+            if ".base_layer." in name and parameter.dtype in (torch.bfloat16, torch.float16):
+                local = parameter.detach()
+                yield name, local.to_local() if isinstance(local, DTensor) else local
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the adapter may be merged and taken out again."""
+        if is_deepspeed_zero3_enabled():
+            yield  # there, it is merged into gathered copies, which nothing writes back
+            return
+        if self._saved is None:
+            self._saved = {name: value.to("cpu", copy=True) for name, value in self._parameters()}
+        try:
+            yield
+        finally:
+            for name, value in self._parameters():
+                value.copy_(self._saved[name])
