@@ -1,8 +1,14 @@
-"""What benchmarks and experiments share, and the order in which they import each other."""
+"""Set-up, benchmarks and experiments: every result has its command, every table says what the files say."""
 
 import ast
+import contextlib
 import graphlib
+import io
 import os
+import re
+import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +18,55 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # commands are run from the root, where `-m` finds `scripts`
 
+from scripts import readme_tables  # noqa: E402
 from scripts.harness.meter import Meter  # noqa: E402
 from scripts.harness.processes import process, run_alone, run_distributed  # noqa: E402
+from scripts.harness.results import RESULTS  # noqa: E402
 from scripts.harness.shapes import small  # noqa: E402
 from scripts.harness.tables import markdown, spread  # noqa: E402
+
+
+COMMANDS = dict(re.findall(r"^\| \[(\w+)\]\(\1\) \| .* \| `([^`]+)` \|$", (RESULTS / "README.md").read_text(), re.M))
+
+
+def test_every_folder_of_results_is_listed_with_its_command():
+    assert set(COMMANDS) == {path.name for path in RESULTS.iterdir() if path.is_dir()}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", sorted(set(COMMANDS.values())))
+def test_the_command_of_a_result_can_be_run(command, monkeypatch):
+    program, *arguments = shlex.split(command)
+    if program == "bash":
+        subprocess.run(["bash", "-n", *arguments], check=True, cwd=ROOT)
+        return
+    monkeypatch.chdir(ROOT)
+    is_module = arguments[0] == "-m"
+    target, options = (arguments[1], arguments[2:]) if is_module else (arguments[0], arguments[1:])
+    monkeypatch.setattr(sys, "argv", [target, "--help"])
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
+        if is_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+    assert ended.value.code in (None, 0)
+    known = re.findall(r"--\w+", output.getvalue())
+    named = [option for option in options if option.startswith("--") and option != "--config"]
+    assert set(named) <= set(known), f"`{command}` has options that its --help does not"
+    config = options[options.index("--config") + 1] if "--config" in options else "pyproject.toml"
+    assert (ROOT / config).is_file()
+
+
+def test_tables_say_what_the_results_say():
+    readme_tables.main(["--check"])
+
+
+def test_a_table_that_is_wrong_is_found():
+    page = (RESULTS / "README.md").read_text()
+    assert "| **OPSD** |" in page
+    assert readme_tables.filled(page.replace("| **OPSD** |", "| **OPSD** | 101.0 |")) == page
+    with pytest.raises(ValueError, match="no place for the table `chain`"):
+        readme_tables.filled(page.replace("<!-- chain -->", ""))
 
 
 def test_scripts_import_each_other_in_one_direction_only():
