@@ -107,6 +107,8 @@ def test_a_process_that_dies_says_what_it_printed(capfd):
 def test_distributed_processes_have_ranks():
     assert run_distributed(2, os.getenv, "RANK") == ["0", "1"]
     assert run_distributed(1, os.getenv, "RANK") == [None]
+    with pytest.raises(RuntimeError, match="(?s)`divmod` failed after printing:.*ZeroDivisionError"):
+        run_distributed(2, divmod, 1, 0)
 
 
 def test_the_peak_is_that_of_the_block():

@@ -1,6 +1,7 @@
 """Arms in processes of their own: no arm leaves memory, caches or settings to the next one."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,10 +12,22 @@ from pathlib import Path
 from typing import Any
 
 
-def _print_to(path: str) -> None:
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Gives processes that start within the block a file in place of the terminal, from their first import on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    try:
+        for stream in kept:
+            os.dup2(log, stream)
+        yield
+    finally:
+        for stream, terminal in kept.items():
+            os.dup2(terminal, stream)
+            os.close(terminal)
+        os.close(log)
 
 
 @contextmanager
@@ -28,17 +41,18 @@ def process() -> Iterator[Callable]:
     """
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_print_to, initargs=(f"{folder}/log",)
-        ) as pool,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
     ):
+        log = Path(folder, "log")
+        with _printing_to(log):
+            pool.submit(int)  # this starts it
 
         def call(function: Callable, *args) -> Any:
             try:
                 return pool.submit(function, *args).result()
             except BrokenProcessPool:
-                log = Path(folder, "log").read_text()
-                raise RuntimeError(f"The process of `{function.__name__}` died after printing:\n{log}") from None
+                message = f"The process of `{function.__name__}` died after printing:\n{log.read_text()}"
+                raise RuntimeError(message) from None
 
         yield call
 
@@ -66,7 +80,8 @@ def run_distributed(number: int, function: Callable, *args) -> list:
     """
     if number == 1:
         return [run_alone(function, *args)]
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `torchrun` does
@@ -75,10 +90,17 @@ def run_distributed(number: int, function: Callable, *args) -> list:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=number,
+            run_id=function.__name__,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.ALL),
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        ranks = elastic_launch(config, function)(*args)
+        log = Path(folder, "log")
+        try:
+            with _printing_to(log):
+                ranks = elastic_launch(config, function)(*args)
+        except ChildFailedError as error:
+            message = f"A process of `{function.__name__}` failed after printing:\n{log.read_text()}\n{error}"
+            raise RuntimeError(message) from None
     return [ranks[rank] for rank in range(number)]
