@@ -254,10 +254,8 @@ def extrapolation_table() -> str:
 def traffic_line() -> str:
     """From how many tokens on a micro-batch hides the traffic, within a node and between nodes."""
     computed = 8 * ASSUMED["peak"] * ASSUMED["mfu"] / 10
-    tokens = {where: computed / ASSUMED[where] for where in ("nvlink", "network")}
-    return "Traffic hides behind micro-batches from " + " and ".join(
-        f"{number:,.0f} tokens ({where})" for where, number in tokens.items()
-    )
+    near, far = (computed / ASSUMED[where] for where in ("nvlink", "network"))
+    return f"Traffic hides behind micro-batches from {near:,.0f} tokens on within a node, {far:,.0f} between nodes."
 
 
 def main(argv: list[str] | None = None) -> None:
