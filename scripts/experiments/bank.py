@@ -1,9 +1,9 @@
 """
 OPSD on the tiny reasoner with solutions from the rollout bank, against OPSD with gold solutions, several seeds.
 
-    OMP_NUM_THREADS=1 python scripts/tiny_bank.py --seeds 0 1 2
+    OMP_NUM_THREADS=1 python -m scripts.experiments.bank --seeds 0 1 2
 
-Takes the RLVR runs that scripts/rlvr_curves.py leaves (and makes those it does not find) with their banks, trains each
+Takes the RLVR runs that scripts.experiments.rlvr_curves leaves (and makes those it does not find) with their banks, trains each
 arm from them with recipes/tiny/opsd.yaml, and measures it on the held-out problems. One results file for each seed,
 recipes/results/tiny_bank/seed-<seed>.json, and the table from whatever files there are (`--report`: only that).
 
@@ -16,13 +16,12 @@ recipes/results/tiny_bank/seed-<seed>.json, and the table from whatever files th
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from rlvr_curves import RESULTS, ROOT, evaluate, run_module, train
-
+from scripts.harness.results import RESULTS, ROOT, read_all, write_results, write_text
+from scripts.harness.stages import evaluate_checkpoint, run_stage, train_stage, warm_start
+from scripts.harness.tables import markdown, spread
 from trl_opsd.data import load_prompts
-from trl_opsd.results import write_results, write_text
 from trl_opsd.rlvr.bank import prompt_id, read_rollouts
 from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
@@ -33,7 +32,7 @@ def concise_bank(model: Path, data: Path, seed: int, folder: Path) -> Path:
         options = {"model_name_or_path": model, "dataset_name": data, "dataset_split": "train", "seed": seed}
         options |= {"prompt_template": CONCISE_TEMPLATE, "decoding": "sampled", "rollouts_per_prompt": 4}
         options |= {"bank": folder, "output": folder / "bank.json"}
-        run_module("trl_opsd.compress.bank", "recipes/tiny/evaluate.yaml", **options)
+        run_stage("trl_opsd.compress.bank", "recipes/tiny/evaluate.yaml", **options)
     return folder
 
 
@@ -41,11 +40,10 @@ def run(seed: int, args: argparse.Namespace) -> None:
     output = RESULTS / "tiny_bank" / f"seed-{seed}.json"
     if output.is_file():
         return
-    runs, sft = Path(args.runs), Path(args.starts) / f"strong-{seed}" / "sft"
-    train("trl_opsd.tiny", "recipes/tiny/sft.yaml", sft, seed=seed)
+    runs, sft = Path(args.runs), warm_start("strong", seed, Path(args.starts))
     data, rlvr = sft / "data", runs / f"1_to_6_operations-{seed}"
     options = {"seed": seed, "model_name_or_path": sft, "dataset_name": data, "max_steps": 60, "logging_steps": 1}
-    train("trl_opsd.rlvr", "recipes/tiny/rlvr.yaml", rlvr, **options)
+    train_stage("trl_opsd.rlvr", "recipes/tiny/rlvr.yaml", rlvr, **options)
     banks = {
         "gold": None,
         "gold, prompts of the bank": None,
@@ -55,7 +53,7 @@ def run(seed: int, args: argparse.Namespace) -> None:
     banked = runs / f"banked-{seed}.jsonl"
     ids = set(read_rollouts(banks["bank"])["prompt_id"])
     load_prompts(str(data)).filter(lambda row: prompt_id(row["prompt"]) in ids).to_json(banked)
-    rows = [{"arm": "RLVR", **row} for row in evaluate(rlvr, data, seed, args.max_samples)]
+    rows = [{"arm": "RLVR", **row} for row in evaluate_checkpoint(rlvr, data, seed, args.max_samples)]
     for arm, bank in banks.items():
         folder = runs / f"opsd-{'_'.join(arm.replace(',', '').split())}-{seed}"
         prompts, tokens = banked if "prompts of" in arm else data, None
@@ -63,51 +61,48 @@ def run(seed: int, args: argparse.Namespace) -> None:
         # An arm that falls is a result, and is trained to its end
         options |= {"teacher_prompt_template": SOLUTION_TEMPLATE, "probe_prompts": 0, "alarm_correct_drop": 1.0}
         options |= {"solution": "bank", "rollout_bank": bank} if bank else {}
-        train("trl_opsd.opsd", "recipes/tiny/opsd.yaml", folder, **options)
+        train_stage("trl_opsd.opsd", "recipes/tiny/opsd.yaml", folder, **options)
         prompts = len(load_prompts(str(prompts)))
         if bank:
             shortest = {}
             for row in read_rollouts(bank):
                 shortest.setdefault(row["prompt_id"], row["num_tokens"])
             prompts, tokens = len(shortest), sum(shortest.values()) / len(shortest)
-        for row in evaluate(folder, data, seed, args.max_samples):
+        for row in evaluate_checkpoint(folder, data, seed, args.max_samples):
             rows.append({"arm": arm, "prompts": prompts, "solution_tokens": tokens, **row})
         print(seed, arm, [(row["decoding"], row["accuracy"], row["mean_tokens"]) for row in rows[-2:]], flush=True)
     write_results(output, rows, {"seed": seed, "max_steps": args.max_steps, "max_samples": args.max_samples})
 
 
-def report() -> None:
-    """Writes table.md: every arm's mean over the seeds, with the lowest and the highest."""
-    files = sorted((RESULTS / "tiny_bank").glob("seed-*.json"))
-    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
-
-    def cell(arm: str, decoding: str, field: str, scale: float) -> str:
-        values = [scale * row[field] for row in rows if (row["arm"], row["decoding"]) == (arm, decoding)]
-        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
+def table() -> str:
+    """Every arm's mean over the seeds, with the lowest and the highest."""
+    seeds = read_all(RESULTS / "tiny_bank")
+    rows = [row for rows in seeds for row in rows]
     columns = {
         "sampled accuracy, %": ("sampled", "accuracy", 100),
         "greedy accuracy, %": ("greedy", "accuracy", 100),
         "tokens, sampled": ("sampled", "mean_tokens", 1),
         "tokens, greedy": ("greedy", "mean_tokens", 1),
     }
-    lines = [f"| solution | prompts | its tokens | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        given = [
-            next((row.get(name) for row in rows if row["arm"] == arm), None) for name in ("prompts", "solution_tokens")
-        ]
+        chosen = [row for row in rows if row["arm"] == arm]
+        given = [chosen[0].get(name) for name in ("prompts", "solution_tokens")]
         given = ["" if value is None else f"{value:,.0f}" for value in given]
-        cells = [cell(arm, *column) for column in columns.values()]
-        lines.append(f"| {' | '.join([arm if arm != 'RLVR' else '*RLVR, before OPSD*', *given, *cells])} |")
-    text = (
-        f"OPSD of the tiny reasoner with a solution in the teacher's context, over {len(files)} seeds: mean, lowest and "
-        "highest. Made by `scripts/tiny_bank.py`."
+        cells = [
+            spread(scale * row[field] for row in chosen if row["decoding"] == decoding)
+            for decoding, field, scale in columns.values()
+        ]
+        lines.append([arm if arm != "RLVR" else "*RLVR, before OPSD*", *given, *cells])
+    return (
+        f"OPSD of the tiny reasoner with a solution in the teacher's context, over {len(seeds)} seeds: mean, lowest and "
+        "highest. Made by `python -m scripts.experiments.bank`.\n\n"
+        + markdown(["solution", "prompts", "its tokens", *columns], lines)
+        + "\n"
     )
-    write_text(RESULTS / "tiny_bank" / "table.md", "\n".join([text, "", *lines, ""]))
-    print("\n".join(lines))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", default=str(ROOT / "runs" / "rlvr_curves"), help="folder for the runs")
@@ -115,11 +110,12 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=60, help="optimizer steps of an arm")
     parser.add_argument("--max_samples", type=int, default=2048, help="held-out problems for each decoding")
     parser.add_argument("--report", action="store_true", help="only make the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.report:
         for seed in args.seeds:
             run(seed, args)
-    report()
+    write_text(RESULTS / "tiny_bank" / "table.md", table())
+    print(table())
 
 
 if __name__ == "__main__":

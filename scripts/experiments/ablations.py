@@ -1,18 +1,15 @@
 """
 Ablations on the tiny reasoner: teacher (strong, weak) x context x gate x divergence, several seeds.
 
-    OMP_NUM_THREADS=1 python scripts/ablate_tiny.py --seeds 0 1 2
+    OMP_NUM_THREADS=1 python -m scripts.experiments.ablations --seeds 0 1 2
 
 Makes the teachers it does not find (strong: warm start and RLVR; weak: a warm start that stops early, no RLVR), trains
-every arm from them with recipes/tiny/opsd.yaml, evaluates it on the held-out problems, and writes one results file for
+every arm of a `--table` from them with recipes/tiny/opsd.yaml, evaluates it on the held-out problems, and writes one results file for
 each seed and teacher: recipes/results/<table>/<teacher>-<seed>.json. Finished files are kept. `--report` makes
 the table and the plot from whatever files there are.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,19 +18,17 @@ from pathlib import Path
 from transformers import TrainerCallback
 from trl import ModelConfig
 
+from scripts.harness.results import RESULTS, ROOT, read_all, write_results, write_text
+from scripts.harness.stages import evaluate, make_teacher
+from scripts.harness.tables import markdown, spread
 from trl_opsd.cli import parse
 from trl_opsd.data import load_prompts
-from trl_opsd.evaluate import EvaluateConfig
-from trl_opsd.evaluate.measure import load_model, load_task, load_tokenizer, measure
 from trl_opsd.opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd.__main__ import OPSDScriptArguments
-from trl_opsd.results import write_results, write_text
 from trl_opsd.rewards import math_reward
 from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "recipes" / "results"
 TEMPLATES = {
     "concise": CONCISE_TEMPLATE,
     "solution": SOLUTION_TEMPLATE,
@@ -78,52 +73,6 @@ TABLES = {
 }
 # An arm is measured on the way too: what collapses may look well at first
 HALFWAY = 25
-
-
-def stage(module: str, recipe: str, output: Path, **options) -> None:
-    """Runs a stage of the chain, unless its output is there."""
-    if (output / "config.json").is_file():
-        return
-    command = [sys.executable, "-m", module, "--config", str(ROOT / recipe), "--output_dir", str(output)]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def make_teacher(kind: str, seed: int, runs: Path) -> tuple[Path, Path]:
-    """The checkpoint of a teacher, and the folder of the data."""
-    sft = runs / f"{kind}-{seed}" / "sft"
-    if kind == "weak":
-        # The warm start stops while the chain is only partly learned, and teaches no slips
-        partly = {"target_accuracy": 0.35, "accuracy_steps": 10, "slip_steps": 0}
-        stage("trl_opsd.tiny", "recipes/tiny/sft.yaml", sft, seed=seed, **partly)
-        return sft, sft / "data"
-    stage("trl_opsd.tiny", "recipes/tiny/sft.yaml", sft, seed=seed)
-    rlvr = runs / f"{kind}-{seed}" / "rlvr"
-    stage(
-        "trl_opsd.rlvr",
-        "recipes/tiny/rlvr.yaml",
-        rlvr,
-        seed=seed,
-        model_name_or_path=sft,
-        dataset_name=sft / "data",
-    )
-    return rlvr, sft / "data"
-
-
-def evaluate_model(path, data, seed, max_samples, model=None, **options) -> list[dict]:
-    (config,) = parse(
-        (EvaluateConfig,),
-        [
-            *("--config", str(ROOT / "recipes/tiny/evaluate.yaml"), "--model_name_or_path", str(path)),
-            *("--dataset_name", str(data), "--seed", str(seed), "--max_samples", str(max_samples)),
-            *(item for name, value in options.items() for item in (f"--{name}", value)),
-        ],
-    )
-    dataset, reward_funcs = load_task(config)
-    tokenizer = load_tokenizer(config, dataset)
-    model = load_model(config) if model is None else model
-    return measure(config, dataset, reward_funcs, model, tokenizer, progress=lambda done, total: None)
 
 
 class Halfway(TrainerCallback):
@@ -175,12 +124,12 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
     path, data = make_teacher(kind, seed, Path(args.runs))
     rows = []
     for name, options in {"teacher": {}, "prompt-only": {"prompt_template": CONCISE_TEMPLATE}}.items():
-        for row in evaluate_model(path, data, seed, args.max_samples, **options):
+        for row in evaluate(path, data, seed, args.max_samples, **options):
             rows.append({"teacher": kind, "arm": name, **row})
     for arm in TABLES[args.table]:
-        halfway = Halfway(lambda model: evaluate_model(path, data, seed, 512, model=model, decoding="sampled"))
+        halfway = Halfway(lambda model: evaluate(path, data, seed, 512, model=model, decoding="sampled"))
         trainer, seconds = train_arm(path, data, seed, args.max_steps, arm, halfway)
-        final = evaluate_model(path, data, seed, args.max_samples, model=trainer.model)
+        final = evaluate(path, data, seed, args.max_samples, model=trainer.model)
         for steps, measured in ((HALFWAY, halfway.rows), (trainer.state.global_step, final)):
             for row in measured:
                 row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_cpu_s": seconds}
@@ -194,21 +143,18 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
     write_results(output, rows, {"seed": seed, "teacher": kind, **vars(args)})
 
 
-def report(table: str) -> None:
-    """Writes table.md: every arm's mean over the seeds, with the lowest and the highest."""
-    files = sorted((RESULTS / table).glob("*-*.json"))
-    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+def table(name: str) -> str:
+    """Every arm's mean over the seeds, with the lowest and the highest."""
+    rows = [row for rows in read_all(RESULTS / name, "*-*.json") for row in rows]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["teacher"], row["arm"], *(row.get(name) for name in ARM))
+        key = (row["teacher"], row["arm"], *(row.get(field) for field in ARM))
         groups.setdefault(key, []).append(row)
 
     def cell(group: list[dict], decoding: str, field: str, scale: int, halfway: bool = False) -> str:
         chosen = [row for row in group if row["decoding"] == decoding and (row.get("steps") == HALFWAY) == halfway]
         values = [scale * row[field] for row in chosen if field in row]
-        if not values:
-            return ""
-        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        return spread(values) if values else ""
 
     columns = {
         f"sampled accuracy, step {HALFWAY}": ("sampled", "accuracy", 100, True),
@@ -218,25 +164,27 @@ def report(table: str) -> None:
         "tokens, sampled": ("sampled", "mean_tokens", 1),
         "processor seconds": ("sampled", "train_cpu_s", 1),
     }
-    lines = [
-        "| teacher | context | gate | divergence | clip | weights | "
-        + " | ".join(columns)
-        + " | stopped by the alarm, at step |",
-        "|---" * (7 + len(columns)) + "|",
-    ]
+    # Files of earlier versions have neither seconds nor alarms
+    columns = {heading: column for heading, column in columns.items() if any(column[1] in row for row in rows)}
+    alarms = ["stopped by the alarm, at step"] if any("alarm" in row for row in rows) else []
+    lines = []
     for (teacher, arm, context, gate, divergence, clip, weights), group in groups.items():
         what = [context, gate, divergence, str(clip or ""), weights or "initial"]
         what = [f"*{arm}*", *[""] * (len(what) - 1)] if arm != "opsd" else what
-        stopped = {(row["seed"], row["steps"]) for row in group if row.get("alarm") and row["steps"] != HALFWAY}
-        cells = [teacher, *what, *(cell(group, *column) for column in columns.values())]
-        lines.append("| " + " | ".join([*cells, ", ".join(str(steps) for _, steps in sorted(stopped))]) + " |")
-    seeds = sorted({row["seed"] for row in rows})
-    text = f"Means over the seeds {seeds}, with the lowest and the highest. Made by `scripts/ablate_tiny.py --report`."
-    write_text(RESULTS / table / "table.md", "\n".join([text, "", *lines, ""]))
-    print("\n".join(lines))
+        lines.append([teacher, *what, *(cell(group, *column) for column in columns.values())])
+        if alarms:
+            stopped = {(row["seed"], row["steps"]) for row in group if row.get("alarm") and row["steps"] != HALFWAY}
+            lines[-1].append(", ".join(str(steps) for _, steps in sorted(stopped)))
+    heading = ["teacher", "context", "gate", "divergence", "clip", "weights", *columns]
+    return (
+        f"Means over the seeds {sorted({row['seed'] for row in rows})}, with the lowest and the highest. Made by "
+        f"`python -m scripts.experiments.ablations --table {name} --report`.\n\n"
+        + markdown([*heading, *alarms], lines)
+        + "\n"
+    )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teachers", nargs="+", choices=["strong", "weak"], default=["strong", "weak"])
@@ -245,12 +193,13 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, help="optimizer steps of an arm, in place of the recipe's")
     parser.add_argument("--table", choices=list(TABLES), default="tiny_ablation", help="which arms")
     parser.add_argument("--report", action="store_true", help="only make the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.report:
         for seed in args.seeds:
             for kind in args.teachers:
                 run(kind, seed, args)
-    report(args.table)
+    write_text(RESULTS / args.table / "table.md", table(args.table))
+    print(table(args.table))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Takes the peak memory of training with a teacher, beside supervised fine-tuning (SFT) of the same model on the same tokens.
 
-    python scripts/benchmark_teacher_memory.py
+    python -m scripts.benchmarks.teacher_memory
 
 Every case has a process of its own on the CPU: a Qwen3 model with random weights, two optimizer steps with AdamW, float32,
 no gradient checkpointing. The rollouts are given, so that nothing is generated and every case trains on the same tokens;
@@ -12,17 +12,26 @@ Results go to recipes/results/teacher_memory/cpu.json.
 """
 
 import argparse
-import ctypes
 import os
 import tempfile
-from multiprocessing import get_context
 from pathlib import Path
 
-from trl_opsd.results import write_results
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3ForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from scripts.harness.meter import MIB, peak, restart_peak
+from scripts.harness.processes import run_alone
+from scripts.harness.results import RESULTS, read, write_results
+from scripts.harness.shapes import small
+from scripts.harness.tables import markdown
+from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.tiny import TinyConfig, problems, row
+from trl_opsd.tiny.tokenizer import make_tokenizer
 
 
-ROOT = Path(__file__).resolve().parents[1]
-MIB = 1 << 20
 # What is measured, and what it is compared with
 CASES = {
     "teacher forward": None,
@@ -33,29 +42,8 @@ CASES = {
 }
 
 
-def resident(name: str) -> float:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[name].split()[0]) * 1024 / MIB
-
-
-def start_again() -> float:
-    """Lets the peak start from what is in use now, which it returns, in MiB."""
-    ctypes.CDLL(None).malloc_trim(0)  # hands pages that were freed back, so that they count again when used
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def work(pipe, case: str, vocab_size: int, args: argparse.Namespace) -> None:
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    from trl_opsd import OPSDConfig, OPSDTrainer
-    from trl_opsd.tiny import TinyConfig, problems, row
-    from trl_opsd.tiny.tokenizer import make_tokenizer
-
+def work(case: str, vocab_size: int, args: argparse.Namespace) -> dict:
+    """One case, in a process of its own: the row of its numbers."""
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     prompts = [row(problem)["prompt"] for problem in problems(TinyConfig(), "train", args.rows, seed=args.seed)]
@@ -74,21 +62,9 @@ def work(pipe, case: str, vocab_size: int, args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     peft_config = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-    before = start_again()
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=3 * args.hidden_size,
-            num_hidden_layers=args.num_layers,
-            num_attention_heads=args.hidden_size // 64,
-            num_key_value_heads=args.hidden_size // 128,
-            head_dim=64,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    shape = small(args.hidden_size, args.num_layers, vocab_size)
+    before = restart_peak()
+    model = Qwen3ForCausalLM(shape.config(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     with torch.no_grad():
         model.model.norm.weight.fill_(8)  # spreads the logits, or the alarm takes the teacher for a dead one
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / MIB
@@ -96,12 +72,11 @@ def work(pipe, case: str, vocab_size: int, args: argparse.Namespace) -> None:
         model = get_peft_model(model, peft_config).eval()
         # As long as the teacher's, which are padded to the longest
         ids = torch.randint(3, len(tokenizer), (args.rows, args.completion_length + max(map(len, prompt_ids)) + 8))
-        before = start_again()
+        before = restart_peak()
         with torch.no_grad(), model.disable_adapter():
             hidden = model.get_base_model().model(input_ids=ids).last_hidden_state[:, -args.completion_length - 1 : -1]
         kept = hidden.numel() * hidden.element_size() / MIB
-        pipe.send({"case": case, "weights_mib": weights, "peak_mib": resident("VmHWM") - before, "hidden_mib": kept})
-        return
+        return {"case": case, "weights_mib": weights, "peak_mib": peak() - before, "hidden_mib": kept}
     peft_config = peft_config if case.startswith("lora") else None
     with tempfile.TemporaryDirectory() as folder:
         if "sft" in case:
@@ -135,21 +110,34 @@ def work(pipe, case: str, vocab_size: int, args: argparse.Namespace) -> None:
                 processing_class=tokenizer,
                 peft_config=peft_config,
             )
-        built = start_again() - before
+        built = restart_peak() - before
         trainer.train()
     optimized = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
-    pipe.send(
-        {
-            "case": case,
-            "weights_mib": weights,
-            "optimized_parameters": optimized,
-            "before_training_mib": built,
-            "peak_mib": resident("VmHWM") - before,
-        }
-    )
+    return {
+        "case": case,
+        "weights_mib": weights,
+        "optimized_parameters": optimized,
+        "before_training_mib": built,
+        "peak_mib": peak() - before,
+    }
 
 
-def main() -> None:
+def table() -> str:
+    """Peaks, and what a teacher adds to them."""
+    lines = [
+        [
+            f"{row['vocab_size']:,}",
+            row["case"],
+            f"{row['weights_mib']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['above_sft_mib']:.0f}" if "above_sft_mib" in row else "",
+        ]
+        for row in read(RESULTS / "teacher_memory" / "cpu.json")
+    ]
+    return markdown(["vocabulary", "case", "weights, MiB", "peak, MiB", "above SFT, MiB"], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=int, default=640)
     parser.add_argument("--num_layers", type=int, default=12)
@@ -159,22 +147,16 @@ def main() -> None:
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "teacher_memory" / "cpu.json")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "teacher_memory" / "cpu.json")
+    args = parser.parse_args(argv)
 
     # Every tensor of note is mapped by itself and handed back at once, so that what is resident is what is in use
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    context = get_context("spawn")
     rows = []
     for vocab_size in args.vocab_sizes:
         found = {}
         for case, reference in CASES.items():
-            pipe, far_end = context.Pipe()
-            process = context.Process(target=work, args=(far_end, case, vocab_size, args))
-            process.start()
-            far_end.close()
-            found[case] = {"vocab_size": vocab_size, **pipe.recv()}
-            process.join()
+            found[case] = {"vocab_size": vocab_size, **run_alone(work, case, vocab_size, args)}
             if reference is not None:
                 found[case]["above_sft_mib"] = found[case]["peak_mib"] - found[reference]["peak_mib"]
             print(

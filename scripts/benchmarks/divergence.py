@@ -1,8 +1,8 @@
 """
 Times the distillation objective, forward and backward, and takes its peak memory: dense torch against every backend.
 
-    python scripts/benchmark_divergence.py                 # CPU: N=2048 H=576 V=49152 float32
-    python scripts/benchmark_divergence.py --device cuda   # GPU: N=8192 H=4096 V=151936 bfloat16
+    python -m scripts.benchmarks.divergence                 # CPU: N=2048 H=576 V=49152 float32
+    python -m scripts.benchmarks.divergence --device cuda   # GPU: N=8192 H=4096 V=151936 bfloat16
 
 Every case has a process of its own, and the cases take turns (A B C, A B C, ...), so that whatever else the machine
 does meets them all alike. Results go to recipes/results/divergence/<device>.json, the plot beside it. Without a GPU its
@@ -10,65 +10,36 @@ target is listed there as not measured.
 """
 
 import argparse
-import ctypes
-import os
+import json
 import statistics
-import sys
-import time
-from multiprocessing import get_context
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from scripts.harness.meter import Meter
+from scripts.harness.plots import plt, save
+from scripts.harness.processes import process
+from scripts.harness.results import RESULTS, write_results
+from scripts.harness.tables import markdown
+from tests.divergence_reference import dense_linear_divergence
 from trl_opsd.opsd.divergence import linear_divergence
-from trl_opsd.results import write_results
-
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from divergence_reference import dense_linear_divergence  # noqa: E402
 
 
 DEFAULTS = {
     "cpu": {"tokens": 2048, "hidden_size": 576, "vocab_size": 49152, "dtype": "float32", "repeats": 3},
     "cuda": {"tokens": 8192, "hidden_size": 4096, "vocab_size": 151936, "dtype": "bfloat16", "repeats": 20},
 }
-MIB = 1 << 20
+
+# What a process of a case measures, with everything that it needs: set by `prepare`, in that process
+step: Callable[[int], None]
 
 
-class Meter:
-    """Seconds by the clock and of the processor, and the most memory in use above what was in use before."""
-
-    def __init__(self, device):
-        self.cuda = device == "cuda"
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # hands pages that were freed back, so that they count again when used
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-            self.before = self._resident("VmRSS")
-        self.start, self.start_cpu = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_):
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds, self.cpu_seconds = time.perf_counter() - self.start, time.process_time() - self.start_cpu
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
-        self.peak_mib = (peak - self.before) / MIB
-
-    def _resident(self, name):
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields[name].split()[0]) * 1024
-
-
-def work(pipe, case, args):
-    """One case: tells when it is ready, then measures once per word that arrives."""
+def prepare(case: dict, args: argparse.Namespace) -> None:
+    """Makes the inputs of a case."""
+    global step
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
 
@@ -90,7 +61,7 @@ def work(pipe, case, args):
             torch.mm(student_hidden[:n], student_head.t(), out=logits)
             return logits @ student_head, logits.t() @ student_hidden[:n]
 
-    def step(n):
+    def run(n):
         if case["backend"] == "products":
             return products(n)
         inputs = student_hidden[:n], student_head, teacher_hidden[:n], teacher_head
@@ -101,48 +72,42 @@ def work(pipe, case, args):
         value.mean().backward()
         student_hidden.grad = student_head.grad = None
 
-    step(args.tokens if args.device == "cuda" else 8)  # kernels are compiled for the sizes they run at
-    pipe.send("ready")
-    while pipe.recv():
-        try:
-            with Meter(args.device) as meter:
-                step(N)
-            pipe.send({name: getattr(meter, name) for name in ("seconds", "cpu_seconds", "peak_mib")})
-        except torch.OutOfMemoryError:
-            pipe.send(None)
+    run(args.tokens if args.device == "cuda" else 8)  # kernels are compiled for the sizes they run at
+    step = run
 
 
-def measure(cases, args):
+def measure_once(args: argparse.Namespace) -> dict[str, float] | None:
+    """Measures the case of this process; `None` if it ran out of memory."""
+    try:
+        with Meter(args.device) as meter:
+            step(args.tokens)
+    except torch.OutOfMemoryError:
+        return None
+    return {name: getattr(meter, name) for name in ("seconds", "cpu_seconds", "peak_mib")}
+
+
+def measure(cases: list[dict], args: argparse.Namespace) -> None:
     """Rounds of all cases, one measurement of each case per round."""
-    context = get_context("spawn")
     # A GPU is nobody else's, and has no room for the inputs of all cases at once
     groups = [cases] if args.device == "cpu" else [[case] for case in cases]
     for group in groups:
-        workers = []
-        for case in group:
-            pipe, far_end = context.Pipe()
-            process = context.Process(target=work, args=(far_end, case, args), daemon=True)
-            process.start()
-            far_end.close()
-            workers.append((case, pipe, process))
-            case["runs"] = []
-            if pipe.recv() != "ready":
-                raise RuntimeError(f"case {case} did not start")
-        for repeat in range(args.repeats):
-            for case, pipe, _ in workers:
-                pipe.send(True)
-                run = pipe.recv()
-                case["runs"].append(run)
-                label = f"{case['backend']} beta={case['beta']} kl_clip={case['kl_clip']}"
-                text = (
-                    "out of memory"
-                    if run is None
-                    else f"{run['seconds']:.3f} s ({run['cpu_seconds']:.3f} s CPU), {run['peak_mib']:.0f} MiB"
-                )
-                print(f"[{repeat + 1}/{args.repeats}] {label}: {text}", flush=True)
-        for _, pipe, process in workers:
-            pipe.send(False)
-            process.join()
+        with ExitStack() as stack:
+            calls = []
+            for case in group:
+                calls.append(stack.enter_context(process()))
+                calls[-1](prepare, case, args)
+                case["runs"] = []
+            for repeat in range(args.repeats):
+                for case, call in zip(group, calls, strict=True):
+                    run = call(measure_once, args)
+                    case["runs"].append(run)
+                    label = f"{case['backend']} beta={case['beta']} kl_clip={case['kl_clip']}"
+                    text = (
+                        "out of memory"
+                        if run is None
+                        else f"{run['seconds']:.3f} s ({run['cpu_seconds']:.3f} s CPU), {run['peak_mib']:.0f} MiB"
+                    )
+                    print(f"[{repeat + 1}/{args.repeats}] {label}: {text}", flush=True)
 
 
 def rows_of(cases, args):
@@ -159,9 +124,8 @@ def rows_of(cases, args):
             continue
         times = ["seconds", "cpu_seconds"] if args.device == "cpu" else ["seconds"]
         for name in times:
-            ordered = sorted(run[name] for run in runs)
             for label, share in (("p20", 0.2), ("median", 0.5), ("p80", 0.8)):
-                row[f"{name}_{label}"] = _quantile(ordered, share)
+                row[f"{name}_{label}"] = float(np.quantile([run[name] for run in runs], share))
         row["peak_extra_mib"] = max(run["peak_mib"] for run in runs)
         for reference, other in _references(case, cases).items():
             if None in other["runs"]:
@@ -186,18 +150,7 @@ def _references(case, cases):
     return found
 
 
-def _quantile(ordered, share):
-    position = share * (len(ordered) - 1)
-    lower, upper = ordered[int(position)], ordered[min(int(position) + 1, len(ordered) - 1)]
-    return lower + (upper - lower) * (position - int(position))
-
-
 def plot(rows, path, title, time_name):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     betas = sorted({row["beta"] for row in rows if row["beta"] is not None})
     figure, axes = plt.subplots(2, len(betas), figsize=(5.2 * len(betas), 5.6), squeeze=False)
     for column, beta in enumerate(betas):
@@ -221,13 +174,31 @@ def plot(rows, path, title, time_name):
         axes[1][column].margins(x=0.15)
         axes[1][column].set(xlabel="peak extra memory, MiB, with the gradients returned")
     figure.suptitle(title)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    save(figure, path, dpi=110)
 
 
-def main():
+def table() -> str:
+    """Time and memory on a CPU, against dense torch in the same run."""
+    results = json.loads((RESULTS / "divergence" / "cpu.json").read_text())
+    config = results["run"]["config"]
+    names = {"fused": "ours", "chunked": "TRL", "liger": "Liger"}
+    dense = {(row["beta"], row["kl_clip"]): row for row in results["rows"] if row["backend"] == "dense"}
+    lines = []
+    for row in results["rows"]:
+        if row["backend"] in names:
+            memory = row["peak_extra_mib"] / dense[row["beta"], row["kl_clip"]]["peak_extra_mib"]
+            cells = [f"β = {row['beta']:g}, {names[row['backend']]}", "yes" if row["kl_clip"] else "no"]
+            cells += [f"{row['cpu_seconds_to_dense']:.2f}", f"{row['peak_extra_mib']:.0f}", f"{memory:.2f}"]
+            lines.append(cells)
+    head = (
+        f"Forward and backward of the loss on CPU, {config['dtype']}, {config['tokens']:,} tokens × "
+        f"{config['hidden_size']} × {config['vocab_size']:,}; dense torch is the row each ratio is to, with the same "
+        "clip. Time is processor time, because the machine was shared. On a GPU it has not been measured."
+    )
+    return f"{head}\n\n{markdown(['', 'clip', 'time / dense', 'extra memory, MiB', 'memory / dense'], lines)}"
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, help="number of tokens N")
@@ -239,8 +210,8 @@ def main():
     parser.add_argument("--kl_clip", type=float, default=1e-4, help="entry clip, in nats")
     parser.add_argument("--backends", nargs="+", default=["dense", "fused", "chunked", "liger"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "recipes" / "results" / "divergence")
-    args = parser.parse_args()
+    parser.add_argument("--output_dir", type=Path, default=RESULTS / "divergence")
+    args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

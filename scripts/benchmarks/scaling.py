@@ -1,8 +1,8 @@
 """
 What a step of OPSD costs in time and memory, on paper, and how that paper does against what was measured on a CPU.
 
-    OMP_NUM_THREADS=1 python scripts/scaling.py --measure     # a few processor minutes; writes recipes/results/scaling/cpu.json
-    python scripts/scaling.py                                 # prints the tables of recipes/README.md
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.scaling --measure     # a few processor minutes
+    python -m scripts.benchmarks.scaling               # prints the tables from what was measured
 
 No GPU has run this: what the tables say of GPUs are the formulas below with the `ASSUMED` constants.
 """
@@ -10,82 +10,20 @@ No GPU has run this: what the tables say of GPUs are the formulas below with the
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
 
-from trl_opsd.results import write_results
+import torch
+from transformers import DynamicCache, Qwen3ForCausalLM
 
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "recipes" / "results"
-MIB, GB = 1 << 20, 1e9
-ASSUMED = {
-    "peak": 989e12,  # FLOP/s of an H100 in bfloat16
-    "mfu": 0.4,  # share of it that training reaches
-    "memory": 3.35e12,  # bytes/s
-    "mbu": 0.6,  # share of it that decoding reaches
-    "nvlink": 300e9,  # bytes/s of each GPU within a node of eight, reached
-    "network": 40e9,  # and between nodes
-    "capacity": 80e9,
-}
+from scripts.benchmarks.step import SIZES, rollouts, work
+from scripts.harness.meter import MIB
+from scripts.harness.processes import run_alone
+from scripts.harness.results import RESULTS, read, write_results
+from scripts.harness.shapes import ASSUMED, QWEN3, Shape, small
+from scripts.harness.tables import markdown
 
 
-@dataclass
-class Shape:
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool = False
-
-    @property
-    def body(self) -> int:
-        """Parameters of the matrices of all layers."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def head(self) -> int:
-        return self.hidden * self.vocab
-
-    @property
-    def total(self) -> int:
-        return self.body + self.head * (1 if self.tied else 2)
-
-    def forward(self, lengths: list[int], causal: bool = True) -> float:
-        """FLOPs without the head. Attention without a causal kernel computes the upper triangle too."""
-        attention = (2 if causal else 4) * self.layers * self.heads * self.head_dim
-        return 2 * self.body * sum(lengths) + attention * sum(length**2 for length in lengths)
-
-    def loss(self, tokens: int) -> int:
-        """FLOPs: the logits of both, and the gradients of the student's states and head."""
-        return 8 * self.head * tokens
-
-    @property
-    def layer_activations(self) -> int:
-        """Numbers that the backward pass of one layer needs of each token: norms, projections, attention, MLP."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return 8 * self.hidden + 8 * q + 3 * kv + 4 * self.intermediate
-
-    @property
-    def cache(self) -> int:
-        """Bytes of keys and values of a token in bfloat16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
-
-
-QWEN3 = {
-    "8B": Shape(4096, 36, 32, 8, 128, 12288, 151936),
-    "32B": Shape(5120, 64, 64, 8, 128, 25600, 151936),
-}
-
+GB = 1e9
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measured on a CPU
@@ -102,48 +40,19 @@ CASES = {
 ARM = "ours, context, correct"
 
 
-def shape_of(size: dict) -> Shape:
-    """As scripts/benchmark_step.py makes it."""
-    hidden = size["hidden_size"]
-    return Shape(
-        hidden, size["num_layers"], hidden // 64, max(hidden // 128, 1), 64, 3 * hidden, size["vocab_size"], True
-    )
-
-
-def measure_step(name: str, output: Path) -> None:
-    """One case, in a process of its own."""
-    import benchmark_step
-
-    from trl_opsd.opsd.alarms import AlarmCallback
-
-    size = benchmark_step.SIZES["cpu"]
-    size |= BASE | CASES[name]
-    options = argparse.Namespace(device="cpu", per_device=4, seed=0, output=str(output))
-    with mock.patch.object(AlarmCallback, "check_divergence"):  # random weights are not a dead teacher
-        benchmark_step.work(ARM, options)
-    completions, correct = benchmark_step.rollouts(size, 0)
-    row = json.loads(Path(f"{output}.0").read_text())["rows"][0]
-    row |= {"case": name, "size": size, "lengths": [len(ids) for ids in completions], "correct": correct}
-    write_results(output, [row], {})
+def measure_step(name: str) -> dict:
+    """One case."""
+    size = SIZES["cpu"] | BASE | CASES[name]
+    completions, correct = rollouts(size, seed=0)
+    row = run_alone(work, ARM, size, "cpu", 4, 0)
+    return row | {"case": name, "size": size, "lengths": [len(ids) for ids in completions], "correct": correct}
 
 
 def measure_reuse() -> dict:
     """A group of eight with a teacher's prompt as long as the completions: one prefill for all, against one for each."""
-    import torch
-    from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
-
     group, length = 8, 256
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-    )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).eval().model
+    model = Qwen3ForCausalLM(small(256, 8, 512, tied=False).config()).eval().model
     prompt = torch.randint(0, 512, (1, length)).expand(group, -1)
     completions = torch.randint(0, 512, (group, length))
 
@@ -151,7 +60,7 @@ def measure_reuse() -> dict:
         return model(torch.cat([prompt, completions], 1), use_cache=False).last_hidden_state[:, length - 1 : -1]
 
     def shared():
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=model.config)
         first = model(prompt[:1], past_key_values=cache).last_hidden_state[:, -1:].expand(group, -1, -1)
         cache.batch_repeat_interleave(group)
         rest = model(completions[:, :-1], past_key_values=cache).last_hidden_state
@@ -171,17 +80,9 @@ def measure_reuse() -> dict:
 
 def measure() -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        for name in CASES:
-            subprocess.run(
-                [sys.executable, __file__, "--work", name, "--output", str(output)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            rows += json.loads(output.read_text())["rows"]
-            print(name, [round(m["seconds"], 2) for m in rows[-1]["measured"]], flush=True)
+    for name in CASES:
+        rows.append(measure_step(name))
+        print(name, [round(m["seconds"], 2) for m in rows[-1]["measured"]], flush=True)
     rows.append(measure_reuse())
     print(rows[-1])
     write_results(RESULTS / "scaling" / "cpu.json", rows, {"base": BASE, "arm": ARM, "seed": 0})
@@ -189,24 +90,17 @@ def measure() -> None:
 
 def predicted_parts(row: dict) -> dict[str, float]:
     """FLOPs of the parts of a step."""
-    shape = shape_of(row["size"])
+    shape = small(*(row["size"][name] for name in ("hidden_size", "num_layers", "vocab_size")))
     kept = [length for length, verdict in zip(row["lengths"], row["correct"], strict=True) if verdict]
-    # The prompts of scripts/benchmark_step.py, in tokens of one character each
+    # The prompts of the step benchmark, in tokens of one character each
     student = shape.forward([length + 82 for length in kept], causal=False)
     teacher = shape.forward([length + 322 for length in kept], causal=False)
     return {"teacher": teacher, "student": student, "loss": shape.loss(sum(kept)), "backward": 2 * student}
 
 
-def table(heading: list[str], lines: list[list[str]]) -> None:
-    print("\n| " + " | ".join(heading) + " |\n|" + "---|" * len(heading))
-    for cells in lines:
-        print("| " + " | ".join(cells) + " |")
-
-
-def check() -> None:
-    """Prints how the formulas do against what was measured."""
-    rows = json.loads((RESULTS / "scaling" / "cpu.json").read_text())["rows"]
-    steps, reuse = [row for row in rows if "measured" in row], rows[-1]
+def step_table() -> str:
+    """How the formulas of the time do against what was measured."""
+    steps = [row for row in read(RESULTS / "scaling" / "cpu.json") if "measured" in row]
     measured = {}
     for row in steps:
         parts = [m["parts"] for m in row["measured"]]
@@ -220,9 +114,12 @@ def check() -> None:
         total = sum(found.values())
         cells = [f"{total:.2f}", f"{sum(parts.values()) / speed / total:.2f}", *(f"{r:.2f}" for r in ratio.values())]
         lines.append([row["case"], *cells])
-    print(f"At {speed / 1e9:.0f} GFLOP/s, which is what the first case comes to:")
-    table(["step", "measured, s", "predicted / measured", *predicted_parts(steps[0])], lines)
+    heading = ["step", "measured, s", "predicted / measured", *predicted_parts(steps[0])]
+    return f"At {speed / 1e9:.0f} GFLOP/s, which is what the first case comes to:\n\n{markdown(heading, lines)}"
 
+
+def memory_table() -> str:
+    """How the formulas of the memory do against what was measured."""
     lines = []
     products = json.loads((RESULTS / "divergence" / "cpu.json").read_text())
     config = products["run"]["config"]
@@ -234,22 +131,26 @@ def check() -> None:
     config = memory["run"]["config"]
     for row in memory["rows"]:
         if row["case"] == "full opsd initial":
-            hidden, vocab = config["hidden_size"], row["vocab_size"]
-            shape = Shape(hidden, config["num_layers"], hidden // 64, hidden // 128, 64, 3 * hidden, vocab, tied=True)
+            vocab = row["vocab_size"]
+            shape = small(config["hidden_size"], config["num_layers"], vocab)
             tokens = config["rows"] * (config["completion_length"] + 30)
             activations = 4 * shape.layers * shape.layer_activations * tokens
             loss = 4 * shape.head + min(96 << 20, 8 * tokens * vocab)
             predicted = (4 * 4 * shape.total + activations + loss) / MIB
             found = row["peak_mib"]
             lines.append([f"full, V {vocab:,}", "student, teacher, two moments, activations, loss", predicted, found])
-    table(
+    return markdown(
         ["memory", "of what", "predicted, MiB", "measured, MiB", "ratio"],
         [[a, b, f"{c:.0f}", f"{d:.0f}", f"{c / d:.2f}"] for a, b, c, d in lines],
     )
 
+
+def reuse_line() -> str:
+    """What one prefill for a group was worth when it was tried."""
+    reuse = read(RESULTS / "scaling" / "cpu.json")[-1]
     group, length = reuse["group"], reuse["length"]
-    print(
-        f"\nPrompt of a group of {group}, as long as its completions, once instead of {group} times: teacher forward "
+    return (
+        f"Prompt of a group of {group}, as long as its completions, once instead of {group} times: teacher forward "
         f"{reuse['whole'] / reuse['shared']:.2f} times as fast (by count "
         f"{2 * group * length / (length + group * length):.2f}), largest difference {reuse['difference']:.0e}."
     )
@@ -260,7 +161,7 @@ def check() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prompt_share() -> None:
+def prompt_table() -> str:
     """Share of forward tokens, and of a step's training FLOPs, that repeat a prompt which a group shares."""
     shape, lines = QWEN3["8B"], []
     for context, student, teacher, completion in (
@@ -283,7 +184,7 @@ def prompt_share() -> None:
         lines.append(cells)
     heading = ["context", "tokens of prompt / teacher's prompt / completion"]
     heading += [f"G {g}: {what}" for g in (4, 8) for what in ("teacher tokens that repeat it", "of training FLOPs")]
-    table(heading, lines)
+    return markdown(heading, lines)
 
 
 def step(shape: Shape, gpus: int, rollouts: int, length: int, longest: int, budget: int) -> dict[str, float]:
@@ -317,9 +218,10 @@ def step(shape: Shape, gpus: int, rollouts: int, length: int, longest: int, budg
     }
 
 
-def extrapolate() -> None:
+def extrapolation_table() -> str:
+    """Steps that nobody has run."""
     lines = []
-    for name, gpus, rollouts, length, longest in (
+    for name, gpus, batch, length, longest in (
         ("8B", 8, 32, 4000, 8192),
         ("8B", 8, 256, 4000, 8192),
         ("8B", 8, 256, 8000, 16384),
@@ -329,37 +231,41 @@ def extrapolate() -> None:
         ("32B", 64, 256, 4000, 8192),
         ("32B", 64, 2048, 4000, 8192),
     ):
-        found = step(QWEN3[name], gpus, rollouts, length, longest, budget=16384)
+        found = step(QWEN3[name], gpus, batch, length, longest, budget=16384)
         train = max(found["compute"], found["communication"])
         gb = found["memory"] / GB
         lines.append(
-            [name, str(gpus), f"{rollouts}", f"{length:,} / {longest:,}", f"{found['generation']:.0f}"]
+            [name, str(gpus), str(batch), f"{length:,} / {longest:,}", f"{found['generation']:.0f}"]
             + [f"{found['compute']:.1f}", f"{found['communication']:.1f}", f"{found['generation'] + train:.0f}"]
             + [f"{gb:.0f}" + (" (does not fit)" if found["memory"] > 0.95 * ASSUMED["capacity"] else "")]
         )
-    table(
-        ["model", "GPUs", "rollouts", "tokens, mean / longest", "generation, s", "training, s", "FSDP traffic, s"]
-        + ["step, s", "GB on each GPU"],
-        lines,
-    )
-    for where in ("nvlink", "network"):
-        ratio = 8 * ASSUMED["peak"] * ASSUMED["mfu"] / (10 * ASSUMED[where])
-        print(f"\nTraffic ({where}) hides behind micro-batches from {ratio:,.0f} tokens on.")
+    heading = [
+        "model",
+        "GPUs",
+        "rollouts",
+        "tokens, mean / longest",
+        "generation, s",
+        "training, s",
+        "FSDP traffic, s",
+    ]
+    return markdown([*heading, "step, s", "GB on each GPU"], lines)
 
 
-def main() -> None:
+def traffic_line() -> str:
+    """From how many tokens on a micro-batch hides the traffic, within a node and between nodes."""
+    computed = 8 * ASSUMED["peak"] * ASSUMED["mfu"] / 10
+    near, far = (computed / ASSUMED[where] for where in ("nvlink", "network"))
+    return f"Traffic hides behind micro-batches from {near:,.0f} tokens on within a node, {far:,.0f} between nodes."
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        return measure_step(args.work, args.output)
+    parser.add_argument("--measure", action="store_true", help="measure first: recipes/results/scaling/cpu.json")
+    args = parser.parse_args(argv)
     if args.measure:
         measure()
-    check()
-    prompt_share()
-    extrapolate()
+    parts = (step_table, memory_table, reuse_line, prompt_table, extrapolation_table, traffic_line)
+    print("\n\n".join(part() for part in parts))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """
 Times the train phase of one optimizer step on the same rollouts: TRL's DistillationTrainer and SDFTTrainer, and ours.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_step.py                  # CPU
-    OMP_NUM_THREADS=1 python scripts/benchmark_step.py --processes 2    # two processes, and how long they wait
-    python scripts/benchmark_step.py --device cuda                      # GPU: 0.6 B parameters, traces of up to 8k tokens
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.step                  # CPU
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.step --processes 2    # two processes, and how long they wait
+    python -m scripts.benchmarks.step --device cuda                      # GPU: 0.6 B parameters, traces of up to 8k tokens
 
 The rollouts are written in advance, with a long-tailed distribution of lengths, and half of them are correct. What
 counts are useful tokens: those of correct rollouts. Every arm has a process of its own and the arms take turns. TRL's
 loss is given the valid positions only, as it does itself where it finds Triton. Of several processes, the seconds are
 those of the clock, and a process is idle while its processor does nothing for it: give them a quiet machine. Results and
-plot go to recipes/results/step/<device>.{json,png}.
+plot go to recipes/results/step/<device>.{json,png}; processes and seed are in the name where they are not 1 and 0.
 """
 
 import argparse
+import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,21 +24,23 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from benchmark_divergence import Meter
 from datasets import Dataset
-from scaling import ASSUMED, shape_of
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import Qwen3ForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer, sdft_trainer
 from trl.trainer import distillation_trainer
 
+from scripts.harness.meter import Meter
+from scripts.harness.plots import plt, save
+from scripts.harness.processes import run_distributed
+from scripts.harness.results import RESULTS, write_results
+from scripts.harness.shapes import ASSUMED, small
+from scripts.harness.tables import markdown
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd import trainer as opsd_trainer
-from trl_opsd.results import write_results
 from trl_opsd.tiny.tokenizer import make_tokenizer
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     # The head has about a quarter of the parameters, as in a 1.7 B model with a vocabulary of 152k
     "cpu": {
@@ -139,23 +140,16 @@ class Steps(TrainerCallback):
         self.optimizer_part.__exit__(None, None, None)
 
 
-def work(arm: str, args: argparse.Namespace) -> None:
-    """One arm, in a process of its own: writes one results file."""
-    size, cuda = SIZES[args.device], args.device == "cuda"
-    kind, options = ARMS[arm]
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    completions, correct = rollouts(size, args.seed)
+def work(arm: str, size: dict, device: str, per_device: int, seed: int) -> dict:
+    """One arm, in a process of its own or in several: the row of its numbers, with what every step has `measured`."""
+    cuda = device == "cuda"
+    kind, options = ARMS[arm][0], dict(ARMS[arm][1])
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    completions, correct = rollouts(size, seed)
     tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        vocab_size=size["vocab_size"],
-        hidden_size=size["hidden_size"],
-        intermediate_size=3 * size["hidden_size"],
-        num_hidden_layers=size["num_layers"],
-        num_attention_heads=size["hidden_size"] // 64,
-        num_key_value_heads=max(size["hidden_size"] // 128, 1),
-        head_dim=64,
+    shape = small(size["hidden_size"], size["num_layers"], size["vocab_size"])
+    config = shape.config(
         max_position_embeddings=2 * size["max_length"],
-        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -173,8 +167,8 @@ def work(arm: str, args: argparse.Namespace) -> None:
     ]
     settings = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": args.per_device,
-        "gradient_accumulation_steps": len(rows) // (args.per_device * world),
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": len(rows) // (per_device * world),
         "max_steps": size["steps"] + 1,
         "max_completion_length": size["max_length"],
         "shuffle_dataset": False,
@@ -187,10 +181,10 @@ def work(arm: str, args: argparse.Namespace) -> None:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "seed": args.seed,
+        "seed": seed,
     }
     shares = Shares(cuda)
-    steps = Steps(args.device, shares)
+    steps = Steps(device, shares)
     student, teacher = checkpoint(0), checkpoint(1)  # before a configuration starts the processes' group
     common = {"model": student, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     common["callbacks"] = [steps]
@@ -248,13 +242,13 @@ def work(arm: str, args: argparse.Namespace) -> None:
     written_tokens = sum(map(len, completions))
     trained = written_tokens if options.get("gate", "all") == "all" else useful
     # What the models have to compute of the rollouts trained on, without padding and recomputation
-    flops = shape_of(size).loss(trained)
+    flops = shape.loss(trained)
     for row, ids, verdict in zip(rows, completions, correct, strict=True):
         if verdict or trained == written_tokens:
             prompt = len(tokenizer(row["prompt"])["input_ids"])
             context = len(tokenizer(row["privileged_context"])["input_ids"]) if has_context else 0
-            flops += 3 * shape_of(size).forward([prompt + len(ids)])
-            flops += shape_of(size).forward([prompt + context + len(ids)])
+            flops += 3 * shape.forward([prompt + len(ids)])
+            flops += shape.forward([prompt + context + len(ids)])
     measured = []
     for meter, parts in zip(steps.meters, steps.parts, strict=True):
         # Where other jobs share the machine the processor's time is the fair one; on a GPU it is the clock's
@@ -263,9 +257,9 @@ def work(arm: str, args: argparse.Namespace) -> None:
             parts["idle"] = meter.seconds - meter.cpu_seconds
         parts["rest"] = seconds - sum(parts.values())
         measured.append({"seconds": seconds, "wall_s": meter.seconds, "peak_mib": meter.peak_mib, "parts": parts})
-    row = {
+    return {
         "arm": arm,
-        "per_device": args.per_device,
+        "per_device": per_device,
         "processes": world,
         "budget": budget,
         "rollouts": len(rows),
@@ -277,7 +271,6 @@ def work(arm: str, args: argparse.Namespace) -> None:
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "measured": measured,
     }
-    write_results(f"{args.output}.{rank}", [row], vars(args) | size)
 
 
 def combined(ranks: tuple[dict, ...]) -> dict:
@@ -288,11 +281,6 @@ def combined(ranks: tuple[dict, ...]) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
     names = [row["arm"] for row in rows][::-1]
     left = [0.0] * len(rows)
@@ -305,11 +293,32 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xlim(0, 1.75 * max(left))
     axes.set_xlabel("seconds of an optimizer step, without generation")
     axes.legend(loc="lower right", ncols=2, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
-def main() -> None:
+def table() -> str:
+    """The train phase on a CPU, beside TRL's own trainers."""
+    results = json.loads((RESULTS / "step" / "cpu.json").read_text())
+    config, rows = results["run"]["config"], results["rows"]
+    lines = []
+    for row in rows:
+        shares = " / ".join(
+            f"{100 * row['parts'][part] / row['seconds']:.0f}" for part in ("teacher", "student", "loss", "backward")
+        )
+        cells = [row["arm"], f"{row['useful_per_s']:.0f}", f"{row['speed_to_peer']:.2f}", f"{row['peak_mib']:.0f}"]
+        lines.append([*cells, f"{row['memory_to_peer']:.2f}", shares])
+    head = (
+        f"The same {config['rollouts']} rollouts (log-normal lengths, median {config['median_length']}, at most "
+        f"{config['max_length']:,} tokens), half of them correct, {rows[0]['parameters'] / 1e6:.1f}M parameters on a CPU, "
+        "generation left out. Useful tokens are those of correct rollouts. The peer of an external teacher is TRL's "
+        "DistillationTrainer, that of a teacher in context its SDFTTrainer with full logits. Processor time, median of "
+        f"{len(rows[0]['seconds_all'])} steps."
+    )
+    heading = ["", "useful tokens/s", "to the peer", "peak memory, MiB", "to the peer"]
+    return f"{head}\n\n{markdown([*heading, 'teacher / student / loss / backward, %'], lines)}"
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SIZES), default="cpu")
     parser.add_argument("--repeats", type=int, default=2, help="turns of every arm")
@@ -317,33 +326,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        return work(args.work, args)
-    import json
-
-    found = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(args.repeats):
-            for arm in args.arms:
-                output = Path(folder) / "row.json"
-                command, environment = [sys.executable], dict(os.environ)
-                if args.processes > 1:
-                    command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-                    environment |= {} if args.device == "cuda" else {"ACCELERATE_USE_CPU": "true"}
-                command += [__file__, "--device", args.device, "--per_device", str(args.per_device)]
-                command += ["--seed", str(args.seed), "--work", arm, "--output", str(output)]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment)
-                if done.returncode != 0:
-                    sys.exit(f"The arm `{arm}` failed:\n{done.stderr}")
-                ranks = [json.loads(Path(f"{output}.{rank}").read_text())["rows"][0] for rank in range(args.processes)]
-                assert all(rank["processes"] == args.processes for rank in ranks)
-                steps = zip(*(rank.pop("measured") for rank in ranks), strict=True)
-                found[arm].append({**ranks[0], "measured": [combined(step) for step in steps]})
-                last = found[arm][-1]["measured"]
-                print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
+    parser.add_argument("--output_dir", type=Path, default=RESULTS / "step")
+    args = parser.parse_args(argv)
+    if args.processes > 1 and args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    size, found = SIZES[args.device], defaultdict(list)
+    for turn in range(args.repeats):
+        for arm in args.arms:
+            ranks = run_distributed(args.processes, work, arm, size, args.device, args.per_device, args.seed)
+            assert all(rank["processes"] == args.processes for rank in ranks)
+            steps = zip(*(rank.pop("measured") for rank in ranks), strict=True)
+            found[arm].append({**ranks[0], "measured": [combined(step) for step in steps]})
+            last = found[arm][-1]["measured"]
+            print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
     rows = []
     for turns in found.values():
         measured = [m for turn in turns for m in turn.pop("measured")]
@@ -385,9 +380,11 @@ def main() -> None:
                 if k in row
             },
         )
-    name = args.device if args.processes == 1 else f"{args.device}-{args.processes}-processes"
-    output = ROOT / "recipes" / "results" / "step" / f"{name}.json"
-    config = {k: v for k, v in vars(args).items() if k not in ("work", "output")} | SIZES[args.device]
+    name = args.device
+    name += f"-{args.processes}-processes" if args.processes > 1 else ""
+    name += f"-seed-{args.seed}" if args.seed else ""
+    output = args.output_dir / f"{name}.json"
+    config = {k: v for k, v in vars(args).items() if k != "output_dir"} | size
     write_results(output, rows, config | {"load": os.getloadavg()[0]})
     plot(rows, output.with_suffix(".png"))
 

@@ -2,8 +2,8 @@
 Seconds of training until the tiny reasoner needs 40% fewer tokens at an accuracy at most one point lower: ours, TRL's
 SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
 
-    OMP_NUM_THREADS=1 python scripts/time_to_goal.py --develop           # the settings of each: about 20 minutes
-    OMP_NUM_THREADS=1 python scripts/time_to_goal.py --seeds 0 1 2       # the measurement: about 15
+    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --develop           # the settings of each: about 20 minutes
+    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --seeds 0 1 2       # the measurement: about 15
 
 With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long and a few
 much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR
@@ -18,32 +18,32 @@ table from the files.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import yaml
-from ablate_tiny import evaluate_model, stage
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.rewards import get_soft_overlong_punishment
 
+from scripts.harness.plots import plt, save
+from scripts.harness.processes import run_alone
+from scripts.harness.results import RESULTS, ROOT, read, read_all, write_results, write_text
+from scripts.harness.stages import TEACHERS, evaluate, make_teacher
+from scripts.harness.tables import markdown
 from trl_opsd.data import load_prompts
 from trl_opsd.opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.results import write_results, write_text
 from trl_opsd.rewards import length_reward, math_reward
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
-ROOT = Path(__file__).parents[1]
-# Where the recipes and the results of a world are, how its starts are called, and the longest reply in an evaluation
+# Where the results of a world are, which teacher all start from, and the longest reply in an evaluation
 WORLDS = {
-    "short": {"recipes": "recipes/tiny/", "results": "time_to_goal", "runs": "strong", "limit": 192},
-    "long": {"recipes": "recipes/tiny/long_", "results": "time_to_goal_long", "runs": "long", "limit": 448},
+    "short": {"results": "time_to_goal", "start": "strong", "limit": 192},
+    "long": {"results": "time_to_goal_long", "start": "long", "limit": 448},
 }
 TOKENS, ACCURACY = 0.6, 0.01  # the goal: this share of the tokens of the start, at most this much less accurate
 # What length is punished by, beside the math reward: in comparison with the group, or by each token
@@ -91,19 +91,9 @@ def grids(world: str) -> dict[str, list[dict]]:
     }
 
 
-def make_start(world: dict, seed: int, runs: Path) -> tuple[Path, Path]:
-    """The checkpoint that all start from, and the folder of the data."""
-    sft, rlvr = (runs / f"{world['runs']}-{seed}" / name for name in ("sft", "rlvr"))
-    stage("trl_opsd.tiny", f"{world['recipes']}sft.yaml", sft, seed=seed)
-    options = {"seed": seed, "model_name_or_path": sft, "dataset_name": sft / "data"}
-    stage("trl_opsd.rlvr", f"{world['recipes']}rlvr.yaml", rlvr, **options)
-    return rlvr, sft / "data"
-
-
-def make_trainer(
-    world: dict, method: str, setting: dict, path: Path, data: Path, seed: int, callback: TrainerCallback
-):
-    recipe = yaml.safe_load((ROOT / f"{world['recipes']}opsd.yaml").read_text())
+def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path, seed: int, callback: TrainerCallback):
+    recipes, _, _ = TEACHERS[WORLDS[world]["start"]]
+    recipe = yaml.safe_load((ROOT / f"{recipes}opsd.yaml").read_text())
     # What the three have in common: batch, length, temperature, steps and optimizer; not `beta`, which is not one thing
     fields = GRPOConfig.__dataclass_fields__.keys() & SDFTConfig.__dataclass_fields__.keys()
     common = {name: value for name, value in recipe.items() if name in fields}
@@ -132,8 +122,8 @@ def make_trainer(
 class Clock(TrainerCallback):
     """Seconds of training, and what the model has become by then. Ends the run at the goal, or when time is up."""
 
-    def __init__(self, measure, start: dict, args: argparse.Namespace):
-        self.measure, self.start, self.args = measure, start, args
+    def __init__(self, measure, start: dict, limits: dict):
+        self.measure, self.start, self.limits = measure, start, limits
         self.rows, self.cpu, self.wall, self.generation = [], 0.0, 0.0, 0.0
 
     def time_generation(self, model) -> None:
@@ -160,8 +150,8 @@ class Clock(TrainerCallback):
         last = self.rows[-1]["cpu_s"] if self.rows else 0.0
         # Further than the goal, to see whether it stays there
         reached = next((row["cpu_s"] for row in self.rows if row["goal"]), float("inf"))
-        is_last = self.cpu > min(self.args.budget, self.args.stay * reached)
-        if self.cpu >= self.args.every * last or is_last:
+        is_last = self.cpu > min(self.limits["budget"], self.limits["stay"] * reached)
+        if self.cpu >= self.limits["every"] * last or is_last:
             generation = self.generation
             measured = self.measure(model)
             self.generation = generation
@@ -177,37 +167,38 @@ class Clock(TrainerCallback):
         return control
 
 
-def work(args: argparse.Namespace) -> None:
-    """One run, in a process of its own."""
-    method, setting, world = args.work, json.loads(args.setting), WORLDS[args.world]
-    path, data = make_start(world, args.seed, Path(args.runs))
+def work(world: str, method: str, setting: dict, seed: int, shift: int, runs: str, limits: dict) -> dict:
+    """
+    One run, in a process of its own: its row. Training has a seed that is further by `shift` than that of the start, and
+    ends within `limits`: options `budget`, `stay`, `every` and `max_samples` of the command line.
+    """
+    torch.set_num_threads(1)
+    path, data = make_teacher(WORLDS[world]["start"], seed, Path(runs))
 
     def measure(model=None):
-        options = {"decoding": "sampled", "max_completion_length": str(world["limit"])}
-        rows = evaluate_model(path, data, args.seed, args.max_samples, model=model, **options)
+        options = {"decoding": "sampled", "max_completion_length": WORLDS[world]["limit"]}
+        rows = evaluate(path, data, seed, limits["max_samples"], model=model, **options)
         return {name: rows[0][name] for name in ("accuracy", "accuracy_low", "accuracy_high", "mean_tokens")}
 
     start = measure()
-    clock = Clock(measure, start, args)
-    trainer = make_trainer(world, method, setting, path, data, args.seed + args.shift, clock)
+    clock = Clock(measure, start, limits)
+    trainer = make_trainer(world, method, setting, path, data, seed + shift, clock)
     clock.time_generation(trainer.model)
     trainer.train()
     reached = [next((row for row in clock.rows if row[name]), None) for name in ("goal", "short")]
-    row = {"method": method, "setting": setting, "seed": args.seed, "budget_cpu_s": args.budget, "start": start}
-    row |= {"goal": reached[0], "short": reached[1], "evaluations": clock.rows, "steps": trainer.state.global_step}
-    write_results(args.output, [row], {"seed": args.seed})
+    row = {"method": method, "setting": setting, "seed": seed, "budget_cpu_s": limits["budget"], "start": start}
+    return row | {
+        "goal": reached[0],
+        "short": reached[1],
+        "evaluations": clock.rows,
+        "steps": trainer.state.global_step,
+    }
 
 
-def run(method: str, setting: dict, seed: int, args: argparse.Namespace, **options) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--work", method, "--setting", json.dumps(setting), "--seed", str(seed)]
-        for name in ("world", "runs", "budget", "stay", "every", "max_samples"):
-            command += [f"--{name}", str(options.get(name, getattr(args, name)))]
-        command += ["--shift", str(options.get("shift", 0)), "--output", str(output)]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        row = json.loads(output.read_text())["rows"][0]
-    goal = row["goal"] or {"step": None, "cpu_s": float("nan"), "wall_s": float("nan"), "generation_cpu_s": 0}
+def run(world: str, method: str, setting: dict, seed: int, shift: int, runs: str, limits: dict) -> dict:
+    """Returns the row of a run, and says how it went."""
+    row = run_alone(work, world, method, setting, seed, shift, runs, limits)
+    goal = row["goal"] or {"step": None, "cpu_s": float("nan")}
     last = row["evaluations"][-1]
     print(
         f"{seed} {method} {setting}: goal at step {goal['step']}, {goal['cpu_s']:.1f} s; "
@@ -218,27 +209,22 @@ def run(method: str, setting: dict, seed: int, args: argparse.Namespace, **optio
     return row
 
 
-def develop(args: argparse.Namespace) -> None:
+def develop(world: str, methods: list[str], runs: str, budget: float) -> None:
     """Every setting of every grid, once: on the start of seed 0, with other random numbers than the measurement."""
-    options = {
-        "shift": 100,
-        "max_samples": 512,
-        "every": 1.3 if args.world == "short" else 1.5,
-        "budget": args.budget / 2,
-        "stay": 1.3,
-    }
-    output = folder(args.world) / "development.json"
-    for method, setting in [(method, setting) for method, grid in grids(args.world).items() for setting in grid]:
-        rows = json.loads(output.read_text())["rows"] if output.is_file() else []
-        if method in args.methods and (method, setting) not in [(row["method"], row["setting"]) for row in rows]:
-            row = run(method, setting, 0, args, **options)
+    shift = 100
+    limits = {"max_samples": 512, "every": 1.3 if world == "short" else 1.5, "budget": budget / 2, "stay": 1.3}
+    output = folder(world) / "development.json"
+    for method, setting in [(method, setting) for method, grid in grids(world).items() for setting in grid]:
+        rows = read(output) if output.is_file() else []
+        if method in methods and (method, setting) not in [(row["method"], row["setting"]) for row in rows]:
+            row = run(world, method, setting, 0, shift, runs, limits)
             # Read again: the methods may be developed side by side
-            rows = json.loads(output.read_text())["rows"] if output.is_file() else []
-            write_results(output, [*rows, row], {"seed": 0, "goal": [TOKENS, ACCURACY], **options})
+            rows = read(output) if output.is_file() else []
+            write_results(output, [*rows, row], {"seed": 0, "goal": [TOKENS, ACCURACY], "shift": shift, **limits})
 
 
 def folder(world: str) -> Path:
-    return ROOT / "recipes" / "results" / WORLDS[world]["results"]
+    return RESULTS / WORLDS[world]["results"]
 
 
 def chosen(world: str, method: str) -> dict:
@@ -249,7 +235,7 @@ def chosen(world: str, method: str) -> dict:
         shortest = min([e["mean_tokens"] for e in accurate], default=float("inf"))
         return (row["goal"]["cpu_s"], 0) if row["goal"] else (float("inf"), shortest)
 
-    rows = json.loads((folder(world) / "development.json").read_text())["rows"]
+    rows = read(folder(world) / "development.json")
     return min((row for row in rows if row["method"] == method), key=rank)["setting"]
 
 
@@ -257,18 +243,12 @@ def name_of(world: str, row: dict) -> str:
     return row["method"] if row["setting"] == chosen(world, row["method"]) else f"{row['method']}, at SDFT's rate"
 
 
-def report(world: str) -> None:
-    """Writes curves.png and table.md."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    files = sorted(folder(world).glob("seed-*.json"))
-    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
-    figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 6), sharex=True, sharey="row", squeeze=False)
-    for column, file in zip(axes.T, files, strict=True):
-        for row in json.loads(file.read_text())["rows"]:
+def plot(world: str) -> None:
+    """Writes curves.png."""
+    seeds = read_all(folder(world))
+    figure, axes = plt.subplots(2, len(seeds), figsize=(4 * len(seeds), 6), sharex=True, sharey="row", squeeze=False)
+    for column, rows in zip(axes.T, seeds, strict=True):
+        for row in rows:
             points = [{"cpu_s": 0.5, **row["start"]}, *row["evaluations"]]  # 0 has no place on the axis
             seconds = [point["cpu_s"] for point in points]
             (line,) = column[0].plot(seconds, [point["mean_tokens"] for point in points], label=name_of(world, row))
@@ -283,8 +263,12 @@ def report(world: str) -> None:
     axes[0, 0].set_ylabel("tokens, sampled")
     axes[1, 0].set_ylabel("accuracy, sampled, %")
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(folder(world) / "curves.png", dpi=120)
+    save(figure, folder(world) / "curves.png", dpi=120)
+
+
+def table(world: str) -> str:
+    """Every run, and the setting that was chosen for each method."""
+    rows = [row for rows in read_all(folder(world)) for row in rows]
 
     def cell(row: dict, name: str) -> str:
         found = row[name]
@@ -292,19 +276,13 @@ def report(world: str) -> None:
             return f"not within {row['evaluations'][-1]['cpu_s']:.0f} s"
         return f"{found['cpu_s']:.1f} s ({found['wall_s']:.1f} s), step {found['step']}"
 
-    lines = [
-        "| seed | method | start, accuracy / tokens | tokens alone | goal, processor (wall) | at the goal | "
-        "after it: accuracy, mean; evaluations at the goal | generation | times ours | "
-        "a step at first / at last, of it generation |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-
     def step(before: dict, after: dict) -> str:
         """Processor seconds of a step between two evaluations."""
         steps = after["step"] - before["step"]
         seconds = [(after[name] - before[name]) / steps for name in ("cpu_s", "generation_cpu_s")]
         return f"{seconds[0]:.2f} s, {seconds[1]:.2f} s"
 
+    lines = []
     for row in rows:
         evaluations = [{"step": 0, "cpu_s": 0.0, "generation_cpu_s": 0.0}, *row["evaluations"]]
         ours = next(other for other in rows if other["method"] == "ours" and other["seed"] == row["seed"])
@@ -324,15 +302,37 @@ def report(world: str) -> None:
             f"{row['goal']['cpu_s'] / ours['goal']['cpu_s']:.2f}" if row["goal"] and ours["goal"] else "",
             f"{step(*evaluations[:2])} / {step(*evaluations[-2:])}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
+    heading = ["seed", "method", "start, accuracy / tokens", "tokens alone", "goal, processor (wall)", "at the goal"]
+    heading += ["after it: accuracy, mean; evaluations at the goal", "generation", "times ours"]
+    heading += ["a step at first / at last, of it generation"]
     settings = "\n".join(f"- {method}: `{json.dumps(chosen(world, method))}`" for method in grids(world))
-    write_text(
-        folder(world) / "table.md", "\n".join([*lines, "", settings, "", "Made by `scripts/time_to_goal.py`.", ""])
-    )
-    print("\n".join(lines))
+    command = f"python -m scripts.experiments.time_to_goal --world {world}"
+    return f"{markdown(heading, lines)}\n\n{settings}\n\nMade by `{command}`.\n"
 
 
-def main() -> None:
+def summary(world: str) -> str:
+    """Seconds and steps to the goal, and whether a method stays there: a line for each method."""
+    seeds = read_all(folder(world))
+
+    def cell(row: dict) -> str:
+        if row["goal"] is None:
+            return f"not in {row['evaluations'][-1]['cpu_s']:.0f}"
+        return f"{row['goal']['cpu_s']:.1f} ({row['goal']['step']})"
+
+    names = {"SDFT": "TRL SDFT, same context", "GRPO": "TRL GRPO, length penalty"}
+    lines = []
+    for name in dict.fromkeys(name_of(world, row) for rows in seeds for row in rows):
+        runs = [next(row for row in rows if name_of(world, row) == name) for rows in seeds]
+        after = [
+            e["goal"] for row in runs for e in row["evaluations"] if row["goal"] and e["step"] > row["goal"]["step"]
+        ]
+        lines.append([names.get(name, name), *map(cell, runs), f"{sum(after)} of {len(after)}"])
+    heading = ["processor seconds (steps)", *(f"seed {rows[0]['seed']}" for rows in seeds)]
+    return markdown([*heading, "evaluations after it that are at the goal"], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=list(WORLDS), default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -341,38 +341,30 @@ def main() -> None:
         "--methods", nargs="+", default=["ours", "SDFT", "GRPO"], help="of which the settings are chosen"
     )
     parser.add_argument("--report", action="store_true", help="only make the plot and the table")
-    parser.add_argument("--runs", default="runs/ablation", help="folder for the starts")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "ablation"), help="folder for the starts")
     parser.add_argument("--budget", type=float, default=120.0, help="processor seconds of training of a run")
     parser.add_argument(
         "--stay", type=float, default=3.0, help="how many times the seconds to the goal a run goes on for"
     )
     parser.add_argument("--every", type=float, default=1.125, help="the clock's factor between two evaluations")
     parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems of an evaluation")
-    for name in ("work", "setting", "output"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name in ("seed", "shift"):
-        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.work:
-        return work(args)
+    args = parser.parse_args(argv)
     if args.develop:
-        return develop(args)
+        return develop(args.world, args.methods, args.runs, args.budget)
     if not args.report:
+        limits = {name: getattr(args, name) for name in ("budget", "stay", "every", "max_samples")}
         for seed in args.seeds:
             settings = [(method, chosen(args.world, method)) for method in grids(args.world)]
             # The objective of ours and of SDFT is the same, so at one rate the steps are the same, and their cost is not
             matched = {"learning_rate": dict(settings)["SDFT"]["learning_rate"]}
             if matched != dict(settings)["ours"]:
                 settings.append(("ours", matched))
-            rows = [run(method, setting, seed, args) for method, setting in settings]
-            config = {
-                name: value for name, value in vars(args).items() if name in ("budget", "stay", "every", "max_samples")
-            }
-            write_results(
-                folder(args.world) / f"seed-{seed}.json", rows, {"seed": seed, "goal": [TOKENS, ACCURACY], **config}
-            )
-    report(args.world)
+            rows = [run(args.world, method, setting, seed, 0, args.runs, limits) for method, setting in settings]
+            config = {"seed": seed, "goal": [TOKENS, ACCURACY], **limits}
+            write_results(folder(args.world) / f"seed-{seed}.json", rows, config)
+    plot(args.world)
+    write_text(folder(args.world) / "table.md", table(args.world))
+    print(table(args.world))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What comes of a method: accuracy and tokens, on several seeds."""

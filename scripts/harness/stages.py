@@ -1,0 +1,93 @@
+"""The stages of the tiny chain as experiments use them: run by their commands, kept when finished, measured in place."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from scripts.harness.results import ROOT
+from trl_opsd.cli import parse
+from trl_opsd.evaluate import EvaluateConfig
+from trl_opsd.evaluate import evaluate as evaluate_config
+from trl_opsd.evaluate.engines import load_model
+
+
+# Recipes, options of the warm start, and whether RLVR follows it. The weak one stops while the chain is only partly
+# learned, and teaches no slips
+TEACHERS = {
+    "strong": ("recipes/tiny/", {}, True),
+    "weak": ("recipes/tiny/", {"target_accuracy": 0.35, "accuracy_steps": 10, "slip_steps": 0}, False),
+    "long": ("recipes/tiny/long_", {}, True),
+}
+# What is kept of a measured checkpoint
+MEASURED = ("decoding", "n", "accuracy", "accuracy_low", "accuracy_high", "mean_tokens", "p90_tokens", "truncated")
+
+
+def run_stage(module: str, recipe: str, **options) -> None:
+    """Runs a command of the package, quietly."""
+    command = [sys.executable, "-m", module, "--config", str(ROOT / recipe)]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def train_stage(module: str, recipe: str, output: Path, **options) -> Path:
+    """Trains a stage, unless its checkpoint is there. Returns the checkpoint."""
+    if not (output / "config.json").is_file():
+        run_stage(module, recipe, output_dir=output, **options)
+    return output
+
+
+def warm_start(kind: str, seed: int, runs: Path) -> Path:
+    """Makes a warm start of `TEACHERS`. Returns the checkpoint, which has its problems in `data`."""
+    recipes, options, _ = TEACHERS[kind]
+    return train_stage("trl_opsd.tiny", f"{recipes}sft.yaml", runs / f"{kind}-{seed}" / "sft", seed=seed, **options)
+
+
+def make_teacher(kind: str, seed: int, runs: Path) -> tuple[Path, Path]:
+    """Makes a teacher of `TEACHERS`. Returns its checkpoint, and the folder of the problems."""
+    sft = warm_start(kind, seed, runs)
+    recipes, _, has_rlvr = TEACHERS[kind]
+    if not has_rlvr:
+        return sft, sft / "data"
+    options = {"seed": seed, "model_name_or_path": sft, "dataset_name": sft / "data"}
+    return train_stage(
+        "trl_opsd.rlvr", f"{recipes}rlvr.yaml", runs / f"{kind}-{seed}" / "rlvr", **options
+    ), sft / "data"
+
+
+def evaluate(
+    path: Path, data: Path, seed: int, max_samples: int, model: PreTrainedModel | None = None, **options
+) -> list[dict]:
+    """
+    Measures the tiny reasoner on held-out problems, greedy and sampled unless the options say otherwise.
+
+    Args:
+        path (`Path`):
+            Checkpoint; of a model that is given, the one whose tokenizer it has.
+        data (`Path`):
+            Folder of the problems.
+        seed (`int`):
+            Seed of the sampling.
+        max_samples (`int`):
+            How many problems.
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            Model in memory. Defaults to the checkpoint's.
+        options:
+            Of [`~trl_opsd.evaluate.EvaluateConfig`], in place of recipes/tiny/evaluate.yaml.
+
+    Returns:
+        `list[dict]`: A row for each way of decoding.
+    """
+    options = {"model_name_or_path": path, "dataset_name": data, "seed": seed, "max_samples": max_samples, **options}
+    arguments = ["--config", str(ROOT / "recipes/tiny/evaluate.yaml")]
+    arguments += [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    (config,) = parse((EvaluateConfig,), arguments)
+    model = load_model(config) if model is None else model
+    return evaluate_config(config, model, progress=lambda done, total: None)
+
+
+def evaluate_checkpoint(path: Path, data: Path, seed: int, max_samples: int) -> list[dict]:
+    """The rows of [`evaluate`] with the numbers in `MEASURED` alone."""
+    return [{field: row[field] for field in MEASURED} for row in evaluate(path, data, seed, max_samples)]

@@ -1,0 +1,135 @@
+"""Set-up, benchmarks and experiments: every result has its command, every table says what the files say."""
+
+import ast
+import contextlib
+import graphlib
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # commands are run from the root, where `-m` finds `scripts`
+
+from scripts import readme_tables  # noqa: E402
+from scripts.harness.meter import Meter  # noqa: E402
+from scripts.harness.processes import process, run_alone, run_distributed  # noqa: E402
+from scripts.harness.results import RESULTS  # noqa: E402
+from scripts.harness.shapes import small  # noqa: E402
+from scripts.harness.tables import markdown, spread  # noqa: E402
+
+
+COMMANDS = dict(re.findall(r"^\| \[(\w+)\]\(\1\) \| .* \| `([^`]+)` \|$", (RESULTS / "README.md").read_text(), re.M))
+
+
+def test_every_folder_of_results_is_listed_with_its_command():
+    assert set(COMMANDS) == {path.name for path in RESULTS.iterdir() if path.is_dir()}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", sorted(set(COMMANDS.values())))
+def test_the_command_of_a_result_can_be_run(command, monkeypatch):
+    program, *arguments = shlex.split(command)
+    if program == "bash":
+        subprocess.run(["bash", "-n", *arguments], check=True, cwd=ROOT)
+        return
+    monkeypatch.chdir(ROOT)
+    is_module = arguments[0] == "-m"
+    target, options = (arguments[1], arguments[2:]) if is_module else (arguments[0], arguments[1:])
+    monkeypatch.setattr(sys, "argv", [target, "--help"])
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
+        if is_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+    assert ended.value.code in (None, 0)
+    known = re.findall(r"--\w+", output.getvalue())
+    named = [option for option in options if option.startswith("--") and option != "--config"]
+    assert set(named) <= set(known), f"`{command}` has options that its --help does not"
+    config = options[options.index("--config") + 1] if "--config" in options else "pyproject.toml"
+    assert (ROOT / config).is_file()
+
+
+def test_tables_say_what_the_results_say():
+    readme_tables.main(["--check"])
+
+
+def test_a_table_that_is_wrong_is_found():
+    page = (RESULTS / "README.md").read_text()
+    assert "| **OPSD** |" in page
+    assert readme_tables.filled(page.replace("| **OPSD** |", "| **OPSD** | 101.0 |")) == page
+    with pytest.raises(ValueError, match="no place for the table `chain`"):
+        readme_tables.filled(page.replace("<!-- chain -->", ""))
+
+
+def test_scripts_import_each_other_in_one_direction_only():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+        for path in (ROOT / "scripts").rglob("*.py")
+    }
+    graph = {}
+    for name, module in modules.items():
+        found = [alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names]
+        for node in ast.walk(module):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name}: imports are absolute"
+                found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        graph[name] = modules.keys() & set(found) - {"scripts"}
+    assert "scripts.benchmarks.step" in graph["scripts.benchmarks.scaling"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises on a circle
+    for name, imported in graph.items():
+        if name.startswith("scripts.harness"):
+            assert all(other.startswith("scripts.harness") for other in imported), name
+
+
+def test_a_process_is_another_one_and_stays_the_same():
+    with process() as call:
+        first = call(os.getpid)
+        assert call(os.getpid) == first != os.getpid()
+    assert run_alone(os.getpid) not in (first, os.getpid())
+    with pytest.raises(ZeroDivisionError):
+        run_alone(divmod, 1, 0)
+
+
+def test_a_process_that_dies_says_what_it_printed(capfd):
+    with pytest.raises(RuntimeError, match="(?s)`exec` died after printing:.*last words"):
+        run_alone(exec, "import os; os.write(1, b'last words'); os._exit(3)")
+    assert "last words" not in capfd.readouterr().out
+
+
+def test_distributed_processes_have_ranks():
+    assert run_distributed(2, os.getenv, "RANK") == ["0", "1"]
+    assert run_distributed(1, os.getenv, "RANK") == [None]
+    with pytest.raises(RuntimeError, match="(?s)`divmod` failed after printing:.*ZeroDivisionError"):
+        run_distributed(2, divmod, 1, 0)
+
+
+def test_the_peak_is_that_of_the_block():
+    import torch
+
+    with Meter("cpu") as meter:
+        torch.ones(16 << 20).sum()
+    assert 60 < meter.peak_mib < 80  # 64 MiB, freed by now
+    assert meter.seconds > 0
+
+
+def test_shapes_count_what_is_built():
+    from transformers import Qwen3ForCausalLM
+
+    for tied in (True, False):
+        shape = small(128, 2, 320, tied=tied)
+        matrices = [parameter for parameter in Qwen3ForCausalLM(shape.config()).parameters() if parameter.ndim == 2]
+        assert sum(matrix.numel() for matrix in matrices) == shape.total
+
+
+def test_tables_in_markdown():
+    assert spread([-0.04, 0.01]) == "0.0 (0.0 to 0.0)"
+    assert spread([1, 2, 6]) == "3.0 (1.0 to 6.0)"
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
