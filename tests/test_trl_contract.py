@@ -27,6 +27,9 @@ from trl_opsd.opsd.verify import Verifiers
         (DistillationTrainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         (DistillationTrainer, "_save_checkpoint", ["self", "model", "trial"]),
         (DistillationTrainer, "_get_train_sampler", ["self", "dataset"]),
+        (DistillationTrainer, "_clip_grad_norm", ["self", "model"]),
+        (DistillationTrainer, "_get_grad_norm", ["self", "model", "grad_norm"]),
+        (DistillationTrainer, "_determine_best_metric", ["self", "metrics", "trial"]),
         (DistillationTrainer, "_tokenize_prompts", ["self", "prompts"]),
         (DistillationTrainer, "_compute_loss", ["self", "unwrapped_student", "inputs", "num_items_in_batch"]),
         (
@@ -64,6 +67,7 @@ def test_private_methods_have_the_parameters_we_know(owner, name, parameters):
     [
         "_forward_redirection",
         "_is_vlm",
+        "_last_loaded_step",
         "_metrics",
         "_tokenizer",
         "accelerator",

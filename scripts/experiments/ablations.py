@@ -23,7 +23,7 @@ from scripts.harness.stages import evaluate, make_teacher
 from scripts.harness.tables import markdown, spread
 from trl_opsd.cli import parse
 from trl_opsd.data import load_prompts
-from trl_opsd.opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd import AlarmCallback, OPSDConfig, OPSDTrainer
 from trl_opsd.opsd.__main__ import OPSDScriptArguments
 from trl_opsd.rewards import math_reward
 from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE, SOLUTION_TEMPLATE
@@ -113,8 +113,10 @@ def train_arm(path: Path, data: Path, seed: int, steps: int | None, arm: dict, h
         reward_funcs=math_reward,
         callbacks=[halfway],
     )
+    alarms = AlarmCallback(trainer)
+    trainer.add_callback(alarms)
     trainer.train()
-    return trainer, time.process_time() - start - halfway.seconds
+    return trainer, alarms.stopped_by, time.process_time() - start - halfway.seconds
 
 
 def run(kind: str, seed: int, args: argparse.Namespace) -> None:
@@ -128,14 +130,14 @@ def run(kind: str, seed: int, args: argparse.Namespace) -> None:
             rows.append({"teacher": kind, "arm": name, **row})
     for arm in TABLES[args.table]:
         halfway = Halfway(lambda model: evaluate(path, data, seed, 512, model=model, decoding="sampled"))
-        trainer, seconds = train_arm(path, data, seed, args.max_steps, arm, halfway)
+        trainer, stopped_by, seconds = train_arm(path, data, seed, args.max_steps, arm, halfway)
         final = evaluate(path, data, seed, args.max_samples, model=trainer.model)
         for steps, measured in ((HALFWAY, halfway.rows), (trainer.state.global_step, final)):
             for row in measured:
                 row |= {"checkpoint": None, "stage": "opsd", "steps": steps, "train_cpu_s": seconds}
-                rows.append({"teacher": kind, "arm": "opsd", **arm, "alarm": trainer.alarms.stopped_by, **row})
+                rows.append({"teacher": kind, "arm": "opsd", **arm, "alarm": stopped_by, **row})
         print(
-            f"{kind} {seed} {tuple(arm.values())}, {trainer.alarms.stopped_by}: "
+            f"{kind} {seed} {tuple(arm.values())}, {stopped_by}: "
             + ", ".join(f"{row['decoding']} {row['accuracy']:.3f} / {row['mean_tokens']:.1f}" for row in rows[-3:]),
             f"{seconds:.0f} s",
             flush=True,

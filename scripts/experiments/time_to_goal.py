@@ -103,7 +103,7 @@ def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path,
     arguments = {"model": str(path), "train_dataset": rows, "callbacks": [callback]}
     if method == "ours":
         own = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
-        own |= common | setting | {"alarm_correct_drop": None}  # the others have none
+        own |= common | setting
         return OPSDTrainer(args=OPSDConfig(**own), reward_funcs=math_reward, **arguments)
     if method == "SDFT":
         arguments["train_dataset"] = rows.add_column("privileged_context", [""] * len(rows))

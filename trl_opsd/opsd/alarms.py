@@ -155,7 +155,7 @@ class AlarmCallback(DivergenceCallback):
         folder = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self.checkpoints.append(self._measured(folder, len(self.correct)))
         best = self.best_checkpoint(self.correct_drop)
-        if best is not None:
+        if best is not None and not args.load_best_model_at_end:  # which has a metric of its own to choose by
             state.best_model_checkpoint = best  # which `save_total_limit` then keeps
 
     def best_checkpoint(self, margin: float | None) -> str | None:

@@ -193,6 +193,8 @@ class OPSDTrainer(DistillationTrainer):
 
         self._frozen_base = FrozenBase(self.model) if args.use_vllm and has_adapter else None
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
+        # Sum of the losses of an evaluation, batches that have one, and those that have none
+        self._eval_loss = torch.zeros(3)
         # Ours instead of the base class's, which has no rewards and knows nothing of the loss
         self.log_completions = False
         self.rollout_log = RolloutLog(self) if args.log_completions else None
@@ -341,6 +343,38 @@ class OPSDTrainer(DistillationTrainer):
                 if isinstance(callback, DivergenceCallback):
                     callback.on_divergence(self.args, self.state, self.control, metrics=metrics)
         return loss
+
+    def _clip_grad_norm(self, model):
+        # Where no step is taken there is nothing to clip, and a scaler that does not step must not be asked to unscale
+        return super()._clip_grad_norm(model) if self.accelerator.sync_gradients else torch.zeros(())
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return super()._get_grad_norm(model, grad_norm) if self.accelerator.sync_gradients else 0.0
+
+    # Evaluation: where nothing passes the gate there is no loss, and least of all the lowest one
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        before = self.token_metrics["eval"].num_tokens
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.token_metrics["eval"].num_tokens > before:
+            self._eval_loss += torch.tensor([loss.item(), 1, 0])
+        else:
+            self._eval_loss += torch.tensor([0, 0, 1])
+        return loss, *rest
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_loss.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, measured, empty = self.accelerator.reduce(self._eval_loss.to(self.accelerator.device)).tolist()
+        if empty > 0:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / measured if measured else None
+        return output
+
+    def _determine_best_metric(self, metrics, trial):
+        name = self.args.metric_for_best_model
+        if name is not None and metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0) is None:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     # Divergence
 
