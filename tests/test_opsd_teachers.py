@@ -298,8 +298,8 @@ def test_too_long_cuts_the_privileged_text_and_never_the_problem(tmp_path, small
 
 
 def test_the_default_limit_leaves_room_for_the_longest_completion(tmp_path, small_model, tokenizer, rows):
-    # More may be generated than there are positions; what counts is what was
-    config = OPSDConfig(**settings(tmp_path, max_completion_length=512), teacher_prompt_template=SOLUTION_TEMPLATE)
+    # What counts is not what may be generated but what was
+    config = OPSDConfig(**settings(tmp_path, max_completion_length=400), teacher_prompt_template=SOLUTION_TEMPLATE)
     trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)
     example = {**rows[0], "solution": rows[0]["solution"] * 100}
     for completion_length in (12, 400):

@@ -24,6 +24,11 @@ from trl_opsd.opsd.verify import Verifiers
             "_generate_single_turn",
             ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         ),
+        (
+            DistillationTrainer,
+            "_tool_call_loop",
+            ["self", "prompts", "prompt_ids", "completion_ids", "completions", "images", "multimodal_fields"],
+        ),
         (DistillationTrainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         (DistillationTrainer, "_save_checkpoint", ["self", "model", "trial"]),
         (DistillationTrainer, "_get_train_sampler", ["self", "dataset"]),

@@ -2,16 +2,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DistillationConfig
 
 from .context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 
-
-logger = get_logger(__name__)
 
 TEACHER_WEIGHTS = ("initial", "ema", "snapshot", "live", "external")
 
@@ -272,6 +270,14 @@ class OPSDConfig(DistillationConfig):
                 f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
             )
         context = self.build_teacher_context()
+        if self.teacher_prompt_template is not None and self.teacher_context is not None:
+            own = TeacherContext(TEACHER_PROMPT_TEMPLATES[self.teacher_context]).fields
+            if not own or not own <= context.fields:
+                instead = f", or put {{{sorted(own)[0]}}} into the template" if own else ""
+                raise ValueError(
+                    f"`teacher_prompt_template` takes the place of the wording of `teacher_context="
+                    f"{self.teacher_context!r}`, and has nothing of that context: drop one of the two{instead}."
+                )
         uses_sibling = context is not None and "sibling" in context.fields
         if uses_sibling and self.num_generations < 2:
             raise ValueError(
@@ -294,6 +300,22 @@ class OPSDConfig(DistillationConfig):
             )
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
+        if self.keep_shortest is not None and self.keep_shortest > self.num_generations:
+            raise ValueError(
+                f"`keep_shortest={self.keep_shortest}` is more than there are rollouts of a prompt (`num_generations="
+                f"{self.num_generations}`), so all would be kept: lower it, or drop it."
+            )
+        for name in ("stop", "stop_strings", "stop_token_ids"):
+            if (self.generation_kwargs or {}).get(name):
+                raise ValueError(
+                    f"`generation_kwargs` has `{name}`, and a rollout that it ends does not end in EOS, so that it would "
+                    "count as truncated: make it an `eos_token_id` of the model's generation config, or drop it."
+                )
+        if (self.generation_kwargs or {}).get("seed") is not None:
+            raise ValueError(
+                "`generation_kwargs` has `seed`, and with it an engine writes the rollouts of a prompt all alike, in every "
+                "step: set `seed` of the training instead."
+            )
         global_batch = self.global_batch_size
         if global_batch % self.num_generations != 0:
             raise ValueError(
@@ -333,7 +355,7 @@ class OPSDConfig(DistillationConfig):
                 "`max_tokens_per_microbatch` pads as little as it can and `pad_to_multiple_of` pads to a fixed shape: "
                 "leave one of them at None."
             )
-        # Rewards and contexts read the other columns of a row
+        # Rewards and contexts read the other columns of a row. With reward functions see `check_arguments`
         if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or context is not None or skips):
             raise ValueError(
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
@@ -434,9 +456,21 @@ def check_arguments(
         ValueError: If teacher and student are the same in weights and context, if a gate needs a verifier and there is
             none, if a column is missing, if the data does not fill a batch, or if two of the arguments exclude each other.
     """
+    if not isinstance(args, OPSDConfig):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, and OPSDTrainer takes an OPSDConfig, which has all of its fields and its "
+            "own: change the name of the class."
+        )
     _check_teacher(args, model, teacher_model)
     _check_gate(args, reward_funcs or [])
+    if args.remove_unused_columns and reward_funcs:
+        raise ValueError("`remove_unused_columns=True` drops the columns that `reward_funcs` read: leave it at False.")
     _check_datasets(args, train_dataset, eval_dataset)
+    if args.lmbda < 1 and tools:
+        raise ValueError(
+            f"`lmbda={args.lmbda}` takes whole completions from the data set, and with `tools` one is written turn by "
+            "turn: leave `lmbda` at 1, or drop the tools."
+        )
     if args.max_generation_rounds > 1 and tools:
         raise ValueError(
             f"`max_generation_rounds={args.max_generation_rounds}` asks again for single completions, and `tools` make "
@@ -532,6 +566,8 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
             f"{', '.join(f'`{name}`' for name in columns)}: give a data set that has it, such as the bank of an RLVR run, "
             "or set `lmbda=1.0`."
         )
+    if args.lmbda < 1 and isinstance(train_dataset, Dataset):
+        _check_given(train_dataset, args.max_completion_length)
     if isinstance(train_dataset, IterableDataset):
         for name, value, needed in (
             ("num_generations", args.num_generations, args.num_generations > 1),
@@ -553,6 +589,28 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
         )
 
 
+def _check_given(dataset: Dataset, max_completion_length: int) -> None:
+    """Checks the completions of a data set, by their lengths alone."""
+    column = dataset.select_columns("completion_ids").with_format("arrow")
+    lengths = [
+        length
+        for table in column.iter(batch_size=10_000)
+        for length in pyarrow.compute.list_value_length(table["completion_ids"]).to_pylist()
+    ]
+    empty = next((row for row, length in enumerate(lengths) if not length), None)
+    if empty is not None:
+        raise ValueError(
+            f"`lmbda` takes completions from the column `completion_ids`, and it is empty in row {empty}: filter such rows "
+            "out."
+        )
+    if max(lengths) > max_completion_length:
+        number = sum(length > max_completion_length for length in lengths)
+        raise ValueError(
+            f"{number} of {len(lengths)} completions of the data set are longer than `max_completion_length="
+            f"{max_completion_length}`, the longest has {max(lengths)} tokens: raise it, or filter such rows out."
+        )
+
+
 def check_text_only(args: OPSDConfig) -> None:
     """
     Checks that a processing class of several modalities meets nothing that works on text.
@@ -564,6 +622,11 @@ def check_text_only(args: OPSDConfig) -> None:
     Raises:
         ValueError: If it does.
     """
+    if args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {}):
+        raise ValueError(
+            "`teacher_chat_template_kwargs` give the teacher a prompt of its own, which is text, and the processing class "
+            "is a multimodal processor: leave it at None."
+        )
     if args.build_teacher_context() is not None:
         raise ValueError(
             "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a multimodal "

@@ -11,6 +11,7 @@ from string import Formatter
 from typing import Any
 
 from accelerate.logging import get_logger
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
@@ -287,6 +288,38 @@ class TeacherPrompts:
             else:
                 too_many = middle
         return prompt_ids(fits)
+
+    def check_lengths(self, dataset: Dataset, max_length: int) -> None:
+        """
+        Checks that every problem fits, before training finds the one that does not.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Training data.
+            max_length (`int`):
+                Most tokens of the teacher's prompt beside the longest completion that there may be.
+
+        Raises:
+            ValueError: If the prompt of a row is longer, even without its privileged text. The message counts such rows.
+        """
+
+        def text(prompt) -> str:
+            return prompt if isinstance(prompt, str) else "".join(str(turn["content"]) for turn in prompt)
+
+        # No more tokens than bytes, and what a template adds is small beside them: the others are never tokenised
+        suspects = [i for i, prompt in enumerate(dataset["prompt"]) if 2 * len(text(prompt).encode()) > max_length]
+        too_long = []
+        for row in suspects:
+            example = dataset[row]
+            prompt = self.prompt(example, "", lambda text: "") if self.context is not None else example["prompt"]
+            if len(self.render([prompt])[0]) > max_length:
+                too_long.append(row)
+        if too_long:
+            raise ValueError(
+                f"In {len(too_long)} of {len(dataset)} rows the teacher's prompt is longer than {max_length} tokens even "
+                f"without its privileged text, and the problem is never cut: raise `max_teacher_prompt_length`, lower "
+                f"`max_completion_length`, or filter such rows out (the first is row {too_long[0]})."
+            )
 
     def check_boundary(self, row: dict[str, Any], student: Callable, teacher: Callable) -> None:
         """

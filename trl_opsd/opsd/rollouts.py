@@ -5,6 +5,7 @@ What is written comes from the trainer's own generation. This is the order of th
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class Rollouts:
             Pass rates of the prompts, where some are to be skipped.
         given (`list[list[int]]` or `None`):
             Completions that the data set holds, which stand in for those that the student would write now.
+        messages (`list[list[dict[str, Any]]]` or `None`):
+            The turns of each rollout that has tools, as they were parsed when it was written.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Rollouts:
                 train_dataset["prompt"], args.min_pass_rate, args.max_pass_rate, args.pass_rate_rollouts, args.seed
             )
         self.given: list[list[int]] | None = None
+        self.messages: list[list[dict[str, Any]]] | None = None
         self._generate, self._ask = generate, ask
         self._train_dataset = train_dataset
         self._tokenizer = tokenizer
@@ -172,7 +176,11 @@ class Rollouts:
             if self.pass_rates is not None and is_own:
                 solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
             metrics["opsd/correct"] = solved.mean().item()
-        metrics |= {name: sum(values) / len(values) for name, values in self.verifiers.metrics.items()}
+        logged = defaultdict(list)
+        for own in gather_object([dict(self.verifiers.metrics)]):
+            for name, values in own.items():
+                logged[name] += values
+        metrics |= {name: sum(values) / len(values) for name, values in logged.items()}
         if self.args.max_generation_rounds > 1 and is_own:
             self._refill(rollouts, completion_ids, verdicts, state)
         self.verifiers.metrics.clear()
@@ -211,9 +219,11 @@ class Rollouts:
 
     def _verify(self, rows: list[dict[str, Any]], completion_ids: list[list[int]], state: TrainerState) -> Verdicts:
         """Verdicts on the rollouts of all processes, `(B × processes,)`, those of a prompt side by side."""
-        completions = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        if is_conversational({"prompt": rows[0]["prompt"]}):
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        completions = self.messages
+        if completions is None:
+            completions = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            if is_conversational({"prompt": rows[0]["prompt"]}):
+                completions = [[{"role": "assistant", "content": text}] for text in completions]
         device, gather = self._accelerator.device, self._accelerator.gather
         rewards = gather(self.verifiers.score(rows, completions, completion_ids, state).to(device))
         own = torch.tensor([[len(ids), ids[-1] in self._ends] for ids in completion_ids], device=device)

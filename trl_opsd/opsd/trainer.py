@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
@@ -21,11 +22,15 @@ from .completions import RolloutLog
 from .config import OPSDConfig, check_arguments, check_text_only
 from .context import TeacherPrompts
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
+from .ends import check_ends, check_lengths
 from .head import Head
 from .metrics import DivergenceCallback, TokenMetrics, check_finite
 from .rollouts import Rollouts
 from .teacher import Teacher
 from .verify import RewardFunc, Verifiers
+
+
+logger = get_logger(__name__)
 
 
 class OPSDTrainer(DistillationTrainer):
@@ -159,11 +164,20 @@ class OPSDTrainer(DistillationTrainer):
 
         if self._is_vlm:
             check_text_only(args)
+        check_lengths(args, self.model.config)
+        external = self.teacher.model if self.teacher.weights == "external" else None
+        check_ends(self.eos_token_ids, external, self._tokenizer)
         self.teacher.prepare(self.model, self._tokenizer, self.accelerator)
         self.teacher_model = self.teacher.model
         if self.teacher.follows_student:
             self.add_callback(self.teacher.follow(args))
 
+        if train_dataset is not None and self._tokenizer.chat_template is not None:
+            if isinstance(next(iter(train_dataset))["prompt"], str):
+                logger.warning(
+                    "The prompts are plain strings, so the chat template of the tokenizer is not applied: give lists of "
+                    'messages (`[{"role": "user", "content": ...}]`) unless the template is in the strings already.'
+                )
         verifiers = Verifiers(reward_funcs, partial(profiling_context, self)) if reward_funcs else None
         self.rollouts = Rollouts(
             args,
@@ -184,6 +198,8 @@ class OPSDTrainer(DistillationTrainer):
             self.teacher_prompts = TeacherPrompts(
                 context, args.build_sibling_fallback(), self._tokenize_for_teacher, self._tokenizer
             )
+            if isinstance(train_dataset, Dataset):
+                self.teacher_prompts.check_lengths(train_dataset, self._max_teacher_prompt(args.max_completion_length))
             if train_dataset is not None:
                 self.teacher_prompts.check_boundary(
                     next(iter(train_dataset)),
@@ -220,6 +236,11 @@ class OPSDTrainer(DistillationTrainer):
         # The weights go to the engine first
         with self.teacher.hidden(), self._frozen_base.restored() if self._frozen_base else nullcontext():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _tool_call_loop(self, *args, **kwargs):
+        turns = super()._tool_call_loop(*args, **kwargs)
+        self.rollouts.messages = turns[1]
+        return turns
 
     def _ask(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """More rollouts than those of the batch, which count as generated. Called on every process."""
@@ -269,14 +290,15 @@ class OPSDTrainer(DistillationTrainer):
             **kwargs,
         )["input_ids"][0]
 
+    def _max_teacher_prompt(self, completion_length: int) -> int:
+        positions = self.teacher.config.get_text_config().max_position_embeddings
+        return self.args.max_teacher_prompt_length or positions - completion_length
+
     def _tokenize_teacher_prompts(
         self, rows: list[dict[str, Any]], siblings: list[str | None], completion_length: int
     ) -> dict[str, torch.Tensor]:
         """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
-        max_length = self.args.max_teacher_prompt_length
-        if max_length is None:
-            max_length = self.teacher.config.get_text_config().max_position_embeddings - completion_length
-        prompt_ids, num_cut = self.teacher_prompts.encode(rows, siblings, max_length)
+        prompt_ids, num_cut = self.teacher_prompts.encode(rows, siblings, self._max_teacher_prompt(completion_length))
         if self.teacher_prompts.context is not None:
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["opsd/privileged_cut"].append(num_cut / len(rows))
