@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..cli import parse, user_errors
-from ..evaluate.page import report_results
+from ..evaluate.report import report_results
 from ..results import write_results
 from . import report
 from .chain import Stage, run_chain
