@@ -23,7 +23,7 @@ from .charts import PARAMETERS, TOKENS, Axis, accuracy_chart, charts_of, line_of
 from .compare import Comparison, compare_measurements
 from .estimate import MARKERS, cost_per_1000_correct, flops_per_1000_correct
 from .results_file import Measurement, load_results
-from .schema import Column, ResultRow, whole
+from .schema import Column, ResultRow
 from .table import Cell, Derived, markdown_table, markdown_text, table_of
 
 
@@ -85,6 +85,7 @@ def write_report(
     title: str = "trl-opsd",
     price: float | None = None,
     axes: Sequence[Axis] = (TOKENS,),
+    derived: Sequence[Derived] = (),
     remarks: Sequence[str] = (),
 ) -> list[Finding]:
     """
@@ -110,6 +111,8 @@ def write_report(
             Price of a million completion tokens, for the cost of 1,000 correct answers.
         axes (`Sequence[Axis]`, *optional*, defaults to tokens):
             What accuracy is drawn against in a picture of its own.
+        derived (`Sequence[tuple[Column, Callable]]`, *optional*):
+            Columns of the table beside those that the rows declare.
         remarks (`Sequence[str]`, *optional*):
             What a reader should know beside what the report says itself.
 
@@ -123,7 +126,7 @@ def write_report(
         raise UserError("A report needs at least one results file.")
     groups = _groups(measurements)
     findings = _findings(groups, _before(measurements, before), margin)
-    headings, table = table_of(measurements, _derived(price))
+    headings, table = table_of(measurements, [*_derived(price), *derived])
     notes = [*remarks, *_notes(measurements, margin, price)]
     lines = list(dict.fromkeys(line_of(item) for item in measurements))
     index = {line: number for number, line in enumerate(lines)}
@@ -201,23 +204,13 @@ def _findings(groups: dict[tuple[str, str], list[Measurement]], before: str, mar
 
 
 def _derived(price: float | None) -> list[Derived]:
-    columns = [
+    return [
         (Column("FLOPs per 1,000 correct", "{:.2e}".format), _flops),
         (
             Column("cost per 1,000 correct", "{:.4g}".format),
             lambda row: None if price is None else cost_per_1000_correct(row.mean_tokens, row.accuracy, price),
         ),
-        # The lowest concurrency measured, and the highest
-        (
-            Column("an answer alone, ms", whole, place=2),
-            lambda row: 1e3 * row.serving[0].total_p50_s if row.serving else None,
-        ),
-        (
-            Column("tokens/s in a batch", whole, place=2),
-            lambda row: row.serving[-1].tokens_per_s if row.serving else None,
-        ),
     ]
-    return columns
 
 
 def _flops(row: ResultRow) -> float | None:

@@ -32,7 +32,7 @@ def table_of(
         derived (`Sequence[tuple[Column, Callable]]`, *optional*):
             Columns that follow from a row and from what it does not know, such as a price.
         only (`Sequence[str]`, *optional*):
-            Fields of the rows to show. Defaults to all.
+            Fields of the rows to show, `checkpoint`, `task` and `decoding` among them. Defaults to all.
 
     Returns:
         `tuple`: Headings, and for each line the cells: a text, and what it is sorted by.
@@ -43,15 +43,14 @@ def table_of(
     shown = [entry for entry in columns if _says_something(*entry[:2], rows)]
     known = {None, *(column.heading for column, *_ in shown)}
     shown = [entry for entry in shown if entry[0].beside in known]
-    headings = ["checkpoint", "task", "decoding", *[column.heading for column, *_ in shown]]
-    table = [
-        [
-            *((text, text) for text in (item.label, item.row.task, item.row.decoding)),
-            *(_cell(*entry, item.row) for entry in shown),
-        ]
-        for item in measurements
-    ]
-    return headings, table
+    names = [name for name in ("checkpoint", "task", "decoding") if only is None or name in only]
+    table = []
+    for item in measurements:
+        labels = {"checkpoint": item.label, "task": item.row.task, "decoding": item.row.decoding}
+        table.append(
+            [*((labels[name], labels[name]) for name in names), *(_cell(*entry, item.row) for entry in shown)]
+        )
+    return [*names, *(column.heading for column, *_ in shown)], table
 
 
 def _columns(rows: Sequence[ResultRow], only: Sequence[str] | None) -> list[tuple]:
