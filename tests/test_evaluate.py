@@ -14,7 +14,7 @@ from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate.__main__ import main
 from trl_opsd.evaluate.backends import Request, Sampling, TransformersEngine
 from trl_opsd.evaluate.estimate import wilson_interval
-from trl_opsd.evaluate.plan import eos_token_ids, tokenize
+from trl_opsd.evaluate.plan import eos_token_ids, expand, tokenize
 from trl_opsd.evaluate.tasks import TASKS
 from trl_opsd.results import write_results
 
@@ -348,7 +348,7 @@ class TestCommandLine:
         assert tiny.reward_funcs == ["math_reward"] and tiny.decoding == ["greedy", "sampled"]
         arguments = ["--config", str(recipes / "evaluate.yaml"), "--checkpoints", "rlvr=a", "opsd=b"]
         (config,) = parse((EvaluateConfig,), arguments)
-        runs = config.runs()
+        runs = expand(config)
         assert [run.stage for run in runs[::9]] == ["rlvr", "prompt-only", "opsd"] and len(runs) == 27
         assert {run.task for run in runs} | {"reasoning-gym"} == set(TASKS)
 

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
+from trl_opsd.evaluate import checkpoint as checkpoints
 from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, load_engine
 from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
 from trl_opsd.evaluate.memory import peak_memory, reset_peak_memory
-from trl_opsd.evaluate.plan import plan, problem_ids
+from trl_opsd.evaluate.plan import expand, plan, problem_ids
 from trl_opsd.evaluate.serving import measure_serving
 from trl_opsd.evaluate.tasks import TASKS, find_task
 from trl_opsd.rewards import logic_reward
@@ -88,7 +89,7 @@ class TestRuns:
 
     def test_a_task_brings_its_values_and_options_override_them(self):
         config = EvaluateConfig(checkpoints=["c"], tasks=["aime24", "humaneval", "x.jsonl[:7]"], num_samples=3)
-        aime, code, other = config.runs()
+        aime, code, other = expand(config)
         assert (aime.dataset_split, aime.decoding, aime.temperature) == ("train", ["sampled"], 0.6)
         assert (aime.num_samples, code.reward_funcs, code.max_completion_length) == (3, ["code_reward"], 16384)
         assert (other.dataset_name, other.max_samples, other.task) == ("x.jsonl", 7, "x.jsonl")
@@ -107,12 +108,12 @@ class TestRuns:
     )
     def test_labels_are_told_apart(self, checkpoints, message):
         with pytest.raises(ValueError, match=message):
-            EvaluateConfig(checkpoints=checkpoints, tasks=["gsm8k"]).runs()
+            expand(EvaluateConfig(checkpoints=checkpoints, tasks=["gsm8k"]))
 
     def test_a_subset_takes_from_every_part(self):
-        (config,) = EvaluateConfig(
-            model_name_or_path="x", tasks=[f"bbh:{SHARED / 'bbh'}[:54]"], decoding=["greedy"]
-        ).runs()
+        (config,) = expand(
+            EvaluateConfig(model_name_or_path="x", tasks=[f"bbh:{SHARED / 'bbh'}[:54]"], decoding=["greedy"])
+        )
         from trl_opsd.evaluate.plan import load_task
 
         parts = load_task(config)[0]["task"]
@@ -267,6 +268,15 @@ class TestCheckpoints:
         assert lora["parameters"] == base["parameters"] + added == merged["parameters"] + added
         assert lora["weights_bytes"] > base["weights_bytes"]
         assert len({row["checkpoint_hash"] for row in rows}) == 3
+
+    def test_weights_are_read_once(self, checkpoint, adapter, problems, monkeypatch):
+        read, folders = checkpoints.read_folder, []
+        monkeypatch.setattr(checkpoints, "read_folder", lambda *args: folders.append(args[1]) or read(*args))
+        config = EvaluateConfig(
+            checkpoints=[f"base={checkpoint}", f"lora={adapter}"], tasks=[problems, f"{problems}[:1]"]
+        )
+        assert len(evaluate(config, progress=lambda done, total: None)) == 6  # with the baseline that costs nothing
+        assert folders == [checkpoint, adapter]
 
     def test_size(self, checkpoint):
         model = make_model(make_tokenizer())

@@ -24,7 +24,7 @@ _DAMAGE += (StrictDataclassError,)
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_BLOCK = 1 << 24
+_BLOCK = 1 << 24  # bytes, whole numbers of each type
 
 
 @dataclass
@@ -104,7 +104,9 @@ class Checkpoint:
                 read_folder(Path(file).parent, part.path, hashlib.sha256())
 
 
-def open_checkpoint(path: str | None, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | None, trust_remote_code: bool = False, opened: "dict[str, Checkpoint] | None" = None
+) -> Checkpoint:
     """
     Checks that a checkpoint, or an adapter with its base, is there and whole, and measures it, without reading weights.
 
@@ -113,6 +115,8 @@ def open_checkpoint(path: str | None, trust_remote_code: bool = False) -> Checkp
             Folder, or id on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the configuration may run code of its own.
+        opened (`dict[str, Checkpoint]`, *optional*):
+            Those that are open already, by path, to which this one is added: the base of two adapters is one.
 
     Returns:
         [`Checkpoint`]: Checkpoint, not loaded.
@@ -122,8 +126,11 @@ def open_checkpoint(path: str | None, trust_remote_code: bool = False) -> Checkp
     """
     if path is None:
         raise UserError("`model_name_or_path` is missing: give the folder of a checkpoint or a model id on the Hub.")
+    opened = {} if opened is None else opened
+    if path in opened:
+        return opened[path]
     base = base_of(path)
-    below = None if base == path else open_checkpoint(base, trust_remote_code)
+    below = None if base == path else open_checkpoint(base, trust_remote_code, opened)
     folder = Path(path)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"):
         file = folder / name
@@ -138,7 +145,7 @@ def open_checkpoint(path: str | None, trust_remote_code: bool = False) -> Checkp
         if below is None:
             check_checkpoint(path, "model_name_or_path", trust_remote_code)
         architecture = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        return Checkpoint(
+        opened[path] = Checkpoint(
             path,
             load_generation_config(base, trust_remote_code),
             architecture.get_text_config().max_position_embeddings,
@@ -154,6 +161,7 @@ def open_checkpoint(path: str | None, trust_remote_code: bool = False) -> Checkp
         raise UserError(
             f"The configuration of `{base}` is damaged: no model can be made from it ({reason:.300})."
         ) from None
+    return opened[path]
 
 
 def wrap_model(model: PreTrainedModel, path: str | None) -> Checkpoint:
@@ -224,7 +232,7 @@ def check_files(folder: Path) -> None:
 def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
     """
     Reads weights and configurations, each file once, into a hash, and checks on the way that the weights are finite.
-    Memory is bounded by the largest weight.
+    Memory is bounded, whatever the size of a weight.
 
     Args:
         folder (`Path`):
@@ -251,12 +259,15 @@ def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
             pickled = file.match("*_model*.bin") and not has_safetensors
             weights = _map_pickle(file) if pickled else ()
         for name, weight in weights:
-            if weight.dtype in _FLOATS.values() and not weight.isfinite().all():
+            if weight.dtype not in _FLOATS.values() or weight.numel() == 0:
+                continue
+            if not all(extreme.isfinite() for extreme in weight.aminmax()):  # which are NaN where anything is
                 raise UserError(f"The checkpoint `{path}` has numbers that are not finite in `{name}`: it is damaged.")
 
 
 def _read_safetensors(file: Path, digest: "hashlib._Hash") -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a file whose header was checked, in the order in which they lie there, one at a time."""
+    """The weights of a file whose header was checked, in the order in which they lie there, in blocks."""
+    buffer = bytearray(_BLOCK)
     with file.open("rb") as stream:
         start = stream.read(8)
         header = stream.read(struct.unpack("<Q", start)[0])
@@ -265,11 +276,12 @@ def _read_safetensors(file: Path, digest: "hashlib._Hash") -> Iterator[tuple[str
         entries.pop("__metadata__", None)
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
-            data = bytearray(end - begin)
-            stream.readinto(data)
-            digest.update(data)
-            if data and entry["dtype"] in _FLOATS:
-                yield name, torch.frombuffer(data, dtype=_FLOATS[entry["dtype"]])
+            for position in range(begin, end, _BLOCK):
+                block = memoryview(buffer)[: min(_BLOCK, end - position)]
+                stream.readinto(block)
+                digest.update(block)
+                if entry["dtype"] in _FLOATS:
+                    yield name, torch.frombuffer(block, dtype=_FLOATS[entry["dtype"]])
 
 
 def _map_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,10 @@
 """From a configuration to jobs, each one checkpoint on one task: all that can be checked before a model is loaded."""
 
+import copy
+import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from ..rewards import load_reward_funcs, required_columns
 from .backends import Sampling
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
+from .tasks import find_task
 
 
 @dataclass
@@ -115,16 +119,59 @@ def plan(
     """
     if model is not None and config.checkpoints:
         raise UserError("`checkpoints` are loaded from where they are: leave the list out where a model is given.")
-    jobs, checkpoints = [], {}
-    for part in config.runs():
-        path = part.model_name_or_path
-        if path not in checkpoints:
-            opened = open_checkpoint(path, part.trust_remote_code) if model is None else wrap_model(model, path)
-            checkpoints[path] = opened
+    loaded = None if model is None else wrap_model(model, config.model_name_or_path)
+    jobs, opened = [], {}
+    for part in expand(config):
+        checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
         dataset, reward_funcs = load_task(part)
         own = load_tokenizer(part, dataset) if tokenizer is None else tokenizer
-        jobs.append(Job(part, checkpoints[path], dataset, reward_funcs, own))
+        jobs.append(Job(part, checkpoint, dataset, reward_funcs, own))
     return jobs
+
+
+def expand(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """
+    Takes a configuration apart into what there is to do.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            What to evaluate.
+
+    Returns:
+        `list[EvaluateConfig]`: One for each checkpoint, context and task, with all values filled in. Those of one
+        checkpoint follow each other.
+
+    Raises:
+        ValueError: If two checkpoints have the same label, or a task is none.
+    """
+    pairs = [(config.stage, config.model_name_or_path)]
+    if config.checkpoints:
+        # a path may have a `=` of its own, after a slash
+        parts = [re.fullmatch(r"(?:([^/=]+)=)?(.+)", checkpoint).groups() for checkpoint in config.checkpoints]
+        pairs = [(stage or Path(path).name, path) for stage, path in parts]
+        if len({stage for stage, _ in pairs}) < len(pairs):
+            raise ValueError(f"`checkpoints` has a label twice ({config.checkpoints}): write each as STAGE=PATH.")
+    contexts = [(stage, path, config.prompt_template) for stage, path in pairs]
+    prompt_only = (
+        len(pairs) > 1 and config.prompt_template is None if config.prompt_only is None else config.prompt_only
+    )
+    if prompt_only:
+        contexts.insert(1, ("prompt-only", pairs[0][1], "concise"))
+    runs = []
+    for stage, path, template in contexts:
+        common = {"checkpoints": None, "prompt_only": False, "prompt_template": template}
+        common |= {"model_name_or_path": path, "stage": stage, "tasks": None}
+        for name in config.tasks or [None]:
+            if name is None:
+                runs.append(dataclasses.replace(config, **common, task=config.task or config.dataset_name))
+                continue
+            name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", name).groups()
+            label, task = find_task(name)
+            run = copy.copy(config)
+            run.fill(task)
+            samples = int(number) if number else config.max_samples
+            runs.append(dataclasses.replace(run, **common, dataset_name=name, task=label, max_samples=samples))
+    return runs
 
 
 def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
