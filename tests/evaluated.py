@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from trl_opsd.evaluate.estimators import Samples, summarize
+from trl_opsd.evaluate.estimate import Samples, summarize
+from trl_opsd.evaluate.schema import CompletionRecord, to_json
 from trl_opsd.results import write_results
 
 
@@ -49,7 +50,7 @@ def write_run(path, samples, config=CONFIG, save=True, **values):
     rows = [
         {
             **dict(labels),
-            **summarize(Samples.from_records(group)),
+            **to_json(summarize(Samples.from_records(CompletionRecord(**sample) for sample in group))),
             "parameters": 1000,
             "wall_s": 1.5,
             "seed": 0,

@@ -8,8 +8,8 @@ from evaluated import CONFIG, records, write_run
 from trl_opsd.cli import UserError
 from trl_opsd.evaluate.commands import compare_command
 from trl_opsd.evaluate.compare import compare_files
-from trl_opsd.evaluate.load import load_results
-from trl_opsd.evaluate.page import report_results
+from trl_opsd.evaluate.report import report_results
+from trl_opsd.evaluate.results_file import load_results
 
 
 def column(*values):
@@ -270,4 +270,4 @@ class TestDamagedFiles:
         samples[1]["completion"] = "x" * 10_000_000
         samples[0]["completion"] = "\ud800 \u0000"
         (measurement,) = load_results(write_run(tmp_path / "a.json", samples))
-        assert json.dumps(measurement.samples.records[0][0]["completion"]) == '"\\ud800 \\u0000"'
+        assert json.dumps(measurement.samples.records[0][0].completion) == '"\\ud800 \\u0000"'

@@ -10,9 +10,8 @@ import yaml
 from evaluated import records, write_run
 
 from trl_opsd.cli import UserError
-from trl_opsd.compress import CompressConfig, Stage, run_chain
+from trl_opsd.compress import CompressConfig, Stage, plan_stages, run_chain
 from trl_opsd.compress.__main__ import main
-from trl_opsd.compress.report import compare
 from trl_opsd.evaluate.compare import compare_files
 
 
@@ -125,7 +124,7 @@ def test_config_mistakes(monkeypatch, changes, message):
 def test_the_recipe_makes_the_chain_of_the_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "recipes/tiny/compress.yaml").read_text())
-    stages = CompressConfig(**config).stages()
+    stages = plan_stages(CompressConfig(**config))
     assert [(stage.name, stage.is_training) for stage in stages] == [
         ("sft", True),
         ("sft", False),
@@ -140,9 +139,9 @@ def test_the_recipe_makes_the_chain_of_the_readme(monkeypatch):
     without_rl = CompressConfig(
         **{**config, "sft": None, "rlvr": None, "model_name_or_path": "m", "dataset_name": "d"}
     )
-    assert [stage.name for stage in without_rl.stages()] == ["base", "prompt-only", "opsd", "opsd"]
+    assert [stage.name for stage in plan_stages(without_rl)] == ["base", "prompt-only", "opsd", "opsd"]
     smoke = CompressConfig(**{**config, "smoke": True})
-    assert smoke.output_dir == "runs/tiny-smoke" and smoke.stages()[2].arguments["max_steps"] == 2
+    assert smoke.output_dir == "runs/tiny-smoke" and plan_stages(smoke)[2].arguments["max_steps"] == 2
 
 
 @pytest.fixture
@@ -190,8 +189,7 @@ def test_the_chain_ends_in_the_whole_report(evaluated, capsys):
     for after in ("prompt-only", "opsd"):  # against the checkpoint that was compressed, not the first one
         for comparison in compare_files(str(root / "evaluation/rlvr.json"), str(root / f"evaluation/{after}.json")):
             assert comparison.sentence() in text and comparison.sentence() in page
-        for sentence in compare(rows, "rlvr", after):
-            assert sentence in " ".join(terminal.split())
+            assert comparison.sentence() in " ".join(terminal.split())
     assert "than sft" not in text and "as sft" not in text
     # the last comparison, which stands open, is before and after the compression
     shown = page[page.rindex("<details open>") :]
@@ -213,14 +211,3 @@ def test_damaged_completions_end_in_a_sentence(evaluated, capsys):
         main(["--config", str(evaluated / "compress.yaml")])
     assert error.value.code == 2 and "rlvr.completions.jsonl`, line 1: not valid JSON" in capsys.readouterr().err
     assert not (evaluated / "runs/report.html").exists()
-
-
-def row(stage, accuracy, tokens, decoding="greedy"):
-    return {"stage": stage, "decoding": decoding, "accuracy": accuracy, "mean_tokens": tokens}
-
-
-def test_what_a_stage_changed_in_words():
-    rows = [row("rlvr", 0.97, 50.0), row("opsd", 0.965, 20.0), row("opsd", 0.9, 21.0, "sampled")]
-    assert compare(rows, "rlvr", "opsd") == [
-        "opsd against rlvr, greedy: -60.0% tokens (50.0 to 20.0), -0.5 percentage points of accuracy."
-    ]

@@ -10,14 +10,17 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from trl import DistillationTrainer, SFTConfig, SFTTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.compress import CompressConfig, Stage, run_chain
+from trl_opsd.compress import CompressConfig, Stage, plan_stages, run_chain
 from trl_opsd.compress import bank as bank_stage
-from trl_opsd.compress.report import COLUMNS, table_cells, write_report
-from trl_opsd.compress.sweep import METHODS, conditions, sweep_rows
+from trl_opsd.compress.__main__ import conclude
+from trl_opsd.compress.config import METHODS
+from trl_opsd.compress.sweep import sweep_measurements
+from trl_opsd.evaluate.schema import to_json
 from trl_opsd.opsd import AlarmCallback
 from trl_opsd.opsd.__main__ import main as opsd_main
 from trl_opsd.results import write_results
@@ -76,7 +79,7 @@ def settings(tmp_path, **changes):
 
 
 def test_a_ratio_has_learning_rates_of_its_own(config):
-    stages = {stage.name: stage for stage in config(learning_rates={0.75: {"opsd": 2e-3}}).stages()}
+    stages = {stage.name: stage for stage in plan_stages(config(learning_rates={0.75: {"opsd": 2e-3}}))}
     rates = {
         name: stage.arguments["learning_rate"] for name, stage in stages.items() if "learning_rate" in stage.arguments
     }
@@ -85,7 +88,7 @@ def test_a_ratio_has_learning_rates_of_its_own(config):
 
 
 def test_the_recipe_makes_every_method_start_from_the_same_cold_start(config):
-    stages = config(sizes={0.9: {"num_layers": 2}}).stages()
+    stages = plan_stages(config(sizes={0.9: {"num_layers": 2}}))
     names = [stage.name for stage in stages if stage.is_training]
     of_ratio = [f"{method}-{{}}" for method in ("pruned", "cold", *METHODS)]
     assert names == ["sft", "rlvr", *(name.format(ratio) for ratio in (50, 75, 90) for name in of_ratio)]
@@ -114,7 +117,9 @@ def test_the_recipe_makes_every_method_start_from_the_same_cold_start(config):
 
 
 def test_methods_differ_in_whose_rollouts_and_in_the_teacher_alone(config):
-    by_name = {stage.name: stage for stage in config(updates=77, cold_start_steps=33).stages() if stage.is_training}
+    by_name = {
+        stage.name: stage for stage in plan_stages(config(updates=77, cold_start_steps=33)) if stage.is_training
+    }
     bank, data, teacher = "runs/tiny-size/bank", "runs/tiny-size/sft/data", "runs/tiny-size/rlvr"
     assert by_name["cold-90"].arguments["max_steps"] == 33
     expected = {
@@ -135,7 +140,7 @@ def test_methods_differ_in_whose_rollouts_and_in_the_teacher_alone(config):
 
 
 def test_a_bank_that_is_given_is_not_filled_again(config, bank):
-    stages = config(bank=str(bank)).stages()
+    stages = plan_stages(config(bank=str(bank)))
     assert not any(stage.module == "trl_opsd.compress.bank" for stage in stages)
     by_name = {stage.name: stage for stage in stages if stage.is_training}
     assert by_name["pruned-50"].after == [by_name["sft"], by_name["rlvr"]]
@@ -144,7 +149,7 @@ def test_a_bank_that_is_given_is_not_filled_again(config, bank):
 
 
 def test_smoke_shortens_every_training_stage(config):
-    stages = config(smoke=True).stages()
+    stages = plan_stages(config(smoke=True))
     steps = {stage.name: stage.arguments.get("max_steps") for stage in stages if stage.is_training}
     assert {name for name, count in steps.items() if count is None} == {"pruned-50", "pruned-75", "pruned-90"}
     assert [stage.arguments.get("max_samples") for stage in stages if stage.name.startswith("evaluate")] == [32] * 3
@@ -186,7 +191,7 @@ def test_mistakes_end_before_anything_runs(config, changes, message):
 
 def test_a_method_that_is_not_asked_for_needs_no_recipe(config):
     changes = {"methods": ["opsd"], "student_rlvr": None, "ratios": [0.9], "sizes": None, "learning_rates": None}
-    names = [stage.name for stage in config(**changes).stages()]
+    names = [stage.name for stage in plan_stages(config(**changes))]
     assert "opsd-90" in names and "rlvr-90" not in names
 
 
@@ -221,7 +226,7 @@ def test_a_changed_recipe_redoes_its_method_and_no_other(tmp_path, monkeypatch):
 
 
 def test_the_launcher_starts_what_is_trained_and_nothing_else(config):
-    launched = {stage.name for stage in config().stages() if stage.command(["launch"])[0] == "launch"}
+    launched = {stage.name for stage in plan_stages(config()) if stage.command(["launch"])[0] == "launch"}
     methods = {f"{method}-{ratio}" for method in ("cold", *METHODS) for ratio in (50, 75, 90)}
     assert launched == {"rlvr", *methods}  # pruning and the tiny warm start run in one process
 
@@ -429,26 +434,37 @@ def swept(config, tmp_path):
         "cold_start_steps": 10,
     }
     sweep = config(output_dir=str(tmp_path), **changes)
-    stages = sweep.stages()
+    stages = plan_stages(sweep)
     rows = []
     for name, accuracy in {"rlvr": 0.8, "pruned-90": 0.1, "cold-90": 0.4, "sft-90": 0.6, "opsd-90": 0.72}.items():
         row = {
             "stage": name,
+            "checkpoint": f"runs/{name}",
+            "task": "sums",
             "decoding": "greedy",
+            "prompt": "plain",
+            "n": 100,
             "accuracy": accuracy,
             "accuracy_low": accuracy - 0.05,
             "accuracy_high": accuracy + 0.05,
             "mean_tokens": 10.0,
+            "p90_tokens": 10.0,
+            "truncated": 0.0,
+            "wall_s": 1.0,
             "parameters": 9000 if name == "rlvr" else 900,
             "non_embedding_parameters": 800,
             "weights_bytes": 3_600_000,
-            "serving": [{"total_p50_s": 0.25, "tokens_per_s": 40.0}, {"total_p50_s": 0.5, "tokens_per_s": 1234.5}],
+            "serving": [
+                {"concurrency": 1, "total_p50_s": 0.25, "tokens_per_s": 40.0},
+                {"concurrency": 8, "total_p50_s": 0.5, "tokens_per_s": 1234.5},
+            ],
         }
         rows += [row, {**row, "decoding": "sampled", "accuracy": accuracy / 2, "serving": []}]
     measured = {stage.name: stage.output for stage in stages if stage.module == "trl_opsd.evaluate"}
     assert list(measured) == ["sft", "rlvr", "prompt-only", "evaluate-90"]
     for name, output in measured.items():
-        write_results(output, {"rlvr": rows[:2], "evaluate-90": rows[2:]}.get(name, []), {})
+        known = {"rlvr": rows[:2], "evaluate-90": rows[2:]}
+        write_results(output, known.get(name, [{**rows[0], "stage": name}]), {})
     log = [
         {"step": 5, "completions/mean_length": 40.0},
         {"step": 15, "completions/mean_length": 20.0},
@@ -460,7 +476,8 @@ def swept(config, tmp_path):
 
 
 def test_the_rows_of_a_sweep(swept):
-    rows = {row["method"]: row for row in sweep_rows(*swept) if row["decoding"] == "sampled"}
+    rows = [to_json(item.row) for item in sweep_measurements(*swept)]
+    rows = {row["method"]: row for row in rows if row["decoding"] == "sampled"}
     assert list(rows) == ["teacher", "pruned", "cold", "sft", "opsd"]
     assert [row["stage"] for row in rows.values()] == ["rlvr", "pruned-90", "cold-90", "sft-90", "opsd-90"]
     assert [row["ratio"] for row in rows.values()] == [0.0, 0.9, 0.9, 0.9, 0.9]
@@ -474,15 +491,14 @@ def test_the_rows_of_a_sweep(swept):
     assert rows["opsd"]["answer_flops"] == 2 * 900 * 10
 
 
-def test_the_report_of_a_sweep(swept, tmp_path):
-    rows = sweep_rows(*swept)
-    write_report(tmp_path / "report", rows, "Title", conditions(swept[0]))
-    text = (tmp_path / "report" / "report.md").read_text()
+def test_the_report_of_a_sweep(swept, tmp_path, capsys):
+    conclude(*swept, Console())
+    text = (tmp_path / "report.md").read_text()
     assert "after 10 updates" in text and "makes 20 more, of 64 rollouts each: 1,280 rollouts" in text
-    assert (
-        "| 90% | opsd | 900 | 800 | 3.60 | 30 | 29 | greedy | 72.0% (67.0 to 77.0) | 90.0% | 10.0 | 0.0 | 250 | 1,234 |"
-        in text
+    line = next(line for line in text.splitlines() if line.startswith("| opsd-90 | sums | greedy |"))
+    assert line == (
+        "| opsd-90 | sums | greedy | 72.0% (67.0% to 77.0%) | 10.0 | 0.0% | 900 | 800 | 90% | opsd | 90.0% | 100 | 10 "
+        "| 0.0 | 30 | 29 | 2.22e+07 | 3.4 | 1 | 250 | 1,234 |"
     )
-    assert all(len(table_cells(row)) == len(COLUMNS) for row in rows)
-    names = sorted(path.name for path in (tmp_path / "report").iterdir())
-    assert names == ["accuracy_flops.png", "accuracy_parameters.png", "report.md"]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert names == ["accuracy_flops.svg", "accuracy_parameters.svg", "report.html", "report.md", "results.json"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opsd.evaluate.estimators import (
+from trl_opsd.evaluate.estimate import (
     MARKERS,
     Samples,
     budget_curve,
@@ -24,12 +24,14 @@ from trl_opsd.evaluate.estimators import (
     summarize,
     wilson_interval,
 )
-from trl_opsd.evaluate.measure import same_answer
+from trl_opsd.evaluate.schema import CompletionRecord, to_json
+from trl_opsd.evaluate.score import same_answer
 from trl_opsd.rewards import code_reward, format_reward, logic_reward, math_reward, reasoning_gym_reward
 
 
 def record(id, sample=0, **values):
     base = {
+        **dict.fromkeys(("stage", "checkpoint", "task", "decoding", "prompt", "question"), "?"),
         "completion": "",
         "tokens": 10,
         "thinking_tokens": 0,
@@ -38,7 +40,7 @@ def record(id, sample=0, **values):
         "correct_flexible": None,
         "answer": None,
     }
-    return {"id": id, "sample": sample, **base, **values}
+    return CompletionRecord(id=id, sample=sample, **{**base, **values})
 
 
 class TestAgainstEnumeration:
@@ -313,7 +315,7 @@ class TestSamples:
             record("c", 0, correct=None),
             record("c", 1, correct=True),
         ]
-        row = summarize(Samples.from_records(records))
+        row = to_json(summarize(Samples.from_records(records)))
         assert (row["n"], row["samples"], row["unverified"], row["estimator"]) == (2, 2, 1, "mean@2")
         assert (row["accuracy"], row["accuracy_flexible"]) == (0.5, 0.5)
         assert (row["strict_only"], row["flexible_only"]) == (1, 1)
@@ -326,7 +328,7 @@ class TestSamples:
         assert row["markers_per_1000_tokens"] == 1000 / 160
 
     def test_one_sample_names_no_other_estimator(self):
-        row = summarize(Samples.from_records([record(0), record(1, correct=False)]))
+        row = to_json(summarize(Samples.from_records([record(0), record(1, correct=False)])))
         assert row["estimator"] == "mean@1" and not any("@" in key for key in row)
         assert row["accuracy_flexible"] is None and row["strict_only"] is None
 

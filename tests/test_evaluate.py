@@ -12,9 +12,9 @@ from transformers import Qwen3ForCausalLM
 from trl_opsd.cli import parse
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate.__main__ import main
-from trl_opsd.evaluate.engines import Request, Sampling, TransformersEngine, eos_token_ids
-from trl_opsd.evaluate.estimators import wilson_interval
-from trl_opsd.evaluate.measure import tokenize
+from trl_opsd.evaluate.backends import Request, Sampling, TransformersEngine
+from trl_opsd.evaluate.estimate import wilson_interval
+from trl_opsd.evaluate.plan import eos_token_ids, expand, tokenize
 from trl_opsd.evaluate.tasks import TASKS
 from trl_opsd.results import write_results
 
@@ -312,10 +312,10 @@ class TestCommandLine:
         class Loaded(Exception):
             pass
 
-        def load_engine(config, tokenizer):
+        def load_engine(config, checkpoint, tokenizer):
             raise Loaded
 
-        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", load_engine)
+        monkeypatch.setattr("trl_opsd.evaluate.run.load_engine", load_engine)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         arguments = ["--model_name_or_path", checkpoint, "--dataset_name", problems, *arguments]
         if message is None:
@@ -348,7 +348,7 @@ class TestCommandLine:
         assert tiny.reward_funcs == ["math_reward"] and tiny.decoding == ["greedy", "sampled"]
         arguments = ["--config", str(recipes / "evaluate.yaml"), "--checkpoints", "rlvr=a", "opsd=b"]
         (config,) = parse((EvaluateConfig,), arguments)
-        runs = config.runs()
+        runs = expand(config)
         assert [run.stage for run in runs[::9]] == ["rlvr", "prompt-only", "opsd"] and len(runs) == 27
         assert {run.task for run in runs} | {"reasoning-gym"} == set(TASKS)
 

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from trl_opsd.cli import UserError
 from trl_opsd.evaluate import EvaluateConfig
-from trl_opsd.evaluate.engines import load_model
-from trl_opsd.evaluate.measure import load_task, prepare, run, verify
+from trl_opsd.evaluate.backends import load_engine
+from trl_opsd.evaluate.pipeline import evaluate_jobs
+from trl_opsd.evaluate.plan import load_task, plan
+from trl_opsd.evaluate.score import verify
 
 
 FILES, CHECKPOINTS, CACHES = 600, 200, 200
@@ -123,9 +125,9 @@ def test_damaged_data(tmp_path, monkeypatch):
         for sample, (question, gold) in zip(verify(dataset, reward_funcs, ids, tokenizer, [1]), expected, strict=True):
             given = tokenizer.decode(ids[questions.index(question)]).removeprefix("\\boxed{").split("}")[0]
             if gold is None or not gold.strip():
-                assert sample["correct"] is None
+                assert sample.correct is None
             elif gold.strip().isdigit():
-                assert sample["correct"] == (given.isdigit() and int(given) == int(gold)), (number, question, gold)
+                assert sample.correct == (given.isdigit() and int(given) == int(gold)), (number, question, gold)
     assert loaded > 50 and refused > 300
 
 
@@ -194,8 +196,8 @@ def test_damaged_checkpoints(tmp_path):
         kind = damage_checkpoint(folder, draw)
         config = EvaluateConfig(model_name_or_path=str(folder), dataset_name=problems)
         try:
-            (job,) = prepare(config)
-            model = load_model(config)
+            (job,) = plan(config)
+            model = load_engine(config, job.checkpoint, job.tokenizer).model
         except UserError as error:
             check_sentence(error)
             refused += 1
@@ -214,15 +216,15 @@ def test_damaged_cache(tmp_path, monkeypatch, part):
     draw = random.Random(2 + part)
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     problems = write_rows(tmp_path / "sums.jsonl", sum_rows())
-    monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", lambda config, tokenizer: Adder())
+    monkeypatch.setattr("trl_opsd.evaluate.run.load_engine", lambda *args: Adder())
     config = EvaluateConfig(
         model_name_or_path=checkpoint,
         dataset_name=problems,
         cache_dir=str(tmp_path / "cache"),
         max_completion_length=9,
     )
-    jobs = prepare(config)
-    (whole,) = run(jobs, progress=lambda done, total: None)
+    jobs = plan(config)
+    (whole,) = evaluate_jobs(jobs, progress=lambda done, total: None)
     (file,) = (tmp_path / "cache").iterdir()
     intact = file.read_bytes()
     for number in range(CACHES // 4):
@@ -245,8 +247,8 @@ def test_damaged_cache(tmp_path, monkeypatch, part):
         else:  # written twice, as two runs at once may
             lines[place] = line + line
         file.write_bytes(b"".join(lines))
-        (row,) = run(jobs, progress=lambda done, total: None)
-        assert (row["accuracy"], row["mean_tokens"], row["n"]) == (1.0, whole["mean_tokens"], 4), (number, kind)
+        (row,) = evaluate_jobs(jobs, progress=lambda done, total: None)
+        assert (row.accuracy, row.mean_tokens, row.n) == (1.0, whole.mean_tokens, 4), (number, kind)
         damaged = kind != 5 and lines[place] != line
-        assert row["cached"] == 4 - damaged, (number, kind, lines[place])
-        assert row["cache_lines_skipped"] >= damaged and (damaged or not row["cache_lines_skipped"])
+        assert row.cached == 4 - damaged, (number, kind, lines[place])
+        assert row.cache_lines_skipped >= damaged and (damaged or not row.cache_lines_skipped)

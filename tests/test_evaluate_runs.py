@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM
 from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
-from trl_opsd.evaluate.checkpoint import check_stored, checkpoint_hash, count_checkpoint, weights_bytes
-from trl_opsd.evaluate.engines import Request, Sampling, ServerEngine, TransformersEngine
-from trl_opsd.evaluate.measure import load_engine, prepare, problem_ids, run
-from trl_opsd.evaluate.meter import measure_serving, peak_memory, reset_peak_memory
+from trl_opsd.evaluate import checkpoint as checkpoints
+from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, load_engine
+from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
+from trl_opsd.evaluate.memory import peak_memory, reset_peak_memory
+from trl_opsd.evaluate.plan import expand, plan, problem_ids
+from trl_opsd.evaluate.serving import measure_serving
 from trl_opsd.evaluate.tasks import TASKS, find_task
 from trl_opsd.rewards import logic_reward
 
@@ -47,11 +49,11 @@ def adder(monkeypatch):
     def install(limit=None):
         loaded = []
 
-        def load_engine(config, tokenizer):
+        def load_engine(config, checkpoint, tokenizer):
             loaded.append(config.model_name_or_path)
             return Adder(limit)
 
-        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", load_engine)
+        monkeypatch.setattr("trl_opsd.evaluate.run.load_engine", load_engine)
         return loaded
 
     return install
@@ -87,7 +89,7 @@ class TestRuns:
 
     def test_a_task_brings_its_values_and_options_override_them(self):
         config = EvaluateConfig(checkpoints=["c"], tasks=["aime24", "humaneval", "x.jsonl[:7]"], num_samples=3)
-        aime, code, other = config.runs()
+        aime, code, other = expand(config)
         assert (aime.dataset_split, aime.decoding, aime.temperature) == ("train", ["sampled"], 0.6)
         assert (aime.num_samples, code.reward_funcs, code.max_completion_length) == (3, ["code_reward"], 16384)
         assert (other.dataset_name, other.max_samples, other.task) == ("x.jsonl", 7, "x.jsonl")
@@ -106,13 +108,13 @@ class TestRuns:
     )
     def test_labels_are_told_apart(self, checkpoints, message):
         with pytest.raises(ValueError, match=message):
-            EvaluateConfig(checkpoints=checkpoints, tasks=["gsm8k"]).runs()
+            expand(EvaluateConfig(checkpoints=checkpoints, tasks=["gsm8k"]))
 
     def test_a_subset_takes_from_every_part(self):
-        (config,) = EvaluateConfig(
-            model_name_or_path="x", tasks=[f"bbh:{SHARED / 'bbh'}[:54]"], decoding=["greedy"]
-        ).runs()
-        from trl_opsd.evaluate.measure import load_task
+        (config,) = expand(
+            EvaluateConfig(model_name_or_path="x", tasks=[f"bbh:{SHARED / 'bbh'}[:54]"], decoding=["greedy"])
+        )
+        from trl_opsd.evaluate.plan import load_task
 
         parts = load_task(config)[0]["task"]
         assert len(set(parts)) == 27 and {parts.count(part) for part in parts} == {2}
@@ -142,7 +144,7 @@ class TestRuns:
                 answers = ("07", "7", "8", "8", "007")
                 return self.tokenizer(rf"\boxed{{{answers[self.answered % 5]}}}<eos>")["input_ids"]
 
-        monkeypatch.setattr("trl_opsd.evaluate.measure.load_engine", lambda config, tokenizer: Voter())
+        monkeypatch.setattr("trl_opsd.evaluate.run.load_engine", lambda *args: Voter())
         problems = write_rows(tmp_path / "sums.jsonl", sum_rows()[:1])  # 3 + 4
         config = {"decoding": ["sampled"], "num_samples": 5, "max_completion_length": 6}
         (row,) = evaluate(
@@ -168,7 +170,7 @@ class TestCache:
         )
 
     def rows(self, *args, **kwargs):
-        return run(prepare(self.config(*args, **kwargs)), progress=lambda done, total: None)
+        return evaluate(self.config(*args, **kwargs), progress=lambda done, total: None)
 
     def test_nothing_is_generated_twice(self, checkpoint, problems, tmp_path, adder):
         first = self.rows(checkpoint, problems, tmp_path)
@@ -207,9 +209,9 @@ class TestCache:
 
     def test_another_checkpoint_in_the_same_place(self, checkpoint, problems, tmp_path):
         self.rows(checkpoint, problems, tmp_path)
-        before = checkpoint_hash(checkpoint)
+        before = open_checkpoint(checkpoint).hash
         save_checkpoint(Path(checkpoint), seed=1)
-        assert checkpoint_hash(checkpoint) != before
+        assert open_checkpoint(checkpoint).hash != before
         assert self.rows(checkpoint, problems, tmp_path)[0]["cached"] == 0
 
     def test_rescoring_needs_no_model(self, checkpoint, problems, tmp_path, adder):
@@ -266,6 +268,15 @@ class TestCheckpoints:
         assert lora["parameters"] == base["parameters"] + added == merged["parameters"] + added
         assert lora["weights_bytes"] > base["weights_bytes"]
         assert len({row["checkpoint_hash"] for row in rows}) == 3
+
+    def test_weights_are_read_once(self, checkpoint, adapter, problems, monkeypatch):
+        read, folders = checkpoints.read_folder, []
+        monkeypatch.setattr(checkpoints, "read_folder", lambda *args: folders.append(args[1]) or read(*args))
+        config = EvaluateConfig(
+            checkpoints=[f"base={checkpoint}", f"lora={adapter}"], tasks=[problems, f"{problems}[:1]"]
+        )
+        assert len(evaluate(config, progress=lambda done, total: None)) == 6  # with the baseline that costs nothing
+        assert folders == [checkpoint, adapter]
 
     def test_size(self, checkpoint):
         model = make_model(make_tokenizer())
@@ -330,13 +341,13 @@ class TestStored:
         save_file(weights, path / file, metadata={"format": "pt"})
         model = checkpoint if loaded == "checkpoint" else adapter
         config = EvaluateConfig(model_name_or_path=model, dataset_name=problems, backend=backend)
-        (job,) = prepare(config)  # which reads no weights
+        (job,) = plan(config)  # which reads no weights
         if damage is None or (damaged == "adapter" and loaded == "checkpoint"):
-            load_engine(config, job.tokenizer)
+            load_engine(config, job.checkpoint, job.tokenizer)
             assert [kwargs["model"] for kwargs in fake_vllm] == [checkpoint] * (backend == "vllm")
         else:
             with pytest.raises(UserError, match=f"`{path}` .*{message}"):
-                load_engine(config, job.tokenizer)
+                load_engine(config, job.checkpoint, job.tokenizer)
             assert fake_vllm == []
 
     def test_older_files(self, checkpoint):
@@ -346,11 +357,11 @@ class TestStored:
             torch.save(
                 model.state_dict(), Path(checkpoint) / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
             )
-            check_stored(checkpoint)
+            open_checkpoint(checkpoint).check_loadable()
         model.lm_head.weight.data[0, 0] = torch.nan
         torch.save(model.state_dict(), Path(checkpoint) / "pytorch_model.bin")
         with pytest.raises(UserError, match="not finite in `lm_head.weight`"):
-            check_stored(checkpoint)
+            open_checkpoint(checkpoint).check_loadable()
 
     def test_the_weights_of_a_quantised_checkpoint_are_named_by_its_quantiser(self, checkpoint):
         file = Path(checkpoint) / "config.json"
@@ -360,11 +371,11 @@ class TestStored:
             f"{name}_packed": weight for name, weight in load_file(Path(checkpoint, "model.safetensors")).items()
         }
         save_file(weights, Path(checkpoint, "model.safetensors"), metadata={"format": "pt"})
-        check_stored(checkpoint)
+        open_checkpoint(checkpoint).check_loadable()
         weights["lm_head.weight_packed"][0, 0] = torch.inf
         save_file(weights, Path(checkpoint, "model.safetensors"), metadata={"format": "pt"})
         with pytest.raises(UserError, match="not finite in `lm_head.weight_packed`"):
-            check_stored(checkpoint)
+            open_checkpoint(checkpoint).check_loadable()
 
 
 def _adapter_weights(adapter):
@@ -407,7 +418,7 @@ class TestMeter:
     @pytest.mark.parametrize("concurrency", [1, 2, 4])
     def test_known_delays(self, concurrency):
         engine = FakeEngine([10] * 8)
-        result = measure_serving(engine, [Request([1], 0)] * 8, self.sampling, concurrency, engine.clock)
+        result = vars(measure_serving(engine, [Request([1], 0)] * 8, self.sampling, concurrency, engine.clock))
         rounds = 8 / concurrency
         assert engine.calls == [(concurrency, concurrency), (8, concurrency)]  # warm-up, then the measurement
         assert result == {
@@ -425,7 +436,7 @@ class TestMeter:
     def test_percentiles(self):
         lengths = list(range(1, 22))
         engine = FakeEngine(lengths, first=1.0, gap=1.0)
-        result = measure_serving(engine, [Request([1], 0)] * 21, self.sampling, 1, engine.clock)
+        result = vars(measure_serving(engine, [Request([1], 0)] * 21, self.sampling, 1, engine.clock))
         assert (result["total_p50_s"], result["total_p95_s"]) == (pytest.approx(11), pytest.approx(20))
         assert result["tokens_per_s"] == pytest.approx(1.0) and result["first_token_p95_s"] == pytest.approx(1.0)
 
@@ -553,7 +564,7 @@ class TestServer:
     def test_meter(self, server):
         FakeServer.delay = 0.04
         engine = ServerEngine(server + "/v1/", None, 2)
-        result = measure_serving(engine, [Request([5], 0)] * 6, self.sampling, 3)
+        result = vars(measure_serving(engine, [Request([5], 0)] * 6, self.sampling, 3))
         assert FakeServer.most == 3 and result["tokens"] == 24
         # four tokens, one every 0.04 s, each told when it comes
         assert 0.04 <= result["first_token_p50_s"] < 0.6 * result["total_p50_s"] and result["total_p50_s"] >= 0.16

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd.evaluate import EvaluateConfig, evaluate
-from trl_opsd.evaluate.engines import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine
+from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine
 
 
 pytestmark = pytest.mark.vllm

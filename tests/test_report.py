@@ -11,7 +11,8 @@ from trl_opsd.cli import UserError
 from trl_opsd.evaluate.card import write_card
 from trl_opsd.evaluate.commands import card_command, report_command
 from trl_opsd.evaluate.compare import compare_files
-from trl_opsd.evaluate.page import TRACE_CHARACTERS, report_results, traces
+from trl_opsd.evaluate.report import TRACE_CHARACTERS, report_results, traces
+from trl_opsd.evaluate.schema import to_json
 from trl_opsd.evaluate.svg import Series, chart, mark, number, ticks
 from trl_opsd.results import write_results
 
@@ -126,7 +127,7 @@ class TestReport:
         }
         for kind in kinds:
             for old, new in kind["pairs"]:
-                assert old["id"] == new["id"] and (old["stage"], new["stage"]) == ("rlvr", "opsd")
+                assert old.id == new.id and (old.stage, new.stage) == ("rlvr", "opsd")
 
     def test_without_completions(self, tmp_path):
         rows = [write_run(tmp_path / f"{s}.json", records(s, np.ones((9, 1)), 10), save=False) for s in ("a", "b")]
@@ -247,7 +248,7 @@ class TestCard:
         results = {result.metric_name: result for result in card.data.eval_results}
         assert {result.dataset_name for result in results.values()} == {"sums"}
         (comparison,) = compare_files(str(files[0]), str(files[2]))
-        row = comparison.after.row
+        row = to_json(comparison.after.row)
         assert results["mean@2, strict, greedy"].metric_value == row["accuracy"]
         assert results["mean@2, strict, greedy"].metric_args == {
             "problems": 200,

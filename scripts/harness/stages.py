@@ -10,7 +10,7 @@ from scripts.harness.results import ROOT
 from trl_opsd.cli import parse
 from trl_opsd.evaluate import EvaluateConfig
 from trl_opsd.evaluate import evaluate as evaluate_config
-from trl_opsd.evaluate.engines import load_model
+from trl_opsd.evaluate.backends.transformers import load_model
 
 
 # Recipes, options of the warm start, and whether RLVR follows it. The weak one stops while the chain is only partly

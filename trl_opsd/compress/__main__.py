@@ -5,11 +5,9 @@ Interrupted and run again, it goes on with the first stage that is not finished.
 ends in a sweep of smaller students (`recipes/tiny/size.yaml`).
 """
 
-import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,12 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..cli import parse, user_errors
-from ..evaluate.page import report_results
-from ..results import write_results
-from . import report
+from ..evaluate.charts import PARAMETERS
+from ..evaluate.report import write_report
+from ..evaluate.results_file import load_results, write_rows
+from ..evaluate.table import table_of
 from .chain import Stage, run_chain
-from .config import CompressConfig
-from .sweep import conditions, sweep_rows
+from .config import METHODS, CompressConfig
+from .stages import label, plan_stages
+from .sweep import FLOPS, SPEED, conditions, sweep_measurements
 
 
 class Display:
@@ -61,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
     start = time.monotonic()
     with user_errors():
         (config,) = parse((CompressConfig,), args, prog="trl_opsd.compress")
-        stages = config.stages()
+        stages = plan_stages(config)
         root = Path(config.output_dir)
         launcher = shlex.split(config.launcher) if config.launcher else [sys.executable]
         display = Display(console, stages)
@@ -72,50 +72,38 @@ def main(args: list[str] | None = None) -> None:
             print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
             raise SystemExit(130) from None
 
-        if config.ratios:
-            report_sweep(config, stages, console)
-            left = "report.md, its plots"
-        else:
-            report_chain(config, stages, console)
-            left = "report.html, report.md"
+        conclude(config, stages, console)
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    console.print(f"{minutes} min {seconds} s. {root}/: {left} and results.json")
+    console.print(f"{minutes} min {seconds} s. {root}/: report.html, report.md and results.json")
 
 
-def report_chain(config: CompressConfig, stages: list[Stage], console: Console) -> None:
-    """Writes what the chain came to, and shows what fits a terminal."""
+def conclude(config: CompressConfig, stages: list[Stage], console: Console) -> None:
+    """Writes the results and the report of a chain that has run, and shows what fits a terminal."""
     root = Path(config.output_dir)
-    files = [stage.output for stage in stages if not stage.is_training]
-    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
-    before = [row["stage"] for row in rows if row["stage"] not in ("opsd", "prompt-only")][-1]
-    write_results(root / "results.json", rows, config)
-    title = "Smoke run: numbers without meaning" if config.smoke else "trl-opsd"
-    report_results(files, root, before, title=title)
+    columns = ["checkpoint", "decoding", "accuracy", "mean_tokens"]
+    if config.ratios:
+        measurements = sweep_measurements(config, stages)
+        told = {label(method, ratio) for method in METHODS for ratio in config.ratios}
+        title, columns = "Size sweep", [*columns, "parameters", "kept"]
+        shown = {"axes": (PARAMETERS, FLOPS), "derived": SPEED, "remarks": [conditions(config)]}
+    else:
+        files = [stage.output for stage in stages if not stage.is_training]
+        measurements = [item for file in files for item in load_results(file)]
+        told = {"prompt-only", "opsd"}
+        title, columns, shown = "trl-opsd", [*columns, "truncated"], {}
+    if config.smoke:
+        title = "Smoke run: numbers without meaning"
+    write_rows(root / "results.json", [item.row for item in measurements], config)
+    findings = write_report(measurements, root, config.compressed_from, title=title, **shown)
 
-    show(console, list(report.CHAIN_COLUMNS), map(report.chain_cells, rows))
-    for after in ("prompt-only", "opsd"):
-        for sentence in report.compare(rows, before, after):
-            console.print(sentence, highlight=False)
-
-
-def report_sweep(config: CompressConfig, stages: list[Stage], console: Console) -> None:
-    """Writes what the sweep came to, and shows what fits a terminal."""
-    root = Path(config.output_dir)
-    rows = sweep_rows(config, stages)
-    write_results(root / "results.json", rows, config)
-    title = "Smoke run: numbers without meaning" if config.smoke else "Size sweep"
-    report.write_report(root, rows, title, conditions(config))
-    narrow = ("ratio", "method", "parameters", "decoding", "accuracy", "kept", "mean_tokens")
-    places = [list(report.COLUMNS).index(name) for name in narrow]  # the rest is in the report
-    lines = ([report.table_cells(row)[place] for place in places] for row in rows)
-    show(console, [report.COLUMNS[name] for name in narrow], lines)
-
-
-def show(console: Console, headings: list[str], lines: Iterable[list[str]]) -> None:
+    headings, lines = table_of(measurements, only=columns)
     table = Table(*headings)
     for cells in lines:
-        table.add_row(*cells)
+        table.add_row(*(text for text, _ in cells))
     console.print(table)
+    for finding in findings:
+        if finding.after.row.stage in told:
+            console.print(finding.sentence, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

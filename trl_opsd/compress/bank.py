@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from ..cli import UserError, parse, user_errors
 from ..evaluate import EvaluateConfig
-from ..evaluate.checkpoint import load_generation_config
-from ..evaluate.engines import Request, Sampling, eos_token_ids
-from ..evaluate.estimators import Samples, summarize
-from ..evaluate.measure import Job, load_engine, prepare, problem_ids, verify
+from ..evaluate.backends import Request, load_engine
+from ..evaluate.estimate import Samples, summarize
+from ..evaluate.plan import Job, plan
+from ..evaluate.schema import to_json
+from ..evaluate.score import score
 from ..results import write_results
 from ..rlvr.bank import RolloutBank, prompt_id
 
@@ -44,7 +45,7 @@ def main(args: list[str] | None = None) -> None:
                 raise UserError(f"`{name}` is missing: give the place for it.")
         if arguments.rollouts_per_prompt < 1:
             raise UserError(f"`rollouts_per_prompt` must be at least 1, and is {arguments.rollouts_per_prompt}.")
-        (job,) = prepare(replace(config, decoding=["sampled"]))
+        (job,) = plan(replace(config, decoding=["sampled"]))
     rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt))
     write_results(config.output, rows, config)
 
@@ -54,33 +55,29 @@ def fill(job: Job, bank: RolloutBank) -> list[dict]:
     Samples, verifies and banks, one pass over the problems for each rollout of a prompt.
 
     Args:
-        job ([`~trl_opsd.evaluate.measure.Job`]):
+        job ([`~trl_opsd.evaluate.plan.Job`]):
             Model, problems and verifiers.
         bank ([`~trl_opsd.rlvr.bank.RolloutBank`]):
             Where the correct rollouts go.
 
     Returns:
-        `list[dict]`: One row for each pass: its `step`, and what
-        [`~trl_opsd.evaluate.estimators.summarize`] makes of it.
+        `list[dict]`: One row for each pass: its `step`, and what [`~trl_opsd.evaluate.estimate.summarize`] makes of it.
     """
-    config, dataset = job.config, job.dataset
-    engine = load_engine(config, job.tokenizer)
-    eos_ids = eos_token_ids(load_generation_config(config.model_name_or_path, config.trust_remote_code), job.tokenizer)
-    sampling = Sampling.of(config, "sampled", eos_ids)
-    labels = [{"id": name, "sample": 0} for name in problem_ids(dataset)]
+    engine = load_engine(job.config, job.checkpoint, job.tokenizer)
+    sampling = job.sampling("sampled")
     rows = []
     for step in range(bank.rollouts_per_prompt):
         # A batch is drawn by the seed of its first request
-        requests = [Request(ids, config.seed + 1000 * step + index) for index, ids in enumerate(job.prompt_ids)]
+        requests = [Request(ids, job.config.seed + 1000 * step + index) for index, ids in enumerate(job.prompt_ids)]
         completions = [ids for _, ids in sorted(engine.generate(requests, sampling))]
-        samples = verify(dataset, job.reward_funcs, completions, job.tokenizer, eos_ids)
+        records = score(job, "sampled", requests, completions)
         rollouts, attempts = [], {}
-        for row, ids, sample in zip(dataset, completions, samples, strict=True):
+        for row, ids, record in zip(job.dataset, completions, records, strict=True):
             key = prompt_id(row["prompt"])
             tried, correct = attempts.get(key, (0, 0))
-            attempts[key] = (tried + 1, correct + bool(sample["correct"]))
-            if sample["correct"]:
-                text = sample["completion"]
+            attempts[key] = (tried + 1, correct + bool(record.correct))
+            if record.correct:
+                text = record.completion
                 is_text = isinstance(row["prompt"], str)
                 rollouts.append(
                     {
@@ -92,8 +89,7 @@ def fill(job: Job, bank: RolloutBank) -> list[dict]:
                     }
                 )
         bank.add(step, rollouts, attempts)
-        records = [{**label, **sample} for label, sample in zip(labels, samples, strict=True)]
-        rows.append({"step": step, **summarize(Samples.from_records(records))})
+        rows.append({"step": step, **to_json(summarize(Samples.from_records(records)))})
     engine.close()
     return rows
 

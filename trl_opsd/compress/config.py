@@ -1,9 +1,29 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from ..cli import UserError
-from .chain import Stage
-from .sweep import METHODS, check_sweep, sweep_stages
+from ..rlvr.bank import read_rollouts
+
+
+#: What can be done with a model that was pruned: how it is trained after the cold start, and the recipe for it.
+METHODS = {
+    "sft": "supervised fine-tuning on the teacher's verified rollouts",
+    "offline": "distillation of the teacher's logits on its own rollouts",
+    "rlvr": "reinforcement learning with verifiable rewards",
+    "opsd": "on-policy distillation from the teacher",
+    "opsd-concise": "on-policy distillation from the teacher, asked to be concise",
+}
+
+#: The recipe of each.
+RECIPES = {
+    "sft": "student_sft",
+    "offline": "opsd",
+    "rlvr": "student_rlvr",
+    "opsd": "opsd",
+    "opsd-concise": "opsd",
+}
 
 
 @dataclass
@@ -132,53 +152,64 @@ class CompressConfig:
         if self.sft is None and self.dataset_name is None:
             raise UserError("`dataset_name` is missing: give the prompts for the stages.")
         if self.ratios:
-            check_sweep(self)
+            self._check_sweep()
         if self.smoke:
             self.output_dir += "-smoke"
 
-    def stages(self) -> list[Stage]:
-        """
-        The chain: training stages, each followed by the evaluation of what it made.
+    @property
+    def compressed_from(self) -> str:
+        """Name of the checkpoint that is compressed, which all that follow from it are compared with."""
+        return "rlvr" if self.rlvr is not None else "base" if self.sft is None else "sft"
 
-        Returns:
-            `list[Stage]`: In the order in which they run.
-        """
-        root = Path(self.output_dir)
-        minutes = self.minutes or {}
-        overrides = (self.smoke_overrides or {}) if self.smoke else {}
-        data = self.dataset_name or str(root / "sft" / "data")
-        model, chain = self.model_name_or_path, []
+    def _check_sweep(self) -> None:
+        """Checks what a sweep needs beyond the chain, and that all methods train on as many rollouts in an update."""
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise UserError(
+                    f"`ratios` are shares of the parameters to remove, above 0 and below 1, and one is {ratio}."
+                )
+        for name, known in (("ratios", self.ratios), ("methods", self.methods)):
+            if len(set(known)) < len(known):
+                raise UserError(f"`{name}` holds something twice: {known}.")
+        for name, by_ratio in (("sizes", self.sizes or {}), ("learning_rates", self.learning_rates or {})):
+            for ratio in by_ratio:
+                if ratio not in self.ratios:
+                    raise UserError(
+                        f"`{name}` has the ratio {ratio}, and `ratios` are {self.ratios}: make them agree."
+                    )
+        for ratio, rates in (self.learning_rates or {}).items():
+            for recipe, rate in rates.items():
+                if recipe not in RECIPES.values():
+                    known = ", ".join(dict.fromkeys(RECIPES.values()))
+                    raise UserError(f"`learning_rates` has `{recipe}` at {ratio}, and the recipes are {known}.")
+                if not isinstance(rate, float) or rate <= 0:
+                    raise UserError(f"`learning_rates` must be numbers above 0, such as 2.0e-3, and one is {rate!r}.")
+        if not self.methods:
+            raise UserError(f"`methods` is empty: name at least one of {', '.join(METHODS)}.")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"`methods` holds `{method}`, and the methods are {', '.join(METHODS)}.")
+        for name in ("prune", "student_sft", *dict.fromkeys(RECIPES[method] for method in self.methods)):
+            if vars(self)[name] is None:
+                raise UserError(f"`{name}` is missing: with `ratios`, give its recipe, a YAML file.")
+        for name in ("cold_start_steps", "updates"):
+            if vars(self)[name] < 1:
+                raise UserError(f"`{name}` must be at least 1, and is {vars(self)[name]}.")
+        if "opsd-concise" in self.methods and self.prompt_only_template is None:
+            raise UserError("The method `opsd-concise` needs `prompt_only_template`: it is what the teacher is asked.")
+        if self.bank is not None:
+            read_rollouts(self.bank)
+        recipes = {"cold start": "student_sft"} | {method: RECIPES[method] for method in self.methods}
+        sizes = {name: rollouts_per_update(vars(self)[recipe]) for name, recipe in recipes.items()}
+        if len(set(sizes.values())) > 1:
+            raise UserError(
+                "The methods can be compared only if an update of each has as many rollouts, and they have "
+                + ", ".join(f"{method} {size}" for method, size in sizes.items())
+                + ": change `per_device_train_batch_size` or `gradient_accumulation_steps` in the recipes."
+            )
 
-        def train(name, module, recipe, what):
-            arguments = {"output_dir": str(root / name), "seed": self.seed}
-            if name != "sft":
-                arguments |= {"model_name_or_path": model, "dataset_name": data}
-            arguments |= overrides.get(name, {})
-            launched = name != "sft"  # the warm start runs in one process
-            seconds = minutes.get(name, 1.0)
-            chain.append(Stage(name, what, module, recipe, arguments, root / name, seconds, launched=launched))
-            return str(root / name)
 
-        def evaluate(stage, **changes):
-            output = root / "evaluation" / f"{stage}.json"
-            arguments = {"model_name_or_path": model, "dataset_name": data, "stage": stage, "output": str(output)}
-            arguments |= {"seed": self.seed, **changes, **overrides.get("evaluate", {})}
-            what = f"measuring {stage}: accuracy and tokens"
-            module = "trl_opsd.evaluate"
-            chain.append(Stage(stage, what, module, self.evaluate, arguments, output, minutes.get("evaluate", 1.0)))
-
-        if self.sft is not None:
-            model = train("sft", "trl_opsd.tiny", self.sft, "making the tiny reasoner: supervised warm start")
-            evaluate("sft")
-        if self.rlvr is not None:
-            model = train("rlvr", "trl_opsd.rlvr", self.rlvr, "reinforcement learning with verifiable rewards")
-        before = "rlvr" if self.rlvr is not None else "base" if self.sft is None else "sft"
-        if before != "sft":
-            evaluate(before)
-        if self.prompt_only_template is not None:
-            evaluate("prompt-only", prompt_template=self.prompt_only_template)
-        if self.ratios:
-            return chain + sweep_stages(self, model, data, root, [stage for stage in chain if stage.is_training])
-        model = train("opsd", "trl_opsd.opsd", self.opsd, "on-policy self-distillation")
-        evaluate("opsd")
-        return chain
+def rollouts_per_update(recipe: str) -> int:
+    """Rollouts in an update of one process, as a recipe says or as [`~transformers.TrainingArguments`] would have it."""
+    options = yaml.safe_load(Path(recipe).read_text())
+    return options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)

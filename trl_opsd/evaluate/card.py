@@ -9,8 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..cli import UserError
 from .compare import compare_measurements
-from .load import Measurement, load_results
-from .page import markdown_table, markdown_text, table_of, unpaired, write_page
+from .report import unpaired, write_page
+from .results_file import Measurement, load_results
+from .schema import to_json
+from .table import markdown_table, markdown_text, table_of
 
 
 # What of a row is a structured result, and how the Hub's metrics call it
@@ -126,30 +128,35 @@ def write_card(
 
 def _results(item: Measurement) -> list[EvalResult]:
     row = item.row
+    values, estimator = to_json(row), row.estimator or "mean@1"
     names = {
-        "accuracy": f"{row.get('estimator', 'mean@1')}, strict, {row['decoding']}",
-        "accuracy_flexible": f"{row.get('estimator', 'mean@1')}, flexible, {row['decoding']}",
-        "mean_tokens": f"completion tokens, mean, {row['decoding']}",
-        "p90_tokens": f"completion tokens, 90th percentile, {row['decoding']}",
-        "truncated": f"share of truncated completions, {row['decoding']}",
-        **{key: f"{key}, {row['decoding']}" for key in row if "@" in key},
+        "accuracy": f"{estimator}, strict, {row.decoding}",
+        "accuracy_flexible": f"{estimator}, flexible, {row.decoding}",
+        "mean_tokens": f"completion tokens, mean, {row.decoding}",
+        "p90_tokens": f"completion tokens, 90th percentile, {row.decoding}",
+        "truncated": f"share of truncated completions, {row.decoding}",
+        **{key: f"{key}, {row.decoding}" for key in row.at_k},
     }
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=row["task"],
-            dataset_name=row["task"],
+            dataset_type=row.task,
+            dataset_name=row.task,
             dataset_split=item.setting("dataset_split"),
             metric_type=_METRICS.get(key, key),
             metric_name=name,
-            metric_value=row[key],
+            metric_value=values[key],
             metric_args={
-                "problems": row["n"],
-                **{bound: row[f"{key}_{bound}"] for bound in ("low", "high") if row.get(f"{key}_{bound}") is not None},
+                "problems": row.n,
+                **{
+                    bound: values[f"{key}_{bound}"]
+                    for bound in ("low", "high")
+                    if values.get(f"{key}_{bound}") is not None
+                },
             },
         )
         for key, name in names.items()
-        if row.get(key) is not None
+        if values[key] is not None
     ]
 
 
@@ -178,7 +185,7 @@ def _recipe(folder: Path) -> list[str]:
 
 
 def _limitations(chosen: Sequence[Measurement]) -> list[str]:
-    tasks = ", ".join(dict.fromkeys(item.row["task"] for item in chosen))
+    tasks = ", ".join(dict.fromkeys(item.row.task for item in chosen))
     sentences = [
         f"Measured on {markdown_text(tasks)} only; what compression may have cost elsewhere, in other languages, in "
         "dialogue or in safety, has not been looked at.",
@@ -187,13 +194,13 @@ def _limitations(chosen: Sequence[Measurement]) -> list[str]:
     ]
     for item in chosen:
         row, where = item.row, markdown_text(", ".join(item.key))
-        if row["truncated"] > 0:
+        if row.truncated > 0:
             sentences.append(
-                f"On {where}, {100 * row['truncated']:.1f}% of the completions had not ended at their limit."
+                f"On {where}, {100 * row.truncated:.1f}% of the completions had not ended at their limit."
             )
-        if row.get("unverified"):
-            sentences.append(f"On {where}, {row['unverified']:,} problems could not be verified and are not counted.")
-        disagree = (row.get("strict_only") or 0) + (row.get("flexible_only") or 0)
+        if row.unverified:
+            sentences.append(f"On {where}, {row.unverified:,} problems could not be verified and are not counted.")
+        disagree = (row.strict_only or 0) + (row.flexible_only or 0)
         if disagree:
             sentences.append(f"On {where}, the strict and the flexible scorer disagree on {disagree:,} completions.")
     return sentences

@@ -1,9 +1,12 @@
-"""What a checkpoint is before it is loaded: whole or damaged, which one exactly, and how large."""
+"""What a checkpoint is before a backend loads it: whole or damaged, which one exactly, and how large."""
 
 import hashlib
 import json
+import struct
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +22,152 @@ from ..cli import UserError, check_checkpoint
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _DAMAGE += (StrictDataclassError,)
 _WEIGHTS = ("*.safetensors", "*.bin")
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BLOCK = 1 << 24  # bytes, whole numbers of each type
+
+
+@dataclass
+class Checkpoint:
+    """
+    What is evaluated: a folder, an id on the Hub, or a model in memory.
+
+    Args:
+        path (`str`, *optional*):
+            Folder, or id on the Hub.
+        generation_config ([`~transformers.GenerationConfig`]):
+            As loading the model would read it.
+        positions (`int`):
+            Positions that the model has.
+        parameters (`int`):
+            Number of its parameters, of an adapter with its base.
+        non_embedding_parameters (`int`):
+            Those of them that are neither the table of input embeddings nor the output layer.
+        weights_bytes (`int`, *optional*):
+            Size of the weight files, of an adapter with its base; `None` where they are on the Hub, or there are none.
+        base ([`Checkpoint`], *optional*):
+            What it is an adapter of.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether it may bring code of its own.
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            The model, if it is in memory already. Nothing then says which one exactly it is.
+    """
+
+    path: str | None
+    generation_config: GenerationConfig
+    positions: int
+    parameters: int
+    non_embedding_parameters: int
+    weights_bytes: int | None = None
+    base: "Checkpoint | None" = None
+    trust_remote_code: bool = False
+    model: PreTrainedModel | None = None
+
+    @cached_property
+    def hash(self) -> str | None:
+        """
+        What decides its outputs, as 64 hexadecimal digits: weights and configurations, of an adapter with its base. A
+        folder is read whole, once, and its weights are checked on the way; on the Hub the commit says it.
+
+        Raises:
+            UserError: If a weight cannot be read, or is not finite.
+        """
+        if self.model is not None:
+            return None
+        digest = hashlib.sha256()
+        if self.base is not None:
+            digest.update(self.base.hash.encode())
+        if Path(self.path).is_dir():
+            read_folder(Path(self.path), self.path, digest)
+        else:
+            digest.update(f"{self.path}@{AutoConfig.from_pretrained(self.path)._commit_hash}".encode())
+        return digest.hexdigest()
+
+    def check_loadable(self) -> None:
+        """
+        Checks, for whichever backend loads them next, that the weights, and those of an adapter's base, are those of the
+        model and hold numbers: loading an adapter says nothing of the weights below it.
+
+        Raises:
+            UserError: If a weight cannot be read, is missing, left over, of another shape, or not finite.
+        """
+        for part in (self.base, self):
+            if part is None:
+                continue
+            config = AutoConfig.from_pretrained(base_of(part.path), trust_remote_code=self.trust_remote_code)
+            if "quantization_config" not in config.to_dict():  # its weights have other names, known to its quantiser
+                load_weights(part.path, device_map={"": "meta"}, trust_remote_code=self.trust_remote_code)
+            if Path(part.path).is_dir():
+                _ = part.hash  # which reads it, if nothing has yet
+            else:
+                file = find_adapter_config_file(part.path) or cached_file(part.path, "config.json")
+                read_folder(Path(file).parent, part.path, hashlib.sha256())
+
+
+def open_checkpoint(
+    path: str | None, trust_remote_code: bool = False, opened: "dict[str, Checkpoint] | None" = None
+) -> Checkpoint:
+    """
+    Checks that a checkpoint, or an adapter with its base, is there and whole, and measures it, without reading weights.
+
+    Args:
+        path (`str`):
+            Folder, or id on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the configuration may run code of its own.
+        opened (`dict[str, Checkpoint]`, *optional*):
+            Those that are open already, by path, to which this one is added: the base of two adapters is one.
+
+    Returns:
+        [`Checkpoint`]: Checkpoint, not loaded.
+
+    Raises:
+        UserError: If something is missing, cut or unreadable.
+    """
+    if path is None:
+        raise UserError("`model_name_or_path` is missing: give the folder of a checkpoint or a model id on the Hub.")
+    opened = {} if opened is None else opened
+    if path in opened:
+        return opened[path]
+    base = base_of(path)
+    below = None if base == path else open_checkpoint(base, trust_remote_code, opened)
+    folder = Path(path)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"):
+        file = folder / name
+        try:
+            whole = not file.is_file() or isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(f"`{file}` is damaged: it is not a JSON object.")
+    check_files(folder)
+    try:
+        if below is None:
+            check_checkpoint(path, "model_name_or_path", trust_remote_code)
+        architecture = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        opened[path] = Checkpoint(
+            path,
+            load_generation_config(base, trust_remote_code),
+            architecture.get_text_config().max_position_embeddings,
+            **count_checkpoint(path, trust_remote_code),
+            weights_bytes=weights_bytes(path),
+            base=below,
+            trust_remote_code=trust_remote_code,
+        )
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(
+            f"The configuration of `{base}` is damaged: no model can be made from it ({reason:.300})."
+        ) from None
+    return opened[path]
+
+
+def wrap_model(model: PreTrainedModel, path: str | None) -> Checkpoint:
+    """Returns a model in memory as a checkpoint; `path` is its label."""
+    positions = model.config.get_text_config().max_position_embeddings
+    return Checkpoint(path, model.generation_config, positions, **count_parameters(model), model=model)
 
 
 def base_of(path: str) -> str:
@@ -38,59 +187,19 @@ def base_of(path: str) -> str:
     return base
 
 
-def check_evaluated(path: str | None, trust_remote_code: bool = False) -> None:
-    """
-    Checks that a checkpoint, or an adapter with its base, is there and whole, without loading weights.
-
-    Args:
-        path (`str`):
-            Folder, or id on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the configuration may run code of its own.
-
-    Raises:
-        UserError: If something is missing, cut or unreadable.
-    """
-    if path is None:
-        raise UserError("`model_name_or_path` is missing: give the folder of a checkpoint or a model id on the Hub.")
-    base = base_of(path)
-    for folder in {Path(path), Path(base)}:
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"):
-            file = folder / name
-            try:
-                whole = not file.is_file() or isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-            except (ValueError, RecursionError):
-                whole = False
-            if not whole:
-                raise UserError(f"`{file}` is damaged: it is not a JSON object.")
-        check_weights(folder)
-    try:
-        check_checkpoint(base, "model_name_or_path", trust_remote_code)
-        count_checkpoint(path, trust_remote_code)
-        load_generation_config(path, trust_remote_code)
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise UserError(
-            f"The configuration of `{base}` is damaged: no model can be made from it ({reason:.300})."
-        ) from None
-
-
 def load_generation_config(path: str, trust_remote_code: bool = False) -> GenerationConfig:
     """Reads the generation config of a checkpoint without its weights, as loading the model would."""
-    base = base_of(path)
     try:
-        return GenerationConfig.from_pretrained(base)
+        return GenerationConfig.from_pretrained(path)
     except OSError:
         return GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         )
 
 
-def check_weights(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """
-    Checks that the weights in a folder are all there, and none of the files is cut.
+    Checks by their headers that the weights in a folder are all there, and none of the files is cut.
 
     Args:
         folder (`Path`):
@@ -120,28 +229,63 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"`{folder}` lacks the shard {missing[0]}, which {index.name} lists: get it again.")
 
 
-def check_stored(path: str, trust_remote_code: bool = False) -> None:
+def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
     """
-    Checks, for whichever backend loads them next, that the weights of a checkpoint, and of an adapter's base, are those
-    of its model and hold numbers. They are read one at a time, so that memory is bounded by the largest.
+    Reads weights and configurations, each file once, into a hash, and checks on the way that the weights are finite.
+    Memory is bounded, whatever the size of a weight.
 
     Args:
+        folder (`Path`):
+            Folder of a checkpoint or an adapter.
         path (`str`):
-            Folder, or id on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the configuration may run code of its own.
+            What errors call it.
+        digest (`hashlib` hash):
+            Is given the name, the size and the bytes of each file.
 
     Raises:
-        UserError: If a weight cannot be read, is missing, left over, of another shape, or not finite.
+        UserError: If a weight is not finite, naming it.
     """
-    for part in dict.fromkeys((base_of(path), path)):  # loading an adapter says nothing of the weights below it
-        config = AutoConfig.from_pretrained(base_of(part), trust_remote_code=trust_remote_code)
-        if "quantization_config" not in config.to_dict():  # its weights have other names, known to its quantiser alone
-            load_weights(part, device_map={"": "meta"}, trust_remote_code=trust_remote_code)
-        file = find_adapter_config_file(part) if part != base_of(part) else cached_file(part, "config.json")
-        for name, weight in _stored(Path(file).parent):
-            if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.isfinite().all():
-                raise UserError(f"The checkpoint `{part}` has numbers that are not finite in `{name}`: it is damaged.")
+    files = [folder / name for name in _CONFIGS] + [file for kind in _WEIGHTS for file in folder.glob(kind)]
+    has_safetensors = any(folder.glob("*.safetensors"))
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        if file.suffix == ".safetensors":
+            weights = _read_safetensors(file, digest)
+        else:
+            with file.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+            # Pickled weights can only be mapped: what is read here is in memory as long as the system keeps it
+            pickled = file.match("*_model*.bin") and not has_safetensors
+            weights = _map_pickle(file) if pickled else ()
+        for name, weight in weights:
+            if weight.dtype not in _FLOATS.values() or weight.numel() == 0:
+                continue
+            if not all(extreme.isfinite() for extreme in weight.aminmax()):  # which are NaN where anything is
+                raise UserError(f"The checkpoint `{path}` has numbers that are not finite in `{name}`: it is damaged.")
+
+
+def _read_safetensors(file: Path, digest: "hashlib._Hash") -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a file whose header was checked, in the order in which they lie there, in blocks."""
+    buffer = bytearray(_BLOCK)
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header = stream.read(struct.unpack("<Q", start)[0])
+        digest.update(start + header)
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            for position in range(begin, end, _BLOCK):
+                block = memoryview(buffer)[: min(_BLOCK, end - position)]
+                stream.readinto(block)
+                digest.update(block)
+                if entry["dtype"] in _FLOATS:
+                    yield name, torch.frombuffer(block, dtype=_FLOATS[entry["dtype"]])
+
+
+def _map_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
 
 
 def load_weights(path: str, **kwargs) -> PreTrainedModel:
@@ -152,7 +296,7 @@ def load_weights(path: str, **kwargs) -> PreTrainedModel:
         path (`str`):
             Folder, or id on the Hub.
         **kwargs:
-            For `from_pretrained`.
+            For `from_pretrained`. On the device `meta` only headers are read.
 
     Returns:
         [`~transformers.PreTrainedModel`]: Model.
@@ -173,48 +317,6 @@ def load_weights(path: str, **kwargs) -> PreTrainedModel:
         if info[kind]:
             raise UserError(f"The checkpoint `{path}` {what} `{sorted(map(str, info[kind]))[0]}`: it is damaged.")
     return model
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that lie in a folder, with their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-        for name in names:
-            with safe_open(file, framework="pt") as tensors:  # again: what it has mapped stays until it is closed
-                weight = tensors.get_tensor(name)
-            yield name, weight
-    for file in () if files else sorted(folder.glob("*_model*.bin")):
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
-
-
-def checkpoint_hash(path: str) -> str:
-    """
-    Returns a hash of what decides a checkpoint's outputs: weights and configurations, of an adapter with its base.
-
-    Args:
-        path (`str`):
-            Folder, which is read whole, or id on the Hub, whose commit says it.
-
-    Returns:
-        `str`: 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    base, folder = base_of(path), Path(path)
-    if base != path:
-        digest.update(checkpoint_hash(base).encode())
-    if not folder.is_dir():
-        digest.update(f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}".encode())
-        return digest.hexdigest()
-    names = ("config.json", "generation_config.json", "adapter_config.json")
-    files = [folder / name for name in names] + [file for kind in _WEIGHTS for file in folder.glob(kind)]
-    for file in sorted(file for file in files if file.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def weights_bytes(path: str) -> int | None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..cli import user_errors
 from .card import write_card
 from .compare import compare_files
-from .page import report_results
+from .report import report_results
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

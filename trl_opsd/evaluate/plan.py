@@ -1,0 +1,311 @@
+"""From a configuration to jobs, each one checkpoint on one task: all that can be checked before a model is loaded."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cli import UserError
+from ..data import check_columns, load_prompts
+from ..rewards import load_reward_funcs, required_columns
+from .backends import Sampling
+from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
+from .config import EvaluateConfig
+from .tasks import find_task
+
+
+@dataclass
+class Job:
+    """
+    One checkpoint on one task, checked and ready to be run.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            With all values filled in.
+        checkpoint ([`~trl_opsd.evaluate.checkpoint.Checkpoint`]):
+            What answers.
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+        reward_funcs (`list[Callable]`):
+            Verifiers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the checkpoint.
+
+    Attributes:
+        names (`list[str]`):
+            Name of each problem; see [`problem_ids`].
+        prompt_ids (`list[list[int]]`):
+            Token ids of the prompts, in the context of `config.prompt_template`.
+        eos_ids (`tuple[int, ...]`):
+            Tokens that end a completion.
+
+    Raises:
+        UserError: If a prompt with its completion has more tokens than the model has positions.
+        ValueError: If nothing ends a completion.
+    """
+
+    config: EvaluateConfig
+    checkpoint: Checkpoint
+    dataset: Dataset
+    reward_funcs: list[Callable]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self):
+        config, context = self.config, self.config.context()
+        self.names = problem_ids(self.dataset)
+        self.eos_ids = tuple(eos_token_ids(self.checkpoint.generation_config, self.tokenizer))
+        prompts = self.dataset["prompt"] if context is None else [context.prompt(row) for row in self.dataset]
+        self.prompt_ids = tokenize(prompts, self.tokenizer, config.chat_template_kwargs)
+        row = max(range(len(prompts)), key=lambda index: len(self.prompt_ids[index]))
+        longest, positions = len(self.prompt_ids[row]), self.checkpoint.positions
+        if longest + config.max_completion_length > positions:
+            raise UserError(
+                f"The prompt of row {row + 1} of `{config.dataset_name}` has {longest} tokens, and with "
+                f"`max_completion_length` {config.max_completion_length} that is more than the {positions} "
+                "positions of the model: lower it, or remove the row."
+            )
+
+    def sampling(self, decoding: str) -> Sampling:
+        """How completions are drawn for `"greedy"` or `"sampled"`."""
+        config = self.config
+        if decoding == "greedy":
+            return Sampling(0.0, 1.0, 0, config.max_completion_length, self.eos_ids)
+        return Sampling(config.temperature, config.top_p, config.top_k, config.max_completion_length, self.eos_ids)
+
+    def samples(self, decoding: str) -> int:
+        """Completions per problem."""
+        return self.config.num_samples if decoding == "sampled" else 1
+
+    def labels(self, decoding: str) -> dict[str, Any]:
+        """The fields of [`~trl_opsd.evaluate.schema.Labels`]."""
+        config = self.config
+        return {
+            "stage": config.stage,
+            "checkpoint": config.model_name_or_path,
+            "task": config.task,
+            "decoding": decoding,
+            "prompt": config.prompt_template or "plain",
+        }
+
+
+def plan(
+    config: EvaluateConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Job]:
+    """
+    Says what there is to do, after checking all that can be checked before a model is loaded.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            What to evaluate.
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            Model to evaluate as it is, on its own device. Defaults to the checkpoints of the configuration.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. Defaults to the checkpoint's.
+
+    Returns:
+        `list[Job]`: Those of one checkpoint after each other.
+
+    Raises:
+        ValueError: If something is missing or does not fit.
+    """
+    if model is not None and config.checkpoints:
+        raise UserError("`checkpoints` are loaded from where they are: leave the list out where a model is given.")
+    loaded = None if model is None else wrap_model(model, config.model_name_or_path)
+    jobs, opened = [], {}
+    for part in expand(config):
+        checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
+        dataset, reward_funcs = load_task(part)
+        own = load_tokenizer(part, dataset) if tokenizer is None else tokenizer
+        jobs.append(Job(part, checkpoint, dataset, reward_funcs, own))
+    return jobs
+
+
+def expand(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """
+    Takes a configuration apart into what there is to do.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            What to evaluate.
+
+    Returns:
+        `list[EvaluateConfig]`: One for each checkpoint, context and task, with all values filled in. Those of one
+        checkpoint follow each other.
+
+    Raises:
+        ValueError: If two checkpoints have the same label, or a task is none.
+    """
+    pairs = [(config.stage, config.model_name_or_path)]
+    if config.checkpoints:
+        # a path may have a `=` of its own, after a slash
+        parts = [re.fullmatch(r"(?:([^/=]+)=)?(.+)", checkpoint).groups() for checkpoint in config.checkpoints]
+        pairs = [(stage or Path(path).name, path) for stage, path in parts]
+        if len({stage for stage, _ in pairs}) < len(pairs):
+            raise ValueError(f"`checkpoints` has a label twice ({config.checkpoints}): write each as STAGE=PATH.")
+    contexts = [(stage, path, config.prompt_template) for stage, path in pairs]
+    prompt_only = (
+        len(pairs) > 1 and config.prompt_template is None if config.prompt_only is None else config.prompt_only
+    )
+    if prompt_only:
+        contexts.insert(1, ("prompt-only", pairs[0][1], "concise"))
+    runs = []
+    for stage, path, template in contexts:
+        common = {"checkpoints": None, "prompt_only": False, "prompt_template": template}
+        common |= {"model_name_or_path": path, "stage": stage, "tasks": None}
+        for name in config.tasks or [None]:
+            if name is None:
+                runs.append(dataclasses.replace(config, **common, task=config.task or config.dataset_name))
+                continue
+            name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", name).groups()
+            label, task = find_task(name)
+            run = copy.copy(config)
+            run.fill(task)
+            samples = int(number) if number else config.max_samples
+            runs.append(dataclasses.replace(run, **common, dataset_name=name, task=label, max_samples=samples))
+    return runs
+
+
+def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
+    """
+    Loads the problems and their verifiers, and checks that they fit each other.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            What to evaluate on, one task.
+
+    Returns:
+        `tuple`: Problems and reward functions.
+
+    Raises:
+        ValueError: If a file, a column or a reward function is missing.
+    """
+    reward_funcs = load_reward_funcs(config.reward_funcs)
+    dataset = load_prompts(config.dataset_name, config.dataset_split)
+    for name, func in zip(config.reward_funcs, reward_funcs, strict=True):
+        check_columns(dataset, required_columns(func), f"The verifier `{name}`")
+    if config.max_samples is not None:
+        dataset = dataset.select(_first(dataset, config.max_samples))
+    context = config.context()
+    if context is not None:
+        context.check_columns(dataset.column_names)
+    return dataset, reward_funcs
+
+
+def _first(dataset: Dataset, number: int) -> list[int]:
+    """The first rows, equally many of each task where the set is made of several (`Source.tasks`)."""
+    parts = dataset["task"] if "task" in dataset.column_names else [None] * len(dataset)
+    seen, ranks = Counter(), []
+    for index, part in enumerate(parts):
+        ranks.append((seen[part], index))
+        seen[part] += 1
+    return sorted(index for _, index in sorted(ranks)[:number])
+
+
+def problem_ids(dataset: Dataset) -> list[str]:
+    """
+    Returns a name for each problem that is the same wherever the problem is: a hash of its prompt and reference
+    answer. The second of two problems that are the same is told apart by a number, and counts.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+
+    Returns:
+        `list[str]`: Names, all different.
+    """
+    seen, names = Counter(), []
+    for row in dataset:
+        parts = [row["prompt"], row.get("answer"), row.get("tests"), row.get("instructions"), row.get("metadata")]
+        name = hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:12]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
+
+
+def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokenizerBase:
+    """
+    Loads the tokenizer of the checkpoint and checks that it can write the prompts.
+
+    Args:
+        config ([`EvaluateConfig`]):
+            Where the checkpoint is.
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: Tokenizer.
+
+    Raises:
+        UserError: If there is none, or it has no chat template and the prompts need one.
+    """
+    path = config.model_name_or_path
+    if path and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of(path)  # an adapter need not have one of its own
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"`{path}` has no tokenizer that can be loaded ({reason}).") from None
+    if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
+        raise UserError(
+            f"The prompts are conversations, and the tokenizer of `{path}` has no chat template: add one to the "
+            "checkpoint, or use prompts that are plain strings."
+        )
+    return tokenizer
+
+
+def tokenize(
+    prompts: list, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """
+    Returns the token ids of prompts, up to where the completion starts: the same ids that TRL's trainers roll out from.
+
+    Args:
+        prompts (`list[list[dict]]` or `list[str]`):
+            Prompts, conversational or plain.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the chat template.
+
+    Returns:
+        `list[list[int]]`: Token ids, not padded.
+    """
+    if isinstance(prompts[0], str):
+        return tokenizer(text=list(prompts))["input_ids"]
+    return tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )["input_ids"]
+
+
+def eos_token_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Returns every token that ends a completion, for the model (generation config) or for the tokenizer: where chat and
+    base model disagree and only one is listened to, completions run on to the limit.
+
+    Args:
+        generation_config ([`~transformers.GenerationConfig`]):
+            Generation config of the checkpoint.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+
+    Returns:
+        `list[int]`: Token ids.
+
+    Raises:
+        ValueError: If neither declares one.
+    """
+    declared = generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    if not ids:
+        raise ValueError("Neither the generation config nor the tokenizer has an `eos_token_id`: set one of them.")
+    return sorted(ids)

@@ -1,0 +1,181 @@
+"""From jobs to completions, through the cache: a checkpoint is loaded when its first completion is missing there."""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..cli import UserError
+from .backends import Engine, Request, Sampling, load_engine
+from .cache import GenerationCache, cache_key
+from .memory import peak_memory, reset_peak_memory
+from .plan import Job
+from .schema import Serving
+from .serving import measure_serving
+
+
+@dataclass
+class Generated:
+    """
+    The completions of a job in one way of decoding, problem by problem.
+
+    Args:
+        decoding (`str`):
+            `"greedy"` or `"sampled"`.
+        samples (`int`):
+            Completions per problem.
+        sampling ([`~trl_opsd.evaluate.backends.Sampling`]):
+            How they were drawn.
+        requests (`list[Request]`):
+            What was asked, with the seed of each completion.
+        completion_ids (`list[list[int]]`):
+            Token ids, one list for each request.
+        generation_s (`float`):
+            Seconds that they took, in an earlier run too.
+        cached (`int`):
+            Number of them that an earlier run had generated.
+        cache_lines_skipped (`int`):
+            Damaged lines of the cache.
+        serving (`list[Serving]`):
+            Latency and throughput, if asked for.
+        peak_memory_bytes (`int`, *optional*):
+            Most memory held, if anything was generated in this process.
+        started (`float`):
+            When this way of decoding began, by `time.perf_counter`.
+    """
+
+    decoding: str
+    samples: int
+    sampling: Sampling
+    requests: list[Request]
+    completion_ids: list[list[int]]
+    generation_s: float
+    cached: int
+    cache_lines_skipped: int
+    serving: list[Serving]
+    peak_memory_bytes: int | None
+    started: float
+
+
+class Runner:
+    """
+    Generates what jobs ask for, with one checkpoint in memory at a time.
+
+    Args:
+        jobs (`Sequence[Job]`):
+            What there is to do.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Called with the number of completions done and their total. Defaults to a progress bar with the time left.
+    """
+
+    def __init__(self, jobs: Sequence[Job], progress: Callable[[int, int], None] | None = None):
+        self.total = sum(len(job.dataset) * job.samples(name) for job in jobs for name in job.config.decoding)
+        self.done, self.progress = 0, progress
+        self.bar = tqdm(total=self.total, unit="completion", desc="evaluate", disable=progress is not None)
+        self.checkpoint, self.engine = None, None
+
+    def run(self, job: Job) -> Iterator[Generated]:
+        """
+        Generates the completions of a job that the cache does not have.
+
+        Args:
+            job ([`~trl_opsd.evaluate.plan.Job`]):
+                What to generate.
+
+        Yields:
+            [`Generated`]: One for each way of decoding.
+
+        Raises:
+            UserError: If the checkpoint cannot be loaded, its backend fails, or `rescore` forbids to generate.
+        """
+        if job.checkpoint is not self.checkpoint:
+            self._unload()  # before the next one is loaded
+            self.checkpoint = job.checkpoint
+        config = job.config
+        cache = GenerationCache(_cache_file(job))
+        # Everything that decides a completion
+        origin = {"checkpoint": job.checkpoint.hash, "task": config.task, "version": config.task_version}
+        origin |= {"backend": config.backend, "dtype": config.dtype}
+        for decoding in config.decoding:
+            started = time.perf_counter()
+            sampling, width = job.sampling(decoding), job.samples(decoding)
+            requests, keys = [], []
+            for name, ids in zip(job.names, job.prompt_ids, strict=True):
+                for sample in range(width):
+                    seed = int(hashlib.sha256(f"{config.seed} {name} {sample}".encode()).hexdigest()[:8], 16)
+                    drawn = {"seed": config.seed, "sample": sample} if decoding == "sampled" else {}
+                    keys.append(cache_key(**origin, prompt_ids=ids, sampling=vars(sampling), **drawn))
+                    requests.append(Request(ids, seed))
+            found = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
+            if config.rescore and len(found) < len(keys):
+                raise UserError(
+                    f"`rescore`: {len(keys) - len(found)} of {len(keys)} completions of `{config.task}` ({decoding}) "
+                    f"are not in `{config.cache_dir}`: run without `rescore`, with the same configuration."
+                )
+            cached = len(found)
+            self._tick(cached)
+            if cached < len(requests):
+                for index, ids, seconds in _timed(self._engine(job).generate(requests, sampling, set(found))):
+                    cache.add(keys[index], ids, seconds)
+                    found[index] = (ids, seconds)
+                    self._tick(1)
+            serving = []
+            if config.concurrency and decoding == config.decoding[0] and not config.rescore:
+                first = requests[::width][: config.serving_requests]
+                serving = [measure_serving(self._engine(job), first, sampling, level) for level in config.concurrency]
+            generated = cached < len(requests) or serving
+            yield Generated(
+                decoding=decoding,
+                samples=width,
+                sampling=sampling,
+                requests=requests,
+                completion_ids=[found[index][0] for index in range(len(requests))],
+                generation_s=round(sum(seconds for _, seconds in found.values()), 3),
+                cached=cached,
+                cache_lines_skipped=cache.damaged,
+                serving=serving,
+                peak_memory_bytes=peak_memory() if generated and config.backend != "server" else None,
+                started=started,
+            )
+
+    def close(self) -> None:
+        """Frees the checkpoint that is loaded."""
+        self.bar.close()
+        self._unload()
+
+    def _unload(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def _engine(self, job: Job) -> Engine:
+        if self.engine is None:
+            reset_peak_memory()
+            self.engine = load_engine(job.config, job.checkpoint, job.tokenizer)
+        return self.engine
+
+    def _tick(self, number: int) -> None:
+        self.done += number
+        self.bar.update(number)
+        if self.progress is not None and number:
+            self.progress(self.done, self.total)
+
+
+def _timed(generated: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int], float]]:
+    """Adds the seconds since the one before, which add up to the time that all took."""
+    before = time.perf_counter()
+    for index, ids in generated:
+        now = time.perf_counter()
+        yield index, ids, now - before
+        before = now
+
+
+def _cache_file(job: Job) -> Path | None:
+    config, identity = job.config, job.checkpoint.hash
+    if config.cache_dir is None or identity is None:
+        return None
+    return Path(config.cache_dir) / f"{identity[:16]}-{re.sub(r'[^A-Za-z0-9]+', '-', config.task)[-40:]}.jsonl"

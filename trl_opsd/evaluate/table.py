@@ -1,0 +1,102 @@
+"""The table of results: columns as the fields of the rows declare them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import escape
+
+from .results_file import Measurement
+from .schema import Column, ResultRow
+
+
+# A text, and what it is sorted by
+Cell = tuple[str, float | str]
+# What a row has in a column; `None` where it has nothing
+Value = Callable[[ResultRow], Any]
+# A column that no field declares
+Derived = tuple[Column, Value]
+
+
+def table_of(
+    measurements: Sequence[Measurement],
+    derived: Sequence[Derived] = (),
+    only: Sequence[str] | None = None,
+) -> tuple[list[str], list[list[Cell]]]:
+    """
+    Returns the table of results. A column that no row has something for, or that says nothing, is left out.
+
+    Args:
+        measurements (`Sequence[Measurement]`):
+            Its lines.
+        derived (`Sequence[tuple[Column, Callable]]`, *optional*):
+            Columns that follow from a row and from what it does not know, such as a price.
+        only (`Sequence[str]`, *optional*):
+            Fields of the rows to show, `checkpoint`, `task` and `decoding` among them. Defaults to all.
+
+    Returns:
+        `tuple`: Headings, and for each line the cells: a text, and what it is sorted by.
+    """
+    rows = [item.row for item in measurements]
+    columns = [*_columns(rows, only), *((column, value, None, None) for column, value in derived)]
+    columns.sort(key=lambda entry: entry[0].place)  # as they are declared otherwise
+    shown = [entry for entry in columns if _says_something(*entry[:2], rows)]
+    known = {None, *(column.heading for column, *_ in shown)}
+    shown = [entry for entry in shown if entry[0].beside in known]
+    names = [name for name in ("checkpoint", "task", "decoding") if only is None or name in only]
+    table = []
+    for item in measurements:
+        labels = {"checkpoint": item.label, "task": item.row.task, "decoding": item.row.decoding}
+        table.append(
+            [*((labels[name], labels[name]) for name in names), *(_cell(*entry, item.row) for entry in shown)]
+        )
+    return [*names, *(column.heading for column, *_ in shown)], table
+
+
+def _columns(rows: Sequence[ResultRow], only: Sequence[str] | None) -> list[tuple]:
+    """The columns that the rows declare, each with its value and the bounds of its interval, if it has any."""
+
+    def value_of(name: str) -> Value:
+        return lambda row: vars(row).get(name)
+
+    def at_k(name: str) -> Value:
+        return lambda row: row.at_k.get(name)
+
+    found = []
+    for declared in dataclasses.fields(type(rows[0])):
+        name, column = declared.name, declared.metadata.get("column")
+        if column is None or (only is not None and name not in only):
+            continue
+        if name == "at_k":
+            names = {key for row in rows for key in row.at_k}
+            for key in sorted(names, key=lambda key: (key[0] != "p", len(key), key)):
+                found.append((dataclasses.replace(column, heading=key), at_k(key), None, None))
+        else:
+            found.append((column, value_of(name), value_of(f"{name}_low"), value_of(f"{name}_high")))
+    return found
+
+
+def _says_something(column: Column, value: Value, rows: Sequence[ResultRow]) -> bool:
+    values = {value(row) for row in rows} - {None}
+    return bool(values) and values != {column.trivial}
+
+
+def _cell(column: Column, value: Value, low: Value | None, high: Value | None, row: ResultRow) -> Cell:
+    found = value(row)
+    if found is None:
+        return "–", -1.0
+    bounds = [bound(row) for bound in (low, high) if bound is not None]
+    if not bounds or None in bounds:
+        return column.text(found), found
+    return f"{column.text(found)} ({column.text(bounds[0])} to {column.text(bounds[1])})", found
+
+
+def markdown_table(headings: list[str], table: list[list[Cell]]) -> list[str]:
+    """Returns what [`table_of`] gives as lines of Markdown."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(markdown_text(text) for text, _ in cells) + " |" for cells in table]
+
+
+def markdown_text(text: str) -> str:
+    """Returns a text as Markdown that shows it and does nothing else, also in a table."""
+    return str(escape(" ".join(text.split()))).replace("|", "\\|").replace("`", "'")
