@@ -3,9 +3,12 @@ The same step whatever computes attention: eager, SDPA, FlexAttention and FlashA
 the padded batches of SDPA.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from test_opsd_trainer import reward_by_length, same_rollouts, settings, train
+from transformers import MistralConfig, MistralForCausalLM
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.tiny.task import SOLUTION_TEMPLATE
@@ -87,3 +90,46 @@ def test_the_same_step_on_a_gpu(tmp_path, small_model, tokenizer, rows, completi
         runs.append(step(tmp_path, model, tokenizer, rows, completions, budget, **changes)[1])
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if bf16 else {"rtol": 1e-3, "atol": 1e-5}
     assert_same_step(runs[1], runs[0], **tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_without_a_mask_the_positions_that_count_are_the_same(tmp_path, small_model, tokenizer, rows, window):
+    """Rows of different lengths, padded on the right: hidden states and gradients with the mask and without."""
+    config = OPSDConfig(**settings(tmp_path), teacher_prompt_template=SOLUTION_TEMPLATE)
+    model = small_model(0)
+    if window is not None:
+        torch.manual_seed(0)
+        sizes = {name: vars(model.config)[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=window))
+    trainer = OPSDTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    ids = torch.randint(5, 40, (3, 12))
+    mask = (torch.arange(12) < torch.tensor([[12], [7], [3]])).long()
+    found = {}
+    for name, given in (("mask", mask), ("none", None)):
+        hidden = trainer._get_last_hidden_state(model, ids, given, 11)[mask[:, :-1].bool()]
+        hidden.square().sum().backward()
+        found[name] = (
+            hidden.detach(),
+            {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None},
+        )
+        model.zero_grad()
+    torch.testing.assert_close(found["none"][0], found["mask"][0], rtol=1e-5, atol=1e-6)
+    for key, grad in found["mask"][1].items():
+        torch.testing.assert_close(found["none"][1][key], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_text_of_a_causal_model_takes_no_mask(tmp_path, small_model, tokenizer, rows):
+    """And where the shape is fixed, the padding lies where it lies, and it does."""
+    for changes, expected in (({}, {True}), ({"pad_to_multiple_of": 8}, {False})):
+        config = OPSDConfig(**settings(tmp_path, max_steps=1, **changes), teacher_prompt_template=SOLUTION_TEMPLATE)
+        trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)
+        seen, hidden = set(), trainer._get_last_hidden_state
+
+        def record(model, ids, mask, *args, seen=seen, hidden=hidden):
+            seen.add(mask is None)
+            return hidden(model, ids, mask, *args)
+
+        with mock.patch.object(trainer, "_get_last_hidden_state", record):
+            trainer.train()
+        assert seen == expected

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_opsd_trainer import reward_by_length, same_rollouts, settings, train
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.batches import token_budget_batches
+from trl_opsd.opsd.batches import balanced_length, token_budget_batches
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -172,3 +172,41 @@ def test_a_fixed_shape_and_a_budget_exclude_each_other(tmp_path):
         OPSDConfig(**settings(tmp_path), max_tokens_per_microbatch=64, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match="`max_tokens_per_microbatch` must be at least 1"):
         OPSDConfig(**settings(tmp_path), max_tokens_per_microbatch=0)
+
+
+def test_long_rollouts_are_dealt_out_by_what_attention_costs():
+    """Eight processes, rollouts of up to 32k tokens: how much longer a step takes than if nobody waited for anybody."""
+    over = {"tokens": [], "cost": []}
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        lengths = (8.5 + 0.9 * torch.randn(256, generator=draw)).exp().clamp(200, 32_768).int().tolist()
+        cost = [length + length**2 / 27_000 for length in lengths]
+
+        def seconds(rows, lengths=lengths, cost=cost):
+            return len(rows) * max((cost[row] for row in rows), default=0)
+
+        for name, balanced in (("tokens", math.inf), ("cost", 27_000)):
+            steps = token_budget_batches(lengths, 32_768, 8, balanced)
+            assert sorted(row for step in steps for rows in step for row in rows) == list(range(256))
+            waited = sum(max(map(seconds, step)) for step in steps)
+            over[name].append(waited / (sum(cost) / 8) - 1)
+    assert max(over["cost"]) < 0.15 and sum(over["cost"]) < 0.75 * sum(over["tokens"]), over
+
+
+def test_the_length_at_which_attention_costs_as_much_as_the_rest():
+    """Counted by torch: of a model at that length, half of the products (with causal skipping) are attention's."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, vocab_size=128, max_position_embeddings=2048,
+    )  # fmt: skip
+    length = round(balanced_length(config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(1, length, dtype=torch.long))
+    flops = counter.get_flop_counts()["Global"]
+    by_kind = {str(name): count for name, count in flops.items()}
+    attention = sum(count for name, count in by_kind.items() if "bmm" in name)
+    assert attention / 2 == pytest.approx(sum(by_kind.values()) - attention, rel=0.05)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 
 import torch
 from accelerate import Accelerator
+from transformers import PretrainedConfig
 from trl.trainer.utils import pad, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 
@@ -78,9 +79,12 @@ def with_completion(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     keep_shape: bool = False,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None, int], torch.Tensor]:
     """
     What a model reads of a rollout.
+
+    With all padding on the right no position that counts can see any of it: causal attention takes no mask then, and
+    without one it runs in the kernels that skip what lies ahead.
 
     Args:
         prompt_ids (`torch.Tensor`):
@@ -96,15 +100,15 @@ def with_completion(
 
     Returns:
         `tuple`: Ids and mask, of shape `(B, L)`, and the `L - 1` positions that predict a token; and the position at which
-        the completion of each row starts, of shape `(B,)`.
+        the completion of each row starts, of shape `(B,)`. The mask is `None` where all padding is on the right.
     """
     ids = torch.cat([prompt_ids, completion_ids], dim=1)
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     if keep_shape:
         return (ids, mask, ids.size(1) - 1), torch.full_like(prompt_mask[:, 0], prompt_ids.size(1))
     order = mask.argsort(dim=1, descending=True, stable=True)[:, : mask.sum(dim=1).max()]
-    ids, mask = ids.gather(1, order), mask.gather(1, order)
-    return (ids, mask, ids.size(1) - 1), prompt_mask.sum(dim=1)
+    ids = ids.gather(1, order)
+    return (ids, None, ids.size(1) - 1), prompt_mask.sum(dim=1)
 
 
 def select_rows(batch: dict, rows: torch.Tensor, keep_shape: bool = False) -> dict:
@@ -161,8 +165,31 @@ def gather_rows(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dic
     return gathered
 
 
+def balanced_length(config: PretrainedConfig) -> float:
+    """
+    Length at which the attention of a model costs as much as all of its products with weights, in tokens.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Configuration of the model.
+
+    Returns:
+        `float`: Length, for the cost of a rollout: `L + L² / balanced_length`.
+    """
+    values = config.get_text_config().to_dict()
+    hidden, layers = values["hidden_size"], values["num_hidden_layers"]
+    neurons = values.get("intermediate_size") or 4 * hidden
+    products = layers * (4 * hidden**2 + 3 * hidden * neurons) + values["vocab_size"] * hidden
+    # Queries with keys and weights with values, each over half of the length on average
+    return products / (layers * hidden)
+
+
 def micro_batches(
-    batch: dict[str, torch.Tensor], budget: int, num_processes: int, process: int
+    batch: dict[str, torch.Tensor],
+    budget: int,
+    num_processes: int,
+    process: int,
+    balanced_length: float = math.inf,
 ) -> list[dict[str, torch.Tensor]]:
     """
     The kept rollouts of a global batch, dealt out under a budget.
@@ -176,6 +203,8 @@ def micro_batches(
             Number of processes.
         process (`int`):
             Which of them asks.
+        balanced_length (`float`, *optional*, defaults to `inf`):
+            Length at which attention costs as much as the rest, see [`token_budget_batches`].
 
     Returns:
         `list[dict[str, torch.Tensor]]`: Micro-batches of that process, as many as every other has. One that has nothing
@@ -187,7 +216,7 @@ def micro_batches(
         [batch[name].sum(dim=1) for name in ("prompt_mask", "teacher_prompt_mask") if name in batch]
     ).amax(dim=0)
     rows = kept.nonzero().flatten()
-    steps = token_budget_batches(lengths[rows].tolist(), budget, num_processes)
+    steps = token_budget_batches(lengths[rows].tolist(), budget, num_processes, balanced_length)
     dealt = []
     for step in steps or [[[]] * num_processes]:
         mine = step[process]
@@ -201,7 +230,9 @@ def micro_batches(
     return dealt
 
 
-def token_budget_batches(lengths: list[int], budget: int, num_processes: int = 1) -> list[list[list[int]]]:
+def token_budget_batches(
+    lengths: list[int], budget: int, num_processes: int = 1, balanced_length: float = math.inf
+) -> list[list[list[int]]]:
     """
     Divides the rollouts of a global batch into micro-batches of rollouts of similar length.
 
@@ -212,40 +243,44 @@ def token_budget_batches(lengths: list[int], budget: int, num_processes: int = 1
             Most tokens of a micro-batch, padding included. A rollout that is longer has a micro-batch of its own.
         num_processes (`int`, *optional*, defaults to `1`):
             Processes that work side by side.
+        balanced_length (`float`, *optional*, defaults to `inf`):
+            A rollout of `L` tokens costs `L + L² / balanced_length`: attention is quadratic.
 
     Returns:
         `list[list[list[int]]]`: For each step the micro-batch of each process, as indices into `lengths`. There are as few
-        steps as the budget allows, and the micro-batches of a step have about as many tokens. Only where there are fewer
+        steps as the budget allows, and the micro-batches of a step cost about as much. Only where there are fewer
         rollouts than processes is one of them empty. The largest come first, so that memory that does not suffice shows
         at once.
     """
 
-    def tokens(rows: list[int]) -> int:
-        return len(rows) * max((lengths[row] for row in rows), default=0)
+    def cost(rows: list[int]) -> float:
+        longest = max((lengths[row] for row in rows), default=0)
+        return len(rows) * (longest + longest**2 / balanced_length)
 
-    def fill(budget: int) -> list[list[int]]:
+    def fill(limit: float) -> list[list[int]]:
         rows, batches = longest_first, []
         while rows:
-            size = max(budget // lengths[rows[0]], 1)
+            size = max(min(budget // lengths[rows[0]], int(limit // cost(rows[:1]))), 1)
             batches.append(rows[:size])
             rows = rows[size:]
         return batches
 
     def deal(batches: list[list[int]]) -> list[list[list[int]]]:
         while len(batches) % num_processes != 0:
-            largest = max(batches, key=lambda batch: (len(batch) > 1, tokens(batch)))
+            largest = max(batches, key=lambda batch: (len(batch) > 1, cost(batch)))
             batches.remove(largest)
             # One row cannot be divided: its second half is empty
             half = (len(largest) + 1) // 2
             batches += [largest[:half], largest[half:]]
-        batches.sort(key=tokens, reverse=True)
+        batches.sort(key=cost, reverse=True)
         steps = [batches[start : start + num_processes] for start in range(0, len(batches), num_processes)]
         # The process with the largest of one step has the smallest of the next
         return [step[::-1] if index % 2 else step for index, step in enumerate(steps)]
 
     longest_first = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
-    batches = fill(budget)
+    batches = fill(cost(longest_first) + 1)
     most = math.ceil(len(batches) / num_processes) * num_processes
-    # The smallest budget that takes no more steps: filled up to the given one, the last of them are half empty
-    smallest = bisect_left(range(budget), True, key=lambda tokens: len(fill(tokens)) <= most)
-    return min(deal(fill(smallest)), deal(batches), key=lambda steps: sum(max(map(tokens, step)) for step in steps))
+    # The lowest cost of a micro-batch that takes no more steps: filled up to the budget, the last of them are half empty
+    highest = math.ceil(max(map(cost, batches), default=0))
+    lowest = bisect_left(range(highest), True, key=lambda limit: len(fill(limit)) <= most)
+    return min(deal(fill(lowest)), deal(batches), key=lambda steps: sum(max(map(cost, step)) for step in steps))

@@ -25,8 +25,8 @@ from transformers.utils import is_triton_available
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
-# What one call may hold beside its inputs and outputs, at the largest size aimed at
-_MEMORY_BYTES = 2 << 30
+# What one call may hold beside its inputs and outputs, at the least; on an accelerator also a share of what is free
+_MEMORY_BYTES, _MEMORY_SHARE = 2 << 30, 0.25
 # Both models' logits of one chunk of tokens. An accelerator needs more rows for a full-speed matrix product than a CPU
 _CPU_LOGITS_BYTES, _LOGITS_BYTES = 96 << 20, 640 << 20
 # Vocabulary columns to cast at a time where the head is not already in the dtype of the product
@@ -107,6 +107,15 @@ def _tile_length(other: int, dtype: torch.dtype, device: torch.device) -> int:
     budget = _CPU_LOGITS_BYTES if device.type == "cpu" else _LOGITS_BYTES
     length = max(1, budget // (2 * max(other, 1) * dtype.itemsize))
     return length if length < 128 else length // 128 * 128  # matrix products are made of tiles of that size
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Bytes that one call may hold. With fewer than it wants, both heads are projected a second time in the backward."""
+    if device.type != "cuda":
+        return _MEMORY_BYTES
+    # What the allocator holds and does not use is free too
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_MEMORY_BYTES, int(_MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] + cached)))
 
 
 def _blocks(rows: int, columns: int, device: torch.device):
@@ -283,7 +292,7 @@ class _LinearDivergence(torch.autograd.Function):
         needs_hidden, needs_head, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         step = min(N, _tile_length(V, dtype, device))
         # Two tiles of logits, and up to one of gradients in the dtype of the products
-        fits = (3 * step * V + head.numel()) * dtype.itemsize <= _MEMORY_BYTES
+        fits = (3 * step * V + head.numel()) * dtype.itemsize <= _memory_bytes(device)
 
         def zeros(tensor, needed):
             return torch.zeros(tensor.shape, dtype=dtype, device=device) if needed else None

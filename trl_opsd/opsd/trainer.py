@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -17,7 +17,15 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
-from .batches import MULTIMODAL_FIELDS, gather_rows, micro_batches, padded, select_rows, with_completion
+from .batches import (
+    MULTIMODAL_FIELDS,
+    balanced_length,
+    gather_rows,
+    micro_batches,
+    padded,
+    select_rows,
+    with_completion,
+)
 from .completions import RolloutLog
 from .config import OPSDConfig, check_arguments, check_text_only
 from .context import TeacherPrompts
@@ -145,6 +153,10 @@ class OPSDTrainer(DistillationTrainer):
         if not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
         check_arguments(args, model, teacher_model, train_dataset, eval_dataset, reward_funcs, tools)
+        if args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            # Else FSDP keeps the gradients of the whole model on every process between two micro-batches
+            own = args.accelerator_config.gradient_accumulation_kwargs or {}
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **own}
         has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         self.teacher = Teacher(args, model, teacher_model, processing_class, has_adapter)
 
@@ -322,11 +334,18 @@ class OPSDTrainer(DistillationTrainer):
         model.train()
         self.optimizer.train()
         batch = gather_rows(self._generate_and_score_completions(inputs), accelerator)
-        dealt = micro_batches(batch, budget, accelerator.num_processes, accelerator.process_index)
+        dealt = micro_batches(
+            batch,
+            budget,
+            accelerator.num_processes,
+            accelerator.process_index,
+            balanced_length(self.model.config),
+        )
+        reduces_each = self.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         for micro_batch in dealt:
             is_last = micro_batch is dealt[-1]
             accelerator.sync_gradients = is_last
-            with nullcontext() if is_last or self.is_deepspeed_enabled else accelerator.no_sync(model):
+            with nullcontext() if is_last or reduces_each else accelerator.no_sync(model):
                 loss += self._accumulate(model, micro_batch)
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss
