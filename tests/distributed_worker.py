@@ -64,6 +64,7 @@ def train(kept: str) -> dict:
         gradient_accumulation_steps=args.accumulation,
         max_tokens_per_microbatch=args.max_tokens,
         teacher_prompt_template=CONCISE_TEMPLATE,
+        max_completion_length=64,
         max_generation_rounds=max(1, int(max(kept))),
         min_pass_rate=0.01 if skip else None,
         pass_rate_rollouts=1,

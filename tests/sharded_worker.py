@@ -120,6 +120,7 @@ def opsd(case: dict, models: Path, output: Path) -> dict:
         teacher_update_rate=0.5,
         teacher_sync_steps={"ema": 1, "snapshot": 2}.get(case["teacher"]),
         teacher_prompt_template=CONCISE_TEMPLATE,
+        max_completion_length=64,
         shuffle_dataset=False,
         max_steps=len(case["gates"]),
         # With weight decay and momentum, a step on nothing would move the weights. The epsilon is of the size of the

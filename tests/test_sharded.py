@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_opsd.opsd.__main__ import main
+from trl_opsd.opsd.teacher import ADAPTER
 from trl_opsd.tiny import TinyConfig, make_model
 
 
@@ -204,7 +205,7 @@ def assert_trained(run):
     kept = [log["opsd/kept"] for log in run["logs"] if "opsd/kept" in log]
     assert kept == [gate.count("1") / 8 for gate in GATES]
     for step, (before, after) in enumerate(zip(run["steps"], run["steps"][1:], strict=False)):
-        names = [name for name in before if ".teacher." not in name]
+        names = [name for name in before if f".{ADAPTER}." not in name]
         moved = max((after[name] - before[name]).abs().max().item() for name in names)
         assert moved == 0 if step == NOTHING else moved > 5e-4
     norms = [log["grad_norm"] for log in run["logs"] if "grad_norm" in log]
@@ -266,7 +267,7 @@ def test_a_resumed_run_goes_on_with_its_teacher(runs, backend, kind):
     # The adapters of student and teacher, or the student. What is recorded after a step is the teacher of before it, so
     # at the start of the resumed run, which has that of after it, there is nothing to compare it with
     for step, (ours, theirs) in enumerate(zip(resumed["steps"], whole["steps"][2:], strict=True)):
-        names = [name for name in theirs if step > 0 or ".teacher." not in name]
+        names = [name for name in theirs if step > 0 or f".{ADAPTER}." not in name]
         assert_same_weights({name: ours[name] for name in names}, {name: theirs[name] for name in names})
     assert_same_weights(resumed["teacher"], whole["teacher"])
     assert_same_logs(resumed["logs"], whole["logs"], cut_up=True)
