@@ -26,7 +26,7 @@ from trl_opsd.data import load_prompts
 from trl_opsd.evaluate import EvaluateConfig
 from trl_opsd.evaluate.measure import load_model, load_task, load_tokenizer, measure
 from trl_opsd.opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.__main__ import OPSDScriptArguments
+from trl_opsd.opsd.run import OPSDScriptArguments
 from trl_opsd.results import write_results, write_text
 from trl_opsd.rewards import math_reward
 from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE, SOLUTION_TEMPLATE

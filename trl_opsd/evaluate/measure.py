@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..cli import UserError
 from ..data import check_columns, load_prompts
-from ..data.decontaminate import problem_text
+from ..data.contamination import problem_text
 from ..results import write_text
 from ..rewards import (
     code_reward,
