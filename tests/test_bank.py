@@ -14,8 +14,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_opsd.cli import parse
 from trl_opsd.opsd import OPSDConfig
-from trl_opsd.opsd.__main__ import OPSDScriptArguments, check_bank
 from trl_opsd.opsd.__main__ import main as opsd
+from trl_opsd.opsd.run import OPSDScriptArguments, check_bank
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id, read_attempts, read_rollouts
 from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
@@ -273,7 +273,7 @@ def trained_on(monkeypatch):
         seen.append(kwargs["train_dataset"])
         raise Stop
 
-    monkeypatch.setattr("trl_opsd.opsd.__main__.OPSDTrainer", trainer)
+    monkeypatch.setattr("trl_opsd.opsd.run.OPSDTrainer", trainer)
 
     def run(arguments):
         with pytest.raises(Stop):

@@ -165,7 +165,7 @@ def evaluated(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_run(file, samples)
     (tmp_path / "compress.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("trl_opsd.compress.__main__.run_chain", lambda *args: None)
+    monkeypatch.setattr("trl_opsd.compress.run.run_chain", lambda *args: None)
     return tmp_path
 
 

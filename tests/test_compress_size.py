@@ -17,8 +17,8 @@ from trl import DistillationTrainer, SFTConfig, SFTTrainer
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.compress import CompressConfig, Stage, plan_stages, run_chain
 from trl_opsd.compress import bank as bank_stage
-from trl_opsd.compress.__main__ import conclude
 from trl_opsd.compress.config import METHODS
+from trl_opsd.compress.run import conclude
 from trl_opsd.compress.sweep import sweep_measurements
 from trl_opsd.evaluate.schema import to_json
 from trl_opsd.opsd import AlarmCallback

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES, check_columns, decontaminate, load_prompts
 from trl_opsd.data.__main__ import main
-from trl_opsd.data.decontaminate import normalize, problem_text
+from trl_opsd.data.contamination import normalize, problem_text
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -11,7 +11,8 @@ from trl import ModelConfig
 
 from trl_opsd.cli import parse
 from trl_opsd.opsd import OPSDConfig
-from trl_opsd.opsd.__main__ import OPSDScriptArguments, main
+from trl_opsd.opsd.__main__ import main
+from trl_opsd.opsd.run import OPSDScriptArguments
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 

@@ -20,8 +20,9 @@ from trl import GRPOTrainer, ModelConfig, get_peft_config
 from trl_opsd import RLVRConfig, RLVRTrainer
 from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
-from trl_opsd.rlvr.__main__ import RLVRScriptArguments, main
+from trl_opsd.rlvr.__main__ import main
 from trl_opsd.rlvr.bank import prompt_id, read_attempts, read_rollouts
+from trl_opsd.rlvr.run import RLVRScriptArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 import trl.trainer.utils
 from trl import DistillationTrainer, GRPOTrainer
+from trl._lazy_module import _LazyModule
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
 from trl.trainer import distillation_trainer
 
 import trl_opsd
 from trl_opsd.opsd.verify import Verifiers
+
+
+def test_packages_import_lazily_as_those_of_trl_do():
+    """`opsd/` is to move into TRL, where this is how a package does it; transformers' own takes a second to import."""
+    parameters = list(inspect.signature(_LazyModule).parameters)
+    assert parameters == ["name", "module_file", "import_structure", "module_spec", "extra_objects"]
+    for package in (trl_opsd, trl_opsd.opsd, trl_opsd.rlvr):
+        assert isinstance(package, _LazyModule) and all(getattr(package, name) for name in package.__all__)
 
 
 @pytest.mark.parametrize(

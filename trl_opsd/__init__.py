@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from transformers.utils.import_utils import _LazyModule
+from trl._lazy_module import _LazyModule
 
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ else:
 
     sys.modules[__name__] = _LazyModule(
         __name__,
-        globals()["__file__"],
+        __file__,
         _import_structure,
         module_spec=__spec__,
         extra_objects={"__version__": __version__},

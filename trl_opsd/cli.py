@@ -7,19 +7,53 @@ does so before any model is loaded. Everything else keeps its traceback.
 
 import argparse
 import difflib
+import importlib
+import logging
+import shutil
 import sys
+import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import AutoConfig, Trainer
 from trl import TrlParser
+
+from .shadows import Unreadable, read_dataclass
+
+
+# Nothing heavy is imported up here, so that --help and a wrong option answer at once
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class UserError(ValueError):
     """A mistake in what the user asked for: the message is one sentence that names the thing and the fix."""
+
+
+def silence() -> None:
+    """
+    Keeps out of a command's output what nobody who reads it can act on.
+
+    For command lines alone, before their heavy imports: a library leaves the filters of its host as they are.
+    """
+    for logger, text in (
+        # Kernels of torchao for some GPUs and Python versions, which its wheel may lack: who calls one gets an error
+        ("torchao", "Failed to load"),
+        # torchao registers its own enumerations in a way that torch no longer needs
+        ("torch.utils._pytree", "Calling register_constant() on Enum subclasses is deprecated"),
+    ):
+        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
+    for message, module in (
+        # TRL's configurations set the old name, whatever the user sets
+        ("`gradient_checkpointing(_kwargs)?` is deprecated", "transformers.training_args"),
+        # TRL's trainers ask for the old name
+        ("`is_gradient_checkpointing` is deprecated", "transformers.modeling_utils"),
+    ):
+        warnings.filterwarnings("ignore", message, FutureWarning, module.replace(".", r"\."))
 
 
 @contextmanager
@@ -38,17 +72,17 @@ def user_errors() -> Iterator[None]:
 
 
 def parse(
-    dataclass_types: tuple[type, ...], args: list[str] | None = None, prog: str | None = None
+    dataclass_types: tuple[type | str, ...], args: list[str] | None = None, prog: str | None = None
 ) -> tuple[Any, ...]:
     """
     Parses `--config file.yaml` and the command line, which overrides it, into the given dataclasses.
 
-    The only changes with respect to [`~trl.TrlParser`] are that a missing file, a file that is not YAML and an
-    unknown key are errors of one sentence, the last one with the closest known key.
+    Those that are given by name are read from their source first (see [`~trl_opsd.shadows.read_dataclass`]), so that
+    `--help` and most mistakes need no imports. The values come from the classes themselves.
 
     Args:
-        dataclass_types (`tuple[type, ...]`):
-            Dataclasses to fill, as in [`~trl.TrlParser`].
+        dataclass_types (`tuple[type | str, ...]`):
+            Dataclasses to fill, as in [`~trl.TrlParser`], or their dotted paths.
         args (`list[str]`, *optional*):
             Arguments to parse. Defaults to those of the process.
         prog (`str`, *optional*):
@@ -58,15 +92,86 @@ def parse(
         `tuple`: One instance of each dataclass.
 
     Raises:
-        UserError: If the file is missing or not a YAML mapping, or holds a key that no dataclass knows.
+        UserError: If the file is missing or not a YAML mapping, if it holds a key or the command line an option that no
+            dataclass knows, or if the value of an option is missing or not one that it takes.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    parser = TrlParser(dataclass_types, prog=prog, allow_abbrev=False)
-    if "--config" in args:
-        index = args.index("--config") + 1
-        if index == len(args):
-            raise UserError("`--config` needs the path of a YAML file after it.")
-        path = Path(args[index])
+    args = sys.argv[1:] if args is None else args
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if any(isinstance(given, str) for given in dataclass_types):
+        try:
+            shadows = [read_dataclass(given) if isinstance(given, str) else given for given in dataclass_types]
+        except Unreadable:
+            pass  # the classes themselves answer below: as well, and after their imports
+        else:
+            Parser(shadows, prog).check(args)
+    parser = Parser([_load(given) if isinstance(given, str) else given for given in dataclass_types], prog)
+    parser.check(args)
+    return parser.parse_args_and_config(args)
+
+
+def _load(name: str) -> type:
+    module, _, class_name = name.rpartition(".")
+    return getattr(importlib.import_module(module), class_name)
+
+
+class Parser(TrlParser):
+    """
+    Parser of a stage's command line.
+
+    The only changes with respect to [`~trl.TrlParser`] are that mistakes raise a [`UserError`] of one sentence, that
+    they can be looked for ahead of parsing, and that the help text puts what is ours first.
+
+    Args:
+        dataclass_types (`list[type]`):
+            Dataclasses to fill.
+        prog (`str`, *optional*):
+            Name of the program in the help text.
+    """
+
+    def __init__(self, dataclass_types: list[type], prog: str | None = None):
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False, exit_on_error=False)
+
+    def check(self, args: list[str]) -> None:
+        """
+        Looks for mistakes, and answers `--help`.
+
+        Args:
+            args (`list[str]`):
+                Arguments, `--config` included.
+
+        Raises:
+            UserError: If there is one.
+        """
+        args = list(args)
+        if "--config" in args:
+            index = args.index("--config")
+            if index + 1 == len(args):
+                raise UserError("`--config` needs the path of a YAML file after it.")
+            self.set_defaults_with_config(**self.read_config(Path(args[index + 1])))
+            del args[index : index + 2]
+        _, unknown = self.parse_known_args(args)
+        if not unknown:
+            return
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise UserError(f"`{name}` belongs to no option: give it as `--name {name}`, or see --help for the names.")
+        known = [option[2:] for action in self._actions for option in action.option_strings]
+        raise UserError(f"Unknown option `{name}`: {did_you_mean(name.lstrip('-'), [*known, 'config'], '--')}")
+
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """
+        Reads a recipe.
+
+        Args:
+            path (`Path`):
+                YAML file.
+
+        Returns:
+            `dict[str, Any]`: What it holds, without `env`.
+
+        Raises:
+            UserError: If the file is missing or not a YAML mapping, or holds a key that no dataclass knows.
+        """
         if not path.is_file():
             raise UserError(f"There is no config file at `{path}`: check the path given to `--config`.")
         try:
@@ -75,13 +180,75 @@ def parse(
             raise UserError(f"`{path}` is not valid YAML: {' '.join(str(error).split())}.") from None
         if not isinstance(config, dict):
             raise UserError(f"`{path}` must hold `key: value` lines, and holds {type(config).__name__}.")
-        known = {action.dest for action in parser._actions if action.dest != argparse.SUPPRESS} | {"env"}
+        config.pop("env", None)
+        known = {action.dest for action in self._actions if action.default != argparse.SUPPRESS}
         unknown = [key for key in config if key not in known]
         if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else "remove it, or see --help for the keys there are."
-            raise UserError(f"Unknown key `{unknown[0]}` in {path}: {hint}")
-    return parser.parse_args_and_config(args=args)
+            raise UserError(f"Unknown key `{unknown[0]}` in {path}: {did_you_mean(str(unknown[0]), list(known))}")
+        return config
+
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            option = (error.argument_name or "").partition("/")[0]
+            raise UserError(f"`{option}`: {error.message.rstrip('.')}.") from None
+
+    def error(self, message: str):
+        raise UserError(f"{message.rstrip('.')}.")
+
+    def format_help(self) -> str:
+        width = shutil.get_terminal_size().columns
+        actions = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)  # not the `--no_x` that follows a switch
+        own, inherited, seen = [], [], set()
+        for dataclass_type in self.dataclass_types:
+            for origin in dataclass_type.__mro__:
+                names = [name for name in vars(origin).get("__annotations__", {}) if name not in seen]
+                names = [field.name for field in fields(dataclass_type) if field.name in names and field.init]
+                seen.update(names)
+                is_own = origin.__module__.partition(".")[0] == __package__
+                if names and is_own:
+                    own.append(f"\n{origin.__name__}\n")
+                    own += [_entry(actions[name], width) for name in names]
+                elif names:
+                    inherited.append(f"\nInherited from {origin.__name__} of {origin.__module__.partition('.')[0]}\n")
+                    inherited += [_line(actions[name], width) for name in names]
+        head = (
+            f"usage: python -m {self.prog} [--config FILE] [--OPTION VALUE ...]\n\n"
+            "FILE is YAML whose keys are the options below; the command line overrides it. A switch (`bool`) may stand "
+            "without a value, and `--no_OPTION` turns off one that is on.\n"
+        )
+        return "\n".join(textwrap.fill(line, width) for line in head.split("\n")) + "".join([*own, *inherited])
+
+
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    """What to do about a name that is unknown."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{prefix}{near[0]}`?" if near else "remove it, or see --help for those there are."
+
+
+def _signature(action: argparse.Action) -> str:
+    """Name, type and default of an option."""
+    if action.choices is not None:
+        kind = "|".join(map(str, action.choices))
+    else:
+        kind = {"string_to_bool": "bool"}.get(action.type.__name__, action.type.__name__)
+    more = " ..." if action.nargs == "+" else ""
+    default = "" if action.default is None else f" = {action.default}"
+    return f"  {action.option_strings[0]} {kind}{more}{default}"
+
+
+def _entry(action: argparse.Action, width: int) -> str:
+    text = action.help.replace("%%", "%")
+    return f"{_signature(action)}\n{textwrap.fill(text, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}\n"
+
+
+def _line(action: argparse.Action, width: int) -> str:
+    text = " ".join((action.help or "").replace("%%", "%").split())
+    line = f"{_signature(action)}  {text}"
+    return (line if len(line) <= width else line[: width - 1] + "…") + "\n"
 
 
 def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bool = False) -> None:
@@ -101,6 +268,8 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
     """
     if not name_or_path:
         raise UserError(f"`{field}` is missing: give the folder of a checkpoint or a model id with `--{field}`.")
+    from transformers import AutoConfig
+
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -116,7 +285,7 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
         ) from None
 
 
-def save_final(trainer: Trainer) -> None:
+def save_final(trainer: "Trainer") -> None:
     """
     Saves the trained model, or adapter, and its tokenizer into `output_dir`, whole or not at all.
 

@@ -24,7 +24,7 @@ from scripts.harness.tables import markdown, spread
 from trl_opsd.cli import parse
 from trl_opsd.data import load_prompts
 from trl_opsd.opsd import AlarmCallback, OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.__main__ import OPSDScriptArguments
+from trl_opsd.opsd.run import OPSDScriptArguments
 from trl_opsd.rewards import math_reward
 from trl_opsd.tiny.task import ANSWER_TEMPLATE, BRIEF_TEMPLATE, CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 

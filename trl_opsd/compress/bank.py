@@ -9,7 +9,7 @@ For a teacher that no RLVR run of ours has trained, or whose bank is to hold wha
 
 from dataclasses import dataclass, field, replace
 
-from ..cli import UserError, parse, user_errors
+from ..cli import UserError, parse, silence, user_errors
 from ..evaluate import EvaluateConfig
 from ..evaluate.backends import Request, load_engine
 from ..evaluate.estimate import Samples, summarize
@@ -95,4 +95,5 @@ def fill(job: Job, bank: RolloutBank) -> list[dict]:
 
 
 if __name__ == "__main__":
+    silence()
     main()

@@ -1,9 +1,23 @@
 """Where prompts come from: named sources, generated tasks and local files, in one schema."""
 
-from .decontaminate import decontaminate
-from .gym import generate_prompts
-from .prompts import check_columns, load_prompts
-from .sources import SOURCES, Source
+from typing import TYPE_CHECKING
+
+from trl._lazy_module import _LazyModule
 
 
-__all__ = ["SOURCES", "Source", "check_columns", "decontaminate", "generate_prompts", "load_prompts"]
+_import_structure = {
+    "contamination": ["decontaminate"],
+    "gym": ["generate_prompts"],
+    "prompts": ["check_columns", "load_prompts"],
+    "sources": ["SOURCES", "Source"],
+}
+
+if TYPE_CHECKING:
+    from .contamination import decontaminate
+    from .gym import generate_prompts
+    from .prompts import check_columns, load_prompts
+    from .sources import SOURCES, Source
+else:
+    import sys
+
+    sys.modules[__name__] = _LazyModule(__name__, __file__, _import_structure, module_spec=__spec__)

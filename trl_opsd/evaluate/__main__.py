@@ -7,23 +7,33 @@ Interrupted and run again, it goes on where it was.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-from ..cli import UserError, parse, user_errors
-from .commands import card_command, compare_command, report_command
-from .config import EvaluateConfig
-from .pipeline import evaluate_jobs
-from .plan import plan
-from .results_file import write_rows
-from .schema import ResultRow
+from ..cli import UserError, parse, silence, user_errors
+
+
+if TYPE_CHECKING:
+    from .schema import ResultRow
+
+
+ARGUMENTS = ("trl_opsd.evaluate.config.EvaluateConfig",)
+COMMANDS = ("compare", "report", "card")
 
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    for option, command in {"--compare": compare_command, "--report": report_command, "--card": card_command}.items():
-        if option in args:
-            raise SystemExit(command(args))
+    for name in COMMANDS:
+        if f"--{name}" in args:
+            from . import commands
+
+            raise SystemExit(vars(commands)[f"{name}_command"](args))
     with user_errors():
-        (config,) = parse((EvaluateConfig,), args, prog="trl_opsd.evaluate")
+        (config,) = parse(ARGUMENTS, args, prog="trl_opsd.evaluate")
+        # What takes seconds to import comes after the answer to a wrong option
+        from .pipeline import evaluate_jobs
+        from .plan import plan
+        from .results_file import write_rows
+
         jobs = plan(config)
     try:
         rows = evaluate_jobs(jobs)
@@ -36,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         print(line(row))
 
 
-def line(row: ResultRow) -> str:
+def line(row: "ResultRow") -> str:
     """One row of results in a line."""
     name = f"{row.stage}, " if row.stage else ""
     flexible = f", flexible {row.accuracy_flexible:.1%}" if row.accuracy_flexible is not None else ""
@@ -51,4 +61,5 @@ def line(row: ResultRow) -> str:
 
 
 if __name__ == "__main__":
+    silence()
     main()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.decontaminate import problem_text
+from ..data.contamination import problem_text
 from ..rewards import code_reward, extract_answer, logic_reward, math_reward
 from .backends import Request
 from .plan import Job

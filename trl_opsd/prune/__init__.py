@@ -7,20 +7,24 @@ a graph, leaves the configuration to the user and knows neither exact parameter 
 makes weights sparse, not smaller. What is left to do is a table of axes and index selection.
 """
 
-from .config import PruneConfig
-from .importance import Statistics, choose_layers, choose_units, collect
-from .shapes import ModelShape, Sizes
-from .slicing import Units, slice_model
+from typing import TYPE_CHECKING
+
+from trl._lazy_module import _LazyModule
 
 
-__all__ = [
-    "ModelShape",
-    "PruneConfig",
-    "Sizes",
-    "Statistics",
-    "Units",
-    "choose_layers",
-    "choose_units",
-    "collect",
-    "slice_model",
-]
+_import_structure = {
+    "config": ["PruneConfig"],
+    "importance": ["Statistics", "choose_layers", "choose_units", "collect"],
+    "shapes": ["ModelShape", "Sizes"],
+    "slicing": ["Units", "slice_model"],
+}
+
+if TYPE_CHECKING:
+    from .config import PruneConfig
+    from .importance import Statistics, choose_layers, choose_units, collect
+    from .shapes import ModelShape, Sizes
+    from .slicing import Units, slice_model
+else:
+    import sys
+
+    sys.modules[__name__] = _LazyModule(__name__, __file__, _import_structure, module_spec=__spec__)

@@ -5,91 +5,24 @@ Every field of [`RLVRScriptArguments`], [`RLVRConfig`] and [`~trl.ModelConfig`] 
 of the command line, which overrides the file.
 """
 
-from dataclasses import dataclass, field
-
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
-
-from ..cli import UserError, check_checkpoint, parse, save_final, user_errors
-from ..data import check_columns, load_prompts
-from ..results import write_results
-from ..rewards import load_reward_funcs, required_columns
-from .config import RLVRConfig
-from .trainer import RLVRTrainer
+from ..cli import parse, silence, user_errors
 
 
-@dataclass
-class RLVRScriptArguments(ScriptArguments):
-    """
-    Arguments of the RLVR command line.
-
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path."},
-    )
+ARGUMENTS = (
+    "trl_opsd.rlvr.run.RLVRScriptArguments",
+    "trl_opsd.rlvr.config.RLVRConfig",
+    "trl.ModelConfig",
+)
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        script_args, training_args, model_args = parse(
-            (RLVRScriptArguments, RLVRConfig, ModelConfig), args, prog="trl_opsd.rlvr"
-        )
-        trust_remote_code = training_args.trust_remote_code
-        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
-        if script_args.dataset_name is None:
-            raise UserError(
-                "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
-            )
-        if not script_args.reward_funcs:
-            raise UserError("`reward_funcs` is missing: give at least one verifier, such as `math_reward`.")
-        reward_funcs = load_reward_funcs(script_args.reward_funcs)
-        punishments = int(training_args.soft_punish_cache is not None)
-        if training_args.reward_weights and len(training_args.reward_weights) != len(reward_funcs) + punishments:
-            raise UserError(
-                f"`reward_weights` has {len(training_args.reward_weights)} entries and `reward_funcs` "
-                f"{len(reward_funcs)}: give one weight for each function"
-                + (", and a last one for the punishment of `soft_punish_cache`." if punishments else ".")
-            )
+        parsed = parse(ARGUMENTS, args, prog="trl_opsd.rlvr")
+    from .run import run
 
-        splits = [script_args.dataset_train_split]
-        if training_args.eval_strategy != "no":
-            splits.append(script_args.dataset_test_split)
-        datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        training_args.check_num_prompts(len(datasets[0]))
-        for dataset in datasets:
-            for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
-                check_columns(dataset, required_columns(func), f"The verifier `{name}`")
-
-        model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "trust_remote_code": trust_remote_code,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-        }
-        training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
-
-    trainer = RLVRTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if len(datasets) > 1 else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    save_final(trainer)
-    if trainer.accelerator.is_main_process:
-        write_results(f"{training_args.output_dir}/rlvr.json", trainer.state.log_history, training_args.to_dict())
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    run(*parsed)
 
 
 if __name__ == "__main__":
+    silence()
     main()

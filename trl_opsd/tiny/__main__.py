@@ -5,16 +5,18 @@ Every field of [`TinyConfig`] and [`~trl.SFTConfig`] is a key of the YAML file a
 overrides the file.
 """
 
-from trl import SFTConfig
+from ..cli import parse, silence, user_errors
 
-from ..cli import parse, user_errors
-from .sft import check, warm_start
-from .task import TinyConfig
+
+ARGUMENTS = ("trl_opsd.tiny.task.TinyConfig", "trl.SFTConfig")
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        config, training_args = parse((TinyConfig, SFTConfig), args, prog="trl_opsd.tiny")
+        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.tiny")
+    from .sft import check, warm_start
+
+    with user_errors():
         check(config, training_args)
     rows = warm_start(config, training_args)
     for result in rows:
@@ -26,4 +28,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    silence()
     main()

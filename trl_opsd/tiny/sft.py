@@ -81,9 +81,10 @@ def measure(
     ).to(model.device)
     training = model.training
     model.eval()
-    generated = model.generate(
-        **inputs, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
-    )[:, inputs["input_ids"].shape[1] :]
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
+    generated = model.generate(**inputs, do_sample=sample, max_new_tokens=max_new_tokens, **sampling)[
+        :, inputs["input_ids"].shape[1] :
+    ]
     model.train(training)
     lengths = (generated != tokenizer.pad_token_id).sum(1)
     replies = tokenizer.batch_decode(generated)

@@ -1,0 +1,278 @@
+"""Run of stage 3: what its command line does once it is parsed."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from ..cli import UserError, check_checkpoint, save_final, user_errors
+from ..data import check_columns, load_prompts
+from ..results import write_results
+from ..rewards import load_reward_funcs, required_columns
+from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
+from .alarms import AlarmCallback
+from .config import OPSDConfig, check_arguments
+from .probe import check_probe, probe
+from .qat import fake_quantise
+from .trainer import OPSDTrainer
+from .view import RolloutPages
+
+
+@dataclass
+class OPSDScriptArguments(ScriptArguments):
+    """
+    Arguments of the OPSD command line.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path. They
+            decide the gate. Where nothing is written (`lmbda: 0`) and all is trained on (`gate: all`) they judge
+            nothing, and are left out.
+        rollout_bank (`str`, *optional*):
+            Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`). What it says
+            of their pass rates stands beside what this run measures: prompts outside `min_pass_rate` and
+            `max_pass_rate` are left out from the start.
+        solution (`str`, *optional*):
+            `"bank"` takes the reference solution of a prompt from `rollout_bank`, for data that has none: its shortest
+            correct rollout, without the thinking trace. Prompts that have no correct rollout are left out. By default
+            the solution is the column of that name.
+        qat (`str`, *optional*):
+            Precision that the student's weights will be served in, `"int8"` or `"int4"`: it is trained, and writes its
+            rollouts, with weights rounded to it (see [`~trl_opsd.opsd.qat.fake_quantise`]). Needs `torchao`.
+        qat_group_size (`int`, *optional*, defaults to `32`):
+            Input channels that share a scale under `int4`.
+        probe_prompts (`int`, *optional*, defaults to `32`):
+            Number of prompts that student and teacher-in-context are measured on before training. `0` is no probe.
+        probe_only (`bool`, *optional*, defaults to `False`):
+            Whether to end after the probe.
+        alarm_correct_drop (`float` or `None`, *optional*, defaults to `0.2`):
+            The run stops when the share of correct rollouts is this much below that of the start, see
+            [`~trl_opsd.opsd.alarms.AlarmCallback`]. `1.0` is never.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path. They "
+            "decide the gate."
+        },
+    )
+    rollout_bank: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`), for "
+            "`solution`, `min_pass_rate` and `max_pass_rate`."
+        },
+    )
+    solution: str | None = field(
+        default=None,
+        metadata={
+            "help": "'bank' takes the reference solution of a prompt from `rollout_bank`: its shortest correct rollout, "
+            "without the thinking trace. By default the solution is the column of that name.",
+            "choices": ["bank"],
+        },
+    )
+    qat: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision that the student's weights will be served in: it is trained with weights rounded to it.",
+            "choices": ["int8", "int4"],
+        },
+    )
+    qat_group_size: int = field(default=32, metadata={"help": "Input channels that share a scale under int4."})
+    probe_prompts: int = field(
+        default=32,
+        metadata={
+            "help": "Number of prompts that student and teacher-in-context are measured on before training. 0 is no "
+            "probe."
+        },
+    )
+    probe_only: bool = field(default=False, metadata={"help": "End after the probe."})
+    alarm_correct_drop: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "The run stops when the share of correct rollouts is this much below that of the start. 1.0 is never."
+        },
+    )
+
+
+def show_probe(result: dict) -> None:
+    """Prints what the probe found, a line for each of the two and one for the teacher."""
+    for name, label in (("student", "student"), ("prompt_only", "in the teacher's context")):
+        if result[name] is not None:
+            correct = "" if result[name]["correct"] is None else f"{result[name]['correct']:.1%} correct, "
+            print(f"probe, {label}: {correct}{result[name]['tokens']:.1f} tokens")
+    teacher = result["teacher"]
+    kl, agreement, *parts = (
+        "unknown" if value is None else f"{value:.3f}"
+        for value in (teacher["kl"], teacher["top1_agreement"], *teacher["kl_by_part"])
+    )
+    print(
+        f"probe, teacher on the student's rollouts: {kl} nats per token (by quarter of the trace: {', '.join(parts)}), "
+        f"same most likely token at a share of {agreement}"
+    )
+
+
+def check_bank(script_args: OPSDScriptArguments, training_args: OPSDConfig) -> None:
+    """Checks that `solution` and `rollout_bank` go with each other and with the rest."""
+    if script_args.solution not in (None, "bank"):
+        raise UserError(f"`solution` must be 'bank', or left out for the column, and is {script_args.solution!r}.")
+    if script_args.solution == "bank":
+        if script_args.rollout_bank is None:
+            raise UserError("`solution: bank` needs a bank: give its folder with `--rollout_bank`.")
+        contexts = (training_args.build_teacher_context(), training_args.build_sibling_fallback())
+        if not any(context is not None and "solution" in context.fields for context in contexts):
+            raise UserError(
+                "`solution: bank` is for a teacher that sees a solution: set `teacher_context: solution`, or a "
+                "`teacher_prompt_template` with {solution}."
+            )
+    elif script_args.rollout_bank and training_args.min_pass_rate is None and training_args.max_pass_rate is None:
+        raise UserError(
+            "`rollout_bank` is used for nothing: set `solution: bank`, `min_pass_rate` or `max_pass_rate`, or drop it."
+        )
+
+
+def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDConfig) -> tuple[Dataset, str]:
+    """The rows of the training set that the bank leaves, with its solutions if asked for, and a line that counts them."""
+    folder = script_args.rollout_bank
+    rollouts, attempts = read_rollouts(folder), read_attempts(folder)
+    ids = [prompt_id(prompt) for prompt in dataset["prompt"]]
+    if attempts.keys().isdisjoint(ids):
+        raise UserError(
+            f"The rollout bank at `{folder}` has none of the prompts of `{script_args.dataset_name}`: it is of other "
+            "data, or of the same with another wording."
+        )
+    shortest = {}
+    for row in rollouts.select_columns(["prompt_id", "completion"]):  # of each prompt the shortest comes first
+        shortest.setdefault(row["prompt_id"], row["completion"])
+
+    def is_skipped(prompt: str) -> bool:
+        tried, correct = attempts.get(prompt, (0, 0))
+        if tried < args.pass_rate_rollouts:
+            return False
+        too_hard = args.min_pass_rate is not None and correct / tried < args.min_pass_rate
+        return too_hard or (args.max_pass_rate is not None and correct / tried > args.max_pass_rate)
+
+    takes_solution = script_args.solution == "bank"
+    unsolved = [takes_solution and prompt not in shortest for prompt in ids]
+    skipped = [is_skipped(prompt) for prompt in ids]
+    kept = [row for row, reasons in enumerate(zip(unsolved, skipped, strict=True)) if not any(reasons)]
+    counts = (
+        f"rollout bank: {len(kept)} of {len(ids)} prompts are left; {sum(unsolved)} have no correct rollout, "
+        f"{sum(skipped)} are outside `min_pass_rate` and `max_pass_rate`, and a prompt may be both"
+    )
+    if not kept:
+        raise UserError(f"{counts}: choose another bank, or other pass rates.")
+    dataset = dataset.select(kept)
+    if takes_solution:
+        if "privileged_context" in dataset.column_names:
+            raise UserError(
+                f"`solution: bank` has no effect on `{script_args.dataset_name}`, whose column `privileged_context` "
+                "stands in for every solution: drop the column, or `solution: bank`."
+            )
+        texts = [shortest[ids[row]] for row in kept]
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+        # As the verifiers read it: the answer, and what leads to it there. Tags in a prompt confuse chat templates.
+        texts = [text.rpartition("</think>")[2].strip() for text in texts]
+        if "solution" in dataset.column_names:
+            dataset = dataset.remove_columns("solution")
+        dataset = dataset.add_column("solution", texts)
+    return dataset, counts
+
+
+def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
+    """Checks what the arguments say together, then trains and saves."""
+    with user_errors():
+        trust_remote_code = training_args.trust_remote_code
+        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
+        teacher = training_args.teacher_model_name_or_path
+        if teacher is not None:
+            check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
+        if script_args.dataset_name is None:
+            raise UserError(
+                "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
+            )
+        if script_args.probe_only and script_args.probe_prompts < 1:
+            raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
+        is_probed = script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None
+        if is_probed:
+            check_probe(training_args)
+        is_judged = training_args.lmbda > 0 or training_args.gate != "all"
+        reward_funcs = load_reward_funcs((script_args.reward_funcs or []) if is_judged else [])
+        check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
+
+        if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
+            raise UserError(
+                "`qat` rounds the weights of the whole student in this process: drop LoRA, or vLLM, or `qat`."
+            )
+        if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
+            raise UserError("`qat` needs torchao: run `pip install torchao`.")
+        check_bank(script_args, training_args)
+        splits = [script_args.dataset_train_split]
+        if training_args.eval_strategy != "no":
+            splits.append(script_args.dataset_test_split)
+        if (Path(script_args.dataset_name) / "rollouts").is_dir():
+            datasets = [read_rollouts(script_args.dataset_name)]
+        else:
+            datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        if script_args.rollout_bank is not None:
+            datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
+            if training_args.process_index == 0:
+                print(counts)
+        check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
+        for dataset in datasets:
+            for func in reward_funcs:
+                check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
+
+        model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        }
+        training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+        if teacher is not None:
+            teacher_init_kwargs = {**model_init_kwargs, "revision": training_args.teacher_model_revision}
+            training_args.teacher_model_init_kwargs = {
+                **teacher_init_kwargs,
+                **(training_args.teacher_model_init_kwargs or {}),
+            }
+
+    trainer = OPSDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=teacher,
+        args=training_args,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1] if len(datasets) > 1 else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        reward_funcs=reward_funcs or None,
+    )
+    if script_args.qat is not None:
+        fake_quantise(trainer.model, script_args.qat, script_args.qat_group_size)
+    alarms = AlarmCallback(trainer, correct_drop=script_args.alarm_correct_drop)
+    trainer.add_callback(alarms)
+    if training_args.log_completions:
+        trainer.add_callback(RolloutPages(trainer))
+    if is_probed:
+        found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
+        if trainer.accelerator.is_main_process:
+            show_probe(found)
+            write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())
+    if script_args.probe_only:
+        return
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if alarms.stopped_by is not None:
+        # What the student has become is not what anybody asked for: it is not saved under the final name
+        trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)
+        raise SystemExit(3)
+    save_final(trainer)
+    if trainer.accelerator.is_main_process:
+        write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, training_args.to_dict())
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()

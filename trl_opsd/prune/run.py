@@ -1,0 +1,76 @@
+"""Run of stage 2: what its command line does once it is parsed."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..cli import UserError, check_checkpoint, publish, user_errors
+from ..results import write_results
+from .calibration import check_tokenizer, load_calibration, make_rollouts
+from .config import PruneConfig
+from .importance import choose_layers, choose_units, collect, measure_nll, only_layers
+from .shapes import ModelShape
+from .slicing import slice_model
+
+
+def run(config: PruneConfig) -> None:
+    """Checks what the configuration says, then prunes and saves."""
+    with user_errors():
+        source, output = config.model_name_or_path, Path(config.output_dir)
+        check_checkpoint(source, "model_name_or_path")
+        if output.resolve() == Path(source).resolve():
+            raise UserError("`output_dir` is the checkpoint that is to be pruned: give another folder.")
+        shape = ModelShape(AutoConfig.from_pretrained(source))
+        if config.target_ratio is None:
+            sizes = shape.explicit(**config.sizes())
+        else:
+            sizes = shape.search(config.target_ratio)
+        dataset = load_calibration(config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"`{source}` has no tokenizer that can be loaded ({reason}).") from None
+        check_tokenizer(dataset, tokenizer)
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model.to(config.device or accelerator)
+    rollouts = make_rollouts(config, dataset, model, tokenizer)
+    before = statistics = collect(model, shape, rollouts, config.batch_size)
+    layers = choose_layers(model, before, sizes.num_layers, config.layer_importance, rollouts, config.batch_size)
+    if len(layers) < shape.sizes.num_layers:
+        with only_layers(model, layers):
+            statistics = collect(model, shape, rollouts, config.batch_size)
+    pruned = slice_model(model, shape, choose_units(statistics, sizes, shape, layers))
+    row = {
+        "phase": "prune",
+        **asdict(sizes),
+        "layers": layers,
+        "parameters_before": shape.parameters,
+        "parameters": pruned.num_parameters(),
+        "ratio_asked": config.target_ratio,
+        "ratio": 1 - pruned.num_parameters() / shape.parameters,
+        "nll_before": before.nll,
+        "nll": measure_nll(pruned, rollouts, config.batch_size),
+        "block_influence": [before.block_influence[layer] for layer in range(shape.sizes.num_layers)],
+        "calibration_rollouts": len(rollouts),
+        "calibration_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "wall_s": round(time.perf_counter() - start, 3),
+    }
+
+    staging = output / ".saving"
+    pruned.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    publish(staging, output)
+    write_results(output / "prune.json", [row], config)
+    print(
+        f"{row['parameters']:,} of {row['parameters_before']:,} parameters are left ({row['ratio']:.1%} removed): "
+        f"{sizes.num_layers} layers, hidden size {sizes.hidden_size}, {sizes.num_attention_heads} heads, MLP "
+        f"{sizes.intermediate_size}. A token of the rollouts: {row['nll_before']:.3f} nats before, {row['nll']:.3f} "
+        f"after. Saved to {output}."
+    )
