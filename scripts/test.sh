@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The tests. Arguments are passed on to pytest; `-m slow`, `-m vllm`, `-m deepspeed` and `-m gpu` run the slower tiers.
+# `--trl-tests PATH` runs a test file of TRL's with our trainers in the place of TRL's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv extra=dev
@@ -9,4 +10,8 @@ case " $* " in
 esac
 bash scripts/setup.sh "$extra"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+if [[ ${1:-} == --trl-tests ]]; then
+    export PYTHONPATH=$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
+    set -- -p trl_swap -c pyproject.toml "${@:2}"
+fi
 exec "$venv/bin/python" -m pytest "$@"
