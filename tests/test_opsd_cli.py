@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
@@ -13,6 +14,8 @@ from trl_opsd.cli import parse
 from trl_opsd.opsd import OPSDConfig
 from trl_opsd.opsd.__main__ import main
 from trl_opsd.opsd.run import OPSDScriptArguments
+from trl_opsd.prune.__main__ import main as prune
+from trl_opsd.rlvr.__main__ import main as rlvr_main
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -139,3 +142,80 @@ def test_the_tiny_recipe_speaks_the_words_of_the_tiny_reasoner():
     recipe = yaml.safe_load((ROOT / "recipes/tiny/opsd.yaml").read_text())
     chain = yaml.safe_load((ROOT / "recipes/tiny/compress.yaml").read_text())
     assert recipe["teacher_prompt_template"] == chain["prompt_only_template"] == CONCISE_TEMPLATE
+
+
+def test_a_run_that_trained_on_nothing_saves_nothing(tmp_path, recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*recipe(gate="correct"), "--probe_prompts", "0"])
+    assert end.value.code == 3
+    assert (
+        "No optimizer step was made: of the rollouts of 2 steps none passed the gate `correct`"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_probe_of_which_nothing_is_correct_ends_the_run(tmp_path, recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*recipe(gate="correct"), "--probe_prompts", "8"])
+    assert end.value.code == 3
+    assert "None of the 8 rollouts of the probe is correct" in capsys.readouterr().err
+    assert (tmp_path / "out" / "probe.html").is_file() and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_verifier_may_stand_without_brackets(recipe, capsys):
+    main([*recipe(reward_funcs="math_reward", max_steps=1)])
+    assert "Unknown" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "dtype, rate, warned", [("bfloat16", 1e-6, True), ("bfloat16", 1e-2, False), ("float32", 1e-6, False)]
+)
+def test_a_rate_that_the_weights_cannot_hold_is_warned_of(recipe, caplog, dtype, rate, warned):
+    main([*recipe(dtype=dtype, learning_rate=rate, max_steps=1)])
+    assert ("most steps are rounded away" in caplog.text) == warned
+
+
+def test_an_adapter_of_one_stage_leads_into_the_next(tmp_path, recipe, checkpoint, rows):
+    """What LoRA has left is merged: the next stage starts from base and adapter, and so does pruning."""
+    main([*recipe(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "down_proj"], learning_rate=0.1)])
+    first = tmp_path / "out"
+    assert (first / "adapter_config.json").is_file()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(first).merge_and_unload()
+    base = AutoModelForCausalLM.from_pretrained(checkpoint())
+    assert not torch.allclose(adapted.model.layers[0].mlp.down_proj.weight, base.model.layers[0].mlp.down_proj.weight)
+    main(
+        [*recipe(model_name_or_path=str(first), output_dir=str(tmp_path / "second"), learning_rate=1e-30, max_steps=1)]
+    )
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    for name, value in adapted.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    prune(
+        ["--model_name_or_path", str(first), "--output_dir", str(tmp_path / "small"), "--num_layers", "1"]
+        + ["--calibration_dataset", str(tmp_path / "train.jsonl"), "--calibration_samples", "4", "--device", "cpu"]
+    )
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict()[
+        "model.layers.0.mlp.down_proj.weight"
+    ]
+    assert any(
+        torch.allclose(small, adapted.state_dict()[f"model.layers.{layer}.mlp.down_proj.weight"], atol=1e-6)
+        for layer in range(2)
+    )
+    rlvr = ["--model_name_or_path", str(first), "--output_dir", str(tmp_path / "third"), "--learning_rate", "1e-30"]
+    options = {"dataset_name": tmp_path / "train.jsonl", "reward_funcs": "math_reward", "num_generations": 2}
+    options |= {"per_device_train_batch_size": 4, "max_completion_length": 8, "max_steps": 1, "use_cpu": True}
+    options |= {"bf16": False, "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False}
+    rlvr_main([*rlvr, *[word for name, value in options.items() for word in (f"--{name}", str(value))]])
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "third").state_dict()
+    torch.testing.assert_close(
+        third["model.layers.0.mlp.down_proj.weight"], adapted.state_dict()["model.layers.0.mlp.down_proj.weight"]
+    )
+
+
+def test_an_adapter_without_its_base_is_named(tmp_path, recipe, capsys):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "' + str(tmp_path / "gone") + '"}')
+    with pytest.raises(SystemExit) as end:
+        main(recipe(model_name_or_path=str(folder)))
+    assert end.value.code == 2 and "the base of the adapter" in capsys.readouterr().err

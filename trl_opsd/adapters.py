@@ -1,11 +1,43 @@
 """What the trainers of all stages need to know of PEFT adapters."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from peft import AutoPeftModelForCausalLM
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+def merged(name_or_path: str, folder: str) -> str:
+    """
+    An ordinary checkpoint of what an earlier stage has left, which may be an adapter.
+
+    Args:
+        name_or_path (`str`):
+            Folder of a checkpoint or of an adapter, or a model id on the Hub.
+        folder (`str`):
+            Where an adapter and its base are written to as one, in float32, whole or not at all.
+
+    Returns:
+        `str`: `folder` for an adapter, else `name_or_path`.
+    """
+    if not (Path(name_or_path) / "adapter_config.json").is_file():
+        return name_or_path
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            staging = Path(f"{folder}.tmp")
+            shutil.rmtree(staging, ignore_errors=True)
+            model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, device_map="cpu")
+            model.merge_and_unload().save_pretrained(staging)
+            AutoTokenizer.from_pretrained(name_or_path).save_pretrained(staging)
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+    return folder
 
 
 class FrozenBase:

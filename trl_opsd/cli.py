@@ -8,6 +8,7 @@ does so before any model is loaded. Everything else keeps its traceback.
 import argparse
 import difflib
 import importlib
+import json
 import logging
 import shutil
 import sys
@@ -271,6 +272,10 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
     from transformers import AutoConfig
 
     folder = Path(name_or_path)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        check_checkpoint(base, f"{field}`, the base of the adapter `{folder}", trust_remote_code)
+        return
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"`{field}`: the folder `{folder}` has no config.json, so it is not a checkpoint.")
@@ -283,6 +288,38 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
         ) from None
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """What a YAML file may say with or without brackets."""
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def warn_of_precision(trainer: "Trainer") -> None:
+    """
+    Says where weights are trained that cannot hold a step of the optimizer. FSDP and DeepSpeed keep float32 weights.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer before training.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    import torch
+
+    halves = [p for p in trainer.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not halves:
+        return
+    largest = max(halves, key=lambda parameter: parameter.numel())
+    size = largest.detach().abs().float().median().item()
+    # A step of AdamW is about as large as the rate, and less than half of the spacing of a number is rounded away
+    half_a_spacing = size * torch.finfo(largest.dtype).eps / 2
+    if trainer.args.learning_rate < half_a_spacing:
+        logging.getLogger("trl_opsd").warning(
+            f"The trained weights are {str(largest.dtype).removeprefix('torch.')}, whose numbers of the median size "
+            f"{size:.2g} are {2 * half_a_spacing:.1g} apart, and `learning_rate={trainer.args.learning_rate}` is below half "
+            "of that: most steps are rounded away. Set `dtype: float32` and `bf16: true`."
+        )
 
 
 def save_final(trainer: "Trainer") -> None:

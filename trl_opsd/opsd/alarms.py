@@ -33,6 +33,7 @@ class AlarmCallback(DivergenceCallback):
     | dead teacher | its entropy is within 1% of that of the uniform distribution, and the student's is not | [`OPSDAlarm`], before the optimizer step |
     | nothing to learn | the divergence is zero | the run stops |
     | accuracy falls | the share of correct rollouts is `correct_drop` below that of the start | the run stops |
+    | nothing trained on | no rollout of the whole run passed the gate | the run counts as stopped |
     | truncation | the share of truncated rollouts is above `truncated` | warning |
     | length collapse | the mean length is below `length_floor` times that of the start | warning |
     | spike | the divergence is `kl_spike` times its recent median | warning |
@@ -80,6 +81,7 @@ class AlarmCallback(DivergenceCallback):
         self.correct: list[float] = []
         self.lengths: list[float] = []
         self.kls: list[float] = []
+        self.kept: list[float] = []
         self.checkpoints: list[tuple[str, float, float]] = []
         self.stopped_by: str | None = None
 
@@ -90,11 +92,13 @@ class AlarmCallback(DivergenceCallback):
                 steps, last = log["step"] - last, log["step"]
                 self.lengths += [log["completions/mean_length"]] * steps
                 self.correct += [log.get("opsd/correct", math.nan)] * steps
+                self.kept.append(log.get("opsd/kept", 1.0))
         folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step + 1)}
         self.checkpoints = [self._measured(str(path), step) for step, path in folders.items() if path.is_dir()]
 
     def on_step_end(self, args, state, control, **kwargs):
         metrics = self.trainer._metrics["train"]
+        self.kept.append(metrics["opsd/kept"][-1] if "opsd/kept" in metrics else 1.0)
         is_own = self.trainer.rollouts.given is None
         self.lengths.append(metrics["completions/mean_length"][-1] if is_own else math.nan)
         self.correct.append(metrics["opsd/correct"][-1] if is_own and "opsd/correct" in metrics else math.nan)
@@ -119,6 +123,14 @@ class AlarmCallback(DivergenceCallback):
                 f"uniform distribution {uniform:.3f} and the student's {student:.3f}. Check that its weights were loaded. "
                 "Nothing was updated in this step."
             )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.stopped_by is None and self.kept and not any(self.kept):
+            self.stopped_by = (
+                f"No optimizer step was made: of the rollouts of {len(self.kept)} steps none passed the gate "
+                f"`{self.trainer.rollouts.gate}`, and the weights are those that the run began with."
+            )
+            logger.error(self.stopped_by)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "opsd/kl" not in logs:

@@ -8,7 +8,8 @@ from pathlib import Path
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..cli import UserError, check_checkpoint, save_final, user_errors
+from ..adapters import merged
+from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
@@ -201,7 +202,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         if is_probed:
             check_probe(training_args)
         is_judged = training_args.lmbda > 0 or training_args.gate != "all"
-        reward_funcs = load_reward_funcs((script_args.reward_funcs or []) if is_judged else [])
+        reward_funcs = load_reward_funcs(as_list(script_args.reward_funcs) if is_judged else [])
         check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
 
         if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
@@ -241,8 +242,12 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
                 **(training_args.teacher_model_init_kwargs or {}),
             }
 
+    # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
+    student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged/student")
+    if teacher is not None:
+        teacher = merged(teacher, f"{training_args.output_dir}/merged/teacher")
     trainer = OPSDTrainer(
-        model=model_args.model_name_or_path,
+        model=student,
         teacher_model=teacher,
         args=training_args,
         train_dataset=datasets[0],
@@ -257,11 +262,20 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
     trainer.add_callback(alarms)
     if training_args.log_completions:
         trainer.add_callback(RolloutPages(trainer))
+    warn_of_precision(trainer)
     if is_probed:
         found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
         if trainer.accelerator.is_main_process:
             show_probe(found)
             write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())
+        if found["student"]["correct"] == 0 and trainer.rollouts.gate == "correct" and not script_args.probe_only:
+            trainer.accelerator.print(
+                f"error: None of the {found['num_prompts']} rollouts of the probe is correct, so nothing would be trained "
+                "on: look at them in probe.html (is the chat template applied, is the answer where the verifier looks?), "
+                "and if the model solves some prompts all the same, ask it more with `--probe_prompts`, or none with 0.",
+                file=sys.stderr,
+            )
+            raise SystemExit(3)
     if script_args.probe_only:
         return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -275,4 +289,4 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()

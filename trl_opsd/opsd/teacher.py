@@ -525,7 +525,8 @@ def check_vocabularies(
     ]
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(
-            f"Student and teacher have different tokenizers ({len(vocabularies[0])} and {len(vocabularies[1])} tokens), "
+            f"Student and teacher have different tokenizers ({len(vocabularies[0])} and {len(vocabularies[1])} tokens; "
+            f"`vocab_size` {sizes[0]} and {sizes[1]}), "
             "and the divergence compares them token by token: take a teacher of the same family, or use TRL's "
             "GOLDTrainer, which distils across tokenizers."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..adapters import merged
 from ..cli import UserError, check_checkpoint, publish, user_errors
 from ..results import write_results
 from .calibration import check_tokenizer, load_calibration, make_rollouts
@@ -23,6 +24,7 @@ def run(config: PruneConfig) -> None:
         check_checkpoint(source, "model_name_or_path")
         if output.resolve() == Path(source).resolve():
             raise UserError("`output_dir` is the checkpoint that is to be pruned: give another folder.")
+        source = merged(source, f"{output}/merged")
         shape = ModelShape(AutoConfig.from_pretrained(source))
         if config.target_ratio is None:
             sizes = shape.explicit(**config.sizes())

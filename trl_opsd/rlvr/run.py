@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..cli import UserError, check_checkpoint, save_final, user_errors
+from ..adapters import merged
+from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
@@ -37,6 +38,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             raise UserError(
                 "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
             )
+        script_args.reward_funcs = as_list(script_args.reward_funcs)
         if not script_args.reward_funcs:
             raise UserError("`reward_funcs` is missing: give at least one verifier, such as `math_reward`.")
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
@@ -66,7 +68,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
 
     trainer = RLVRTrainer(
-        model=model_args.model_name_or_path,
+        model=merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged"),
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=datasets[0],
@@ -74,6 +76,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    warn_of_precision(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
@@ -81,4 +84,4 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
