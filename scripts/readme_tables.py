@@ -1,5 +1,6 @@
 """
-Writes the tables of recipes/results/README.md, and the table.md of each experiment, from the files beside them.
+Writes the tables of recipes/results/README.md, the table.md of each experiment and the picture of README.md, from the
+files beside them.
 
     python -m scripts.readme_tables            writes them
     python -m scripts.readme_tables --check    ends with status 1 if they are not what the files say
@@ -13,6 +14,7 @@ from scripts.benchmarks import divergence, sandbox, scaling, step, teacher_memor
 from scripts.experiments import ablations, bank, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
+from trl_opsd.evaluate import svg
 
 
 STAGES = {
@@ -65,6 +67,43 @@ def chain_table() -> str:
     )
     heading = ["", "accuracy greedy, %", "accuracy sampled, %", "tokens greedy", "tokens sampled"]
     return f"{markdown(heading, lines)}\n\n{sentence}"
+
+
+def chain_picture() -> str:
+    """Accuracy against tokens before and after OPSD, and of the prompt that costs nothing: a mark for each seed."""
+    runs = read_all(RESULTS / "tiny_chain", "seed-*/results.json")
+    stages = {
+        "rlvr": "before (RLVR)",
+        "prompt-only": "before, asked to be concise: costs nothing",
+        "opsd": "after (OPSD)",
+    }
+    charts, titles = [], []
+    for number, decoding in enumerate(("greedy", "sampled")):
+        series = []
+        for index, (stage, label) in enumerate(stages.items()):
+            chosen = [row for rows in runs for row in rows if (row["stage"], row["decoding"]) == (stage, decoding)]
+            series.append(
+                svg.Series(
+                    label,
+                    index,
+                    [row["mean_tokens"] for row in chosen],
+                    [100 * row["accuracy"] for row in chosen],
+                    y_error=[(100 * row["accuracy_low"], 100 * row["accuracy_high"]) for row in chosen],
+                )
+            )
+        charts.append(
+            svg.chart(
+                series,
+                "completion tokens, mean",
+                "accuracy, %",
+                x_from=0,
+                y_from=94,
+                y_to=100,
+                left=svg.WIDTH * number,
+            )
+        )
+        titles.append({"greedy": "greedy", "sampled": "sampled at temperature 1"}[decoding])
+    return svg.picture(charts, titles, list(stages.values()))
 
 
 def size_table() -> str:
@@ -148,8 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args(argv)
     page = RESULTS / "README.md"
-    texts = {page: filled(page.read_text())} | {RESULTS / name / "table.md": table() for name, table in FILES.items()}
-    stale = [path for path, text in texts.items() if path.read_text() != text]
+    texts = {page: filled(page.read_text()), RESULTS / "tiny_chain" / "accuracy_tokens.svg": chain_picture()}
+    texts |= {RESULTS / name / "table.md": table() for name, table in FILES.items()}
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         print(path)
         if not args.check:
