@@ -193,7 +193,7 @@ def test_options_in_the_text_are_there(page):
     stage = page.parent.name if page.parent.parent.name == "trl_opsd" else None
     known = frozenset().union(*(all_options_of(name) for name in ([stage] if stage else COMMANDS_OF)))
     words = [word for span in spans(page) if span.startswith("--") for word in span.split() if word.startswith("--")]
-    assert set(words) <= known | LAUNCH | {"--config"}
+    assert set(words) <= known | LAUNCH | {"--config", "--help", "--trl-tests", "--trl-control"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
