@@ -44,6 +44,8 @@ def silence() -> None:
     for logger, text in (
         # Kernels of torchao for some GPUs and Python versions, which its wheel may lack: who calls one gets an error
         ("torchao", "Failed to load"),
+        # The same, of a torch that its wheel was not built for
+        ("torchao", "Skipping import of cpp extensions"),
         # torchao registers its own enumerations in a way that torch no longer needs
         ("torch.utils._pytree", "Calling register_constant() on Enum subclasses is deprecated"),
     ):
