@@ -8,7 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # In the order of the chain; what is beside the stages comes first
-ORDER = ["shadows", "cli", "results", "adapters", "data", "rewards", "tiny", "rlvr", "prune", "opsd", "evaluate", "compress"]
+ORDER = [
+    "shadows",
+    "cli",
+    "results",
+    "adapters",
+    "data",
+    "rewards",
+    "tiny",
+    "rlvr",
+    "prune",
+    "opsd",
+    "evaluate",
+    "compress",
+]
 
 
 def imports_of(package: str) -> dict[str, set[str]]:
