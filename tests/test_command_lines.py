@@ -118,12 +118,25 @@ def test_every_way_of_writing_an_option_reaches_the_configuration(tmp_path):
     script_args, config, model_args = parse(
         OPSD,
         [f"--config={recipe}", "--output_dir", str(tmp_path), "--reward_funcs", "first", "second", "--probe_only"]
-        + ["--no_average_tokens_across_devices", "--no-shuffle-dataset", "--max-steps", "-1", "--learning_rate=-0.5"]
+        + [
+            "--no_average_tokens_across_devices",
+            "--no-shuffle-dataset",
+            "--max-steps",
+            "-1",
+            "--learning_rate=0.5",
+            "--gate_threshold=-0.5",
+        ]
         + ["--teacher_chat_template_kwargs", '{"a": 1}', "--lora_r=4", "--beta", "0.25"],
     )
     assert script_args.reward_funcs == ["first", "second"] and script_args.probe_only is True
     assert config.average_tokens_across_devices is False and config.shuffle_dataset is False
-    assert (config.gate, config.lmbda, config.learning_rate, config.max_steps) == ("all", 0.5, -0.5, -1)
+    assert (config.gate, config.lmbda, config.learning_rate, config.gate_threshold, config.max_steps) == (
+        "all",
+        0.5,
+        0.5,
+        -0.5,
+        -1,
+    )
     assert (config.teacher_chat_template_kwargs, config.beta, config.min_p) == ({"a": 1}, 0.25, 0.5)
     assert model_args.lora_r == 4 and type(config).__mro__[1].__name__ == "DistillationConfig"
 

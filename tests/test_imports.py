@@ -10,9 +10,11 @@ ROOT = Path(__file__).parents[1]
 # In the order of the chain; what is beside the stages comes first
 ORDER = [
     "shadows",
+    "ranges",
     "cli",
     "results",
     "adapters",
+    "resuming",
     "data",
     "rewards",
     "tiny",

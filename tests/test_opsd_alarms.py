@@ -174,6 +174,22 @@ def test_the_best_checkpoint_is_the_shortest_of_the_accurate_ones(tmp_path, smal
     assert alarms.best_checkpoint(0.2) is None
 
 
+@pytest.mark.parametrize("probed, stopped_at", [((32, 31), 3), ((32, 12), None), (None, None)])
+def test_a_collapse_within_the_first_rollouts_is_seen_from_the_probe(
+    tmp_path, small_model, tokenizer, rows, completions, probed, stopped_at
+):
+    """Of 31 of 32 at least 84% were likely, of 12 of 32 at least 23%, and the run has 50% from its first step on."""
+    with same_rollouts(completions):
+        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-4}
+        trainer = build(tmp_path, small_model(0), tokenizer, rows, reward_funcs=falling(0.5, 9, 0.5), **options)
+        trainer.alarms.window, trainer.alarms.probed = 2, probed
+        trainer.train()
+    assert trainer.state.global_step == (stopped_at or 5)
+    if stopped_at:
+        assert "50% of the last 256 rollouts are correct, at the start they were 84%" in trainer.alarms.stopped_by
+        assert "None of its 2 checkpoints is as good as at the start" in trainer.alarms.stopped_by
+
+
 def test_warnings_carry_their_numbers(tmp_path, small_model, tokenizer, rows, caplog):
     trainer = build(tmp_path, small_model(0), tokenizer, rows)
     log = {"opsd/kl": 0.1, "opsd/correct": 0.9, "completions/mean_length": 100.0, "completions/clipped_ratio": 0.0}

@@ -359,7 +359,7 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
         ),
         ({"dataset_name": "{tmp}/gone.jsonl"}, "gone.jsonl"),
         ({"dataset_name": None}, "`dataset_name` is missing"),
-        ({"model_name_or_path": "{tmp}/nowhere"}, "there is no checkpoint at `{tmp}/nowhere`"),
+        ({"model_name_or_path": "{tmp}/nowhere"}, "there is no folder `{tmp}/nowhere`"),
         ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
         ({"reward_funcs": None}, "`reward_funcs` is missing"),
         ({"reward_funcs": ["mathreward"]}, "Unknown reward function `mathreward`"),

@@ -8,6 +8,7 @@ does so before any model is loaded. Everything else keeps its traceback.
 import argparse
 import difflib
 import importlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -23,12 +24,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from trl import TrlParser
 
+from .ranges import check_range
 from .shadows import Unreadable, read_dataclass
 
 
 # Nothing heavy is imported up here, so that --help and a wrong option answer at once
 if TYPE_CHECKING:
     from transformers import Trainer
+    from trl import DistillationConfig, GRPOConfig
+
+
+# What a switch may be written as, beside YAML's own
+_SWITCHES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
 
 class UserError(ValueError):
@@ -146,14 +153,20 @@ class Parser(TrlParser):
             UserError: If there is one.
         """
         args = list(args)
+        given = None
         if "--config" in args:
             index = args.index("--config")
             if index + 1 == len(args):
                 raise UserError("`--config` needs the path of a YAML file after it.")
-            self.set_defaults_with_config(**self.read_config(Path(args[index + 1])))
+            path = args[index + 1]
+            given = self.read_config(Path(path))
+            self.set_defaults_with_config(**given)
             del args[index : index + 2]
-        _, unknown = self.parse_known_args(args)
+        values, unknown = self.parse_known_args(args)
         if not unknown:
+            for name, value in vars(values).items():
+                is_of_file = given is not None and str(given.get(name)) == str(value)
+                check_range(name, value, f" in {path}" if is_of_file else "")
             return
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
@@ -173,12 +186,16 @@ class Parser(TrlParser):
             `dict[str, Any]`: What it holds, without `env`.
 
         Raises:
-            UserError: If the file is missing or not a YAML mapping, or holds a key that no dataclass knows.
+            UserError: If the file is missing or not a YAML mapping, or holds a key twice, one that no dataclass knows,
+                or a value that is not of the kind that the option takes.
         """
         if not path.is_file():
             raise UserError(f"There is no config file at `{path}`: check the path given to `--config`.")
         try:
-            config = yaml.safe_load(path.read_text())
+            text = path.read_text()
+            root, config = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except UnicodeDecodeError:
+            raise UserError(f"`{path}` is not text in UTF-8: check the path given to `--config`.") from None
         except yaml.YAMLError as error:
             raise UserError(f"`{path}` is not valid YAML: {' '.join(str(error).split())}.") from None
         if not isinstance(config, dict):
@@ -188,6 +205,15 @@ class Parser(TrlParser):
         unknown = [key for key in config if key not in known]
         if unknown:
             raise UserError(f"Unknown key `{unknown[0]}` in {path}: {did_you_mean(str(unknown[0]), list(known))}")
+        keys = [key.value for key, _ in root.value]
+        twice = [key for key in config if keys.count(key) > 1]
+        if twice:
+            raise UserError(
+                f"`{twice[0]}` stands in {path} {keys.count(twice[0])} times, and only one can count: keep that."
+            )
+        actions = {action.dest: action for action in reversed(self._actions)}
+        for key, value in config.items():
+            _check_value(actions[key], value, f"`{key}` in {path}")
         return config
 
     def parse_known_args(self, args=None, namespace=None):
@@ -224,6 +250,31 @@ class Parser(TrlParser):
             "without a value, and `--no_OPTION` turns off one that is on.\n"
         )
         return "\n".join(textwrap.fill(line, width) for line in head.split("\n")) + "".join([*own, *inherited])
+
+
+def _check_value(action: argparse.Action, value: Any, name: str) -> None:
+    """Checks a value of a YAML file, which argparse takes as it is."""
+    if value is None:
+        return
+    values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    for part in values:
+        if action.choices is not None and part not in action.choices:
+            near = difflib.get_close_matches(str(part), list(map(str, action.choices)), n=1)
+            ending = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(map(str, action.choices))}."
+            raise UserError(f"{name} is {part!r}, which is none of its values: {ending}")
+        kind = action.type.__name__ if action.choices is None and action.type is not None else ""
+        if kind in ("int", "float"):
+            number = int if kind == "int" else float
+            try:
+                is_one = not isinstance(part, bool) and isinstance(part, int | float | str)
+                is_one = is_one and (number(part) == part or isinstance(part, str) or number is float)
+            except (ValueError, OverflowError):  # of an infinite one
+                is_one = False
+            if not is_one:
+                raise UserError(f"{name} is {part!r}, and the option takes a {'whole ' * (number is int)}number.")
+        elif kind == "string_to_bool":
+            if not isinstance(part, bool) and str(part).lower() not in _SWITCHES:
+                raise UserError(f"{name} is {part!r}, and the option takes true or false.")
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
@@ -274,6 +325,9 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
     from transformers import AutoConfig
 
     folder = Path(name_or_path)
+    # A Hub id has at most one slash
+    if not folder.exists() and (name_or_path.count("/") > 1 or name_or_path[0] in "./~"):
+        raise UserError(f"`{field}`: there is no folder `{name_or_path}`: check the path.")
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         check_checkpoint(base, f"{field}`, the base of the adapter `{folder}", trust_remote_code)
@@ -290,6 +344,24 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
         ) from None
+
+
+def check_engine(training_args: "GRPOConfig | DistillationConfig") -> None:
+    """
+    Checks that vLLM is installed where it is asked for.
+
+    Args:
+        training_args ([`~trl.GRPOConfig`] or [`~trl.DistillationConfig`]):
+            Arguments.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if training_args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "`use_vllm: true` needs vLLM, and it is not installed here: run `bash scripts/setup.sh vllm` and use the "
+            "Python of .venv-vllm, or set `--use_vllm false`."
+        )
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

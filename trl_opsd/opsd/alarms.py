@@ -84,6 +84,8 @@ class AlarmCallback(DivergenceCallback):
         self.kept: list[float] = []
         self.checkpoints: list[tuple[str, float, float]] = []
         self.stopped_by: str | None = None
+        # Of the probe, where there was one: rollouts of the student before training, and how many were correct
+        self.probed: tuple[int, int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         last = 0
@@ -103,11 +105,11 @@ class AlarmCallback(DivergenceCallback):
         self.lengths.append(metrics["completions/mean_length"][-1] if is_own else math.nan)
         self.correct.append(metrics["opsd/correct"][-1] if is_own and "opsd/correct" in metrics else math.nan)
         if self.correct_drop is not None and len(self.correct) > self.window:
-            start, now = self._start_and_now(self.correct)
+            start, now = self._correct_at_start(), self._start_and_now(self.correct)[1]
             if now < start - self.correct_drop:
                 self._stop(
                     control,
-                    f"{now:.0%} of the rollouts are correct, at the start they were {start:.0%} "
+                    f"{now:.0%} of the last {WINDOW} rollouts are correct, at the start they were {start:.0%} "
                     f"(`correct_drop={self.correct_drop}`).",
                 )
 
@@ -181,14 +183,26 @@ class AlarmCallback(DivergenceCallback):
         Returns:
             `str` or `None`: Its folder.
         """
-        start = mean(self.correct[: self.window])
-        floor = start - (margin or 1.0)
+        floor = self._correct_at_start() - (margin or 1.0)
         good = [
             (tokens, folder)
             for folder, correct, tokens in self.checkpoints
             if not correct < floor and not math.isnan(tokens)
         ]
         return min(good)[1] if good else None
+
+    def _correct_at_start(self) -> float:
+        """
+        Share of correct rollouts at the start: of the first ones, or, where these held a collapse already, the least that
+        the probe leaves likely (the lower end of Wilson's 95% interval).
+        """
+        start = mean(self.correct[: self.window])
+        if self.probed is None:
+            return start
+        number, correct = self.probed
+        share, z2 = correct / number, 1.96**2
+        half = math.sqrt(z2 * share * (1 - share) / number + (z2 / (2 * number)) ** 2)
+        return max((share + z2 / (2 * number) - half) / (1 + z2 / number), start)
 
     def _start_and_now(self, values: list[float]) -> tuple[float, float]:
         return mean(values[: self.window]), mean(values[-self.window :])
@@ -200,9 +214,14 @@ class AlarmCallback(DivergenceCallback):
 
     def _stop(self, control, reason: str) -> None:
         best = self.best_checkpoint(self.correct_drop)
-        where = (
-            f"The best checkpoint is {best}." if best else "There is no checkpoint to go back to (`save_strategy`)."
-        )
+        if best is not None:
+            where = f"The best checkpoint is {best}."
+        elif self.checkpoints:
+            where = (
+                f"None of its {len(self.checkpoints)} checkpoints is as good as at the start, within `correct_drop`."
+            )
+        else:
+            where = "There is no checkpoint to go back to (`save_strategy`)."
         self.stopped_by = f"Stopped at step {self.trainer.state.global_step}: {reason} {where}"
         logger.error(self.stopped_by)
         control.should_training_stop = True

@@ -9,9 +9,10 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, check_engine, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
+from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from .alarms import AlarmCallback
@@ -187,6 +188,8 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
+        check_engine(training_args)
+        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trust_remote_code = training_args.trust_remote_code
         check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
         teacher = training_args.teacher_model_name_or_path
@@ -198,7 +201,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             )
         if script_args.probe_only and script_args.probe_prompts < 1:
             raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
-        is_probed = script_args.probe_prompts > 0 and training_args.resume_from_checkpoint is None
+        is_probed = script_args.probe_prompts > 0 and resume_from is None
         if is_probed:
             check_probe(training_args)
         is_judged = training_args.lmbda > 0 or training_args.gate != "all"
@@ -242,22 +245,25 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
                 **(training_args.teacher_model_init_kwargs or {}),
             }
 
+        claim(training_args)
+
     # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
     student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged/student")
     if teacher is not None:
         teacher = merged(teacher, f"{training_args.output_dir}/merged/teacher")
-    trainer = OPSDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=training_args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if len(datasets) > 1 else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        reward_funcs=reward_funcs or None,
-    )
-    if script_args.qat is not None:
-        fake_quantise(trainer.model, script_args.qat, script_args.qat_group_size)
+    with user_errors():  # what is only found inside ends in a sentence too
+        trainer = OPSDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=training_args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1] if len(datasets) > 1 else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            reward_funcs=reward_funcs or None,
+        )
+        if script_args.qat is not None:
+            fake_quantise(trainer.model, script_args.qat, script_args.qat_group_size)
     alarms = AlarmCallback(trainer, correct_drop=script_args.alarm_correct_drop)
     trainer.add_callback(alarms)
     if training_args.log_completions:
@@ -268,6 +274,8 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         if trainer.accelerator.is_main_process:
             show_probe(found)
             write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())
+        if found["student"]["correct"] is not None:
+            alarms.probed = found["num_prompts"], round(found["student"]["correct"] * found["num_prompts"])
         if found["student"]["correct"] == 0 and trainer.rollouts.gate == "correct" and not script_args.probe_only:
             trainer.accelerator.print(
                 f"error: None of the {found['num_prompts']} rollouts of the probe is correct, so nothing would be trained "
@@ -278,7 +286,10 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             raise SystemExit(3)
     if script_args.probe_only:
         return
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    interruption = StopOnSignal(trainer)
+    trainer.add_callback(interruption)
+    trainer.train(resume_from_checkpoint=resume_from)
+    interruption.end(training_args.output_dir)
     if alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name
         trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)

@@ -292,7 +292,7 @@ class Teacher:
 
         Args:
             folder (`str`):
-                Folder of the checkpoint.
+                Folder of the checkpoint. A missing one is made.
             is_main (`bool`):
                 Whether this process writes.
         """
@@ -304,6 +304,7 @@ class Teacher:
             if is_main:
                 parameters[name] = sums if sums is not None and is_deepspeed_zero3_enabled() else parameter
         if is_main:
+            os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, FILE)
             save_file(parameters, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)

@@ -517,11 +517,12 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        # Before the rest: a checkpoint whose `trainer_state.json` is there is whole, and only then are older ones removed
         if self.rollouts.pass_rates is not None and self.args.should_save:
-            self.rollouts.pass_rates.save(folder)  # before the rest, so that a checkpoint that is whole has it
-        super()._save_checkpoint(model, trial)
+            self.rollouts.pass_rates.save(folder)
         if self.teacher.follows_student:
             self.teacher.save(folder, is_main=self.args.should_save)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, check_engine, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
+from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
 from .config import RLVRConfig
 from .trainer import RLVRTrainer
@@ -32,6 +33,8 @@ class RLVRScriptArguments(ScriptArguments):
 def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
+        check_engine(training_args)
+        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trust_remote_code = training_args.trust_remote_code
         check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
         if script_args.dataset_name is None:
@@ -66,18 +69,24 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             "dtype": model_args.dtype,
         }
         training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+        claim(training_args)
 
-    trainer = RLVRTrainer(
-        model=merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged"),
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if len(datasets) > 1 else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged")
+    with user_errors():  # what is only found inside ends in a sentence too
+        trainer = RLVRTrainer(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1] if len(datasets) > 1 else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     warn_of_precision(trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    interruption = StopOnSignal(trainer)
+    trainer.add_callback(interruption)
+    trainer.train(resume_from_checkpoint=resume_from)
+    interruption.end(training_args.output_dir)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
         write_results(f"{training_args.output_dir}/rlvr.json", trainer.state.log_history, training_args.to_dict())

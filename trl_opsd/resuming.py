@@ -1,0 +1,193 @@
+"""How the training stages go on where they were: which checkpoint is whole, whose folder it is, and a SIGTERM in time."""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# 128 + SIGTERM, as a shell reports a process that the signal has ended
+INTERRUPTED = 143
+# Output folders of this process, open for as long as it lives, which holds their locks
+_claimed: dict[Path, int] = {}
+
+
+def why_broken(folder: Path) -> str | None:
+    """
+    Looks for what makes a training checkpoint useless.
+
+    Args:
+        folder (`Path`):
+            Folder `checkpoint-N` of a trainer.
+
+    Returns:
+        `str` or `None`: What is wrong with it, or `None` if it is whole.
+    """
+    if not folder.is_dir():
+        return "it is not a folder"
+    try:
+        # The main process writes it after everything else
+        json.loads((folder / "trainer_state.json").read_text())
+    except OSError:
+        return "it has no trainer_state.json, so its writing was interrupted"
+    except ValueError:
+        return "its trainer_state.json is not whole"
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError):
+            return f"its {index.name} is not whole"
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            return f"its shard {missing[0]} is missing"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # compares the length of the file with what its header says
+        except (SafetensorError, OSError) as error:
+            return f"its {file.name} is damaged ({error})"
+    return None
+
+
+def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """
+    The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            Folder of a checkpoint, or `true` for the last whole one of `output_dir`.
+        output_dir (`str`):
+            Output folder of the run.
+
+    Returns:
+        `str` or `None`: The folder, or `None` to begin anew, which `true` means where there is no whole checkpoint.
+
+    Raises:
+        ValueError: If the folder that was named is not a whole checkpoint.
+    """
+    wish = str(resume_from_checkpoint).lower()
+    if resume_from_checkpoint is None or wish == "false":
+        return None
+    if wish != "true":
+        reason = why_broken(Path(resume_from_checkpoint))
+        if reason is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint`: `{resume_from_checkpoint}` cannot be resumed from, because {reason}: give "
+                "another one, or `true` for the last whole checkpoint of `output_dir`."
+            )
+        return str(resume_from_checkpoint)
+    steps = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.rpartition("-")[2]
+        if number.isdecimal():
+            steps[int(number)] = folder
+    for _, folder in sorted(steps.items(), reverse=True):
+        reason = why_broken(folder)
+        if reason is None:
+            return str(folder)
+        logging.getLogger("trl_opsd").warning(f"`{folder}` is left aside: {reason}.")
+    return None
+
+
+def claim(training_args: "TrainingArguments") -> None:
+    """
+    Makes the output folder of a run and holds it until the process ends.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]):
+            Arguments. The main process acts, the others do nothing.
+
+    Raises:
+        ValueError: If it cannot be made or written, or if another run holds it.
+    """
+    if training_args.process_index != 0:
+        return
+    output_dir = training_args.output_dir
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if folder.resolve() in _claimed:
+            return
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir`: the folder `{output_dir}` cannot be written ({error.strerror}): choose another one."
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"`output_dir`: another run is writing into `{output_dir}`: wait for it, or choose another folder."
+        ) from None
+    _claimed[folder.resolve()] = lock
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Ends training after the step at hand when the process is sent SIGTERM, with a checkpoint.
+
+    transformers' `enable_jit_checkpoint` writes one in the middle of a step, after its rollouts were drawn: a run
+    resumed from there draws others, and its processes may not agree on the step. This one waits for the end of the
+    step, and for all processes.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._accelerator = trainer.accelerator
+        self._received = False
+        self.stopped_at: int | None = None  # step whose checkpoint the run can go on from
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame):
+        self._received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor([int(self._received)], device=args.device)
+        if self._accelerator.gather(received).any() and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end(self, output_dir: str) -> None:
+        """
+        Ends the process where training was ended, so that nothing is saved under the final name.
+
+        Args:
+            output_dir (`str`):
+                Output folder of the run.
+
+        Raises:
+            SystemExit: With the status 143.
+        """
+        if self.stopped_at is None:
+            return
+        folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.stopped_at}")
+        self._accelerator.print(
+            f"error: Ended by SIGTERM after step {self.stopped_at}, whose checkpoint is `{folder}`: the same command with "
+            "`--resume_from_checkpoint true` goes on from there.",
+            file=sys.stderr,
+        )
+        self._accelerator.end_training()
+        raise SystemExit(INTERRUPTED)
