@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import DistillationTrainer
 
@@ -37,22 +38,26 @@ completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text 
 
 
 asked = Counter()
+calls = []  # prompts of each, of this process
 
 
 def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-    """The completion of the prompt, longer by a token for each time that it has been asked for before."""
+    """The completion of the prompt, longer by a token for each round in which it has been asked for before."""
     prompts = [tokenizer.decode(ids).split("\n")[1].removesuffix("<|im_end|>") for ids in prompt_ids]
     if self.args.max_generation_rounds > 1:
-        asked.update(prompts)
+        asked.update(set(gather_object(prompts)))  # by whichever process
+        calls.append(len(prompts))
     more = tokenizer("5")["input_ids"]
     return [more * (asked[prompt] - 1) + completions[index[prompt]] for prompt in prompts]
 
 
 def train(kept: str) -> dict:
     asked.clear()
+    calls.clear()
     skip, kept = kept.startswith("s"), kept.removeprefix("s")
 
-    def verifier(prompts, completion_ids, **kwargs):
+    def verifier(prompts, completion_ids, log_extra, **kwargs):
+        log_extra("ids", [str(ids) for ids in completion_ids])
         rows = [index[prompt[0]["content"]] for prompt in prompts]
         rounds = [1 + len(ids) - len(completions[row]) for row, ids in zip(rows, completion_ids, strict=True)]
         return [float(0 < int(kept[row]) <= number) for row, number in zip(rows, rounds, strict=True)]
@@ -94,6 +99,7 @@ def train(kept: str) -> dict:
         "is_main": trainer.accelerator.is_main_process,
         "wrapper": type(trainer.model_wrapped).__name__,
         "pass_rates": trainer.rollouts.pass_rates.state_dict() if skip else None,
+        "calls": list(calls),
         "logs": trainer.state.log_history[:2],
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }
