@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import DistillationTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd.view import RolloutPages
 from trl_opsd.tiny import TinyConfig, make_model, problems, row
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 from trl_opsd.tiny.tokenizer import make_tokenizer
@@ -38,6 +39,7 @@ completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text 
 
 
 asked = Counter()
+HELD = ("kl", "token_ids", "token_kl")
 calls = []  # prompts of each, of this process
 
 
@@ -65,6 +67,7 @@ def train(kept: str) -> dict:
     config = OPSDConfig(
         output_dir=str(args.output.with_suffix("") / kept),
         log_completions=True,
+        num_completions_to_print=3,
         per_device_train_batch_size=args.per_device,
         gradient_accumulation_steps=args.accumulation,
         max_tokens_per_microbatch=args.max_tokens,
@@ -93,8 +96,21 @@ def train(kept: str) -> dict:
         processing_class=tokenizer,
         reward_funcs=verifier,
     )
+    gathered = []
+
+    class Look(RolloutPages):
+        """The page, and how much of the rollouts has come to each process for it."""
+
+        def on_log(self, *arguments, **kwargs):
+            super().on_log(*arguments, **kwargs)
+            rollouts = trainer.rollout_log.gathered("train")
+            sizes = [len(rollouts), *(sum(getattr(r, name) is not None for r in rollouts) for name in HELD)]
+            gathered.append(gather_object([sizes]))
+
+    trainer.add_callback(Look(trainer))
     trainer.train()
     return {
+        "gathered": gathered,
         "num_processes": trainer.accelerator.num_processes,
         "is_main": trainer.accelerator.is_main_process,
         "wrapper": type(trainer.model_wrapped).__name__,

@@ -1,6 +1,7 @@
 """The same numbers on one process and on two, whatever was gated out where."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,20 @@ def test_the_table_of_two_processes_is_that_of_one(runs, folder, gate, other):
     # What was logged of a rollout is still beside it, whoever wrote it and whoever judged it
     assert one["ids"].map(lambda ids: ids.count(",") + 1).tolist() == one["tokens"].tolist()
     assert one["kl"].notna().tolist() == one["kept"].tolist()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_page_of_two_processes_is_that_of_one(runs, folder, gate):
+    """And only what is on it, with the values of its tokens, has come to the main process, and nothing to the others."""
+    pages = {
+        run: [
+            re.sub(r"[0-9.e-]+ nats", "nats", (folder / run / gate / "rollouts" / f"step-{step}.html").read_text())
+            for step in (1, 2)
+        ]
+        for run in ("one", "two", "budget")
+    }
+    assert pages["one"] == pages["two"] == pages["budget"] and "nats" in pages["one"][0]
+    case, kept = GATES.index(gate), gate.count("1")
+    for run in ("two", "budget"):
+        for main, other in runs[run][case]["gathered"][:2]:
+            assert main == [8, kept, 3, min(kept, 3)] and other == [0, 0, 0, 0]
