@@ -6,10 +6,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import DistillationTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd.view import RolloutPages
 from trl_opsd.tiny import TinyConfig, make_model, problems, row
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 from trl_opsd.tiny.tokenizer import make_tokenizer
@@ -37,22 +39,27 @@ completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text 
 
 
 asked = Counter()
+HELD = ("kl", "token_ids", "token_kl")
+calls = []  # prompts of each, of this process
 
 
 def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-    """The completion of the prompt, longer by a token for each time that it has been asked for before."""
+    """The completion of the prompt, longer by a token for each round in which it has been asked for before."""
     prompts = [tokenizer.decode(ids).split("\n")[1].removesuffix("<|im_end|>") for ids in prompt_ids]
     if self.args.max_generation_rounds > 1:
-        asked.update(prompts)
+        asked.update(set(gather_object(prompts)))  # by whichever process
+        calls.append(len(prompts))
     more = tokenizer("5")["input_ids"]
     return [more * (asked[prompt] - 1) + completions[index[prompt]] for prompt in prompts]
 
 
 def train(kept: str) -> dict:
     asked.clear()
+    calls.clear()
     skip, kept = kept.startswith("s"), kept.removeprefix("s")
 
-    def verifier(prompts, completion_ids, **kwargs):
+    def verifier(prompts, completion_ids, log_extra, **kwargs):
+        log_extra("ids", [str(ids) for ids in completion_ids])
         rows = [index[prompt[0]["content"]] for prompt in prompts]
         rounds = [1 + len(ids) - len(completions[row]) for row, ids in zip(rows, completion_ids, strict=True)]
         return [float(0 < int(kept[row]) <= number) for row, number in zip(rows, rounds, strict=True)]
@@ -60,6 +67,7 @@ def train(kept: str) -> dict:
     config = OPSDConfig(
         output_dir=str(args.output.with_suffix("") / kept),
         log_completions=True,
+        num_completions_to_print=3,
         per_device_train_batch_size=args.per_device,
         gradient_accumulation_steps=args.accumulation,
         max_tokens_per_microbatch=args.max_tokens,
@@ -88,12 +96,26 @@ def train(kept: str) -> dict:
         processing_class=tokenizer,
         reward_funcs=verifier,
     )
+    gathered = []
+
+    class Look(RolloutPages):
+        """The page, and how much of the rollouts has come to each process for it."""
+
+        def on_log(self, *arguments, **kwargs):
+            super().on_log(*arguments, **kwargs)
+            rollouts = trainer.rollout_log.gathered("train")
+            sizes = [len(rollouts), *(sum(getattr(r, name) is not None for r in rollouts) for name in HELD)]
+            gathered.append(gather_object([sizes]))
+
+    trainer.add_callback(Look(trainer))
     trainer.train()
     return {
+        "gathered": gathered,
         "num_processes": trainer.accelerator.num_processes,
         "is_main": trainer.accelerator.is_main_process,
         "wrapper": type(trainer.model_wrapped).__name__,
         "pass_rates": trainer.rollouts.pass_rates.state_dict() if skip else None,
+        "calls": list(calls),
         "logs": trainer.state.log_history[:2],
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }

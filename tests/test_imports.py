@@ -15,6 +15,7 @@ ORDER = [
     "results",
     "adapters",
     "resuming",
+    "engine",
     "data",
     "rewards",
     "tiny",

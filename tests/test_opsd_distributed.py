@@ -1,6 +1,7 @@
 """The same numbers on one process and on two, whatever was gated out where."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,10 @@ def test_two_processes_do_what_one_does(runs, case, other):
         assert ours["opsd/kept"] == (1 if skips and step == 1 else 1 - gate.count("0") / 8)
         if gate in REFILLS:
             assert ours["opsd/generation_rounds"] == 3
+            # What is asked again is dealt evenly, though one process has all of it
+            again = {"11110230": (4, 3), "20311111": (3, 2)}[gate]
+            assert one["calls"] == 2 * [8, *again]
+            assert two["calls"] == 2 * [4, *((number + 1) // 2 for number in again)]
         if skips:
             assert ours["opsd/skipped"] == step * gate.count("0") / 8
         for key in (
@@ -82,11 +87,30 @@ def test_two_processes_do_what_one_does(runs, case, other):
 
 
 @pytest.mark.parametrize("other", ["two", "budget"])
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATES + REFILLS)
 def test_the_table_of_two_processes_is_that_of_one(runs, folder, gate, other):
     one, two = (
         pd.read_parquet(folder / run / gate / "completions" / "completions_00002.parquet") for run in ("one", other)
     )
     pd.testing.assert_frame_equal(one, two, rtol=1e-4)
-    assert one["kept"].tolist() == [keep == "1" for keep in gate]
+    assert one["kept"].tolist() == [keep != "0" for keep in gate]
+    # What was logged of a rollout is still beside it, whoever wrote it and whoever judged it
+    assert one["ids"].map(lambda ids: ids.count(",") + 1).tolist() == one["tokens"].tolist()
     assert one["kl"].notna().tolist() == one["kept"].tolist()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_page_of_two_processes_is_that_of_one(runs, folder, gate):
+    """And only what is on it, with the values of its tokens, has come to the main process, and nothing to the others."""
+    pages = {
+        run: [
+            re.sub(r"[0-9.e-]+ nats", "nats", (folder / run / gate / "rollouts" / f"step-{step}.html").read_text())
+            for step in (1, 2)
+        ]
+        for run in ("one", "two", "budget")
+    }
+    assert pages["one"] == pages["two"] == pages["budget"] and "nats" in pages["one"][0]
+    case, kept = GATES.index(gate), gate.count("1")
+    for run in ("two", "budget"):
+        for main, other in runs[run][case]["gathered"][:2]:
+            assert main == [8, kept, 3, min(kept, 3)] and other == [0, 0, 0, 0]

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import graphlib
 import io
+import json
 import os
 import re
 import runpy
@@ -26,15 +27,18 @@ from scripts.harness.shapes import small  # noqa: E402
 from scripts.harness.tables import markdown, spread  # noqa: E402
 
 
-COMMANDS = dict(re.findall(r"^\| \[(\w+)\]\(\1\) \| .* \| `([^`]+)` \|$", (RESULTS / "README.md").read_text(), re.M))
+PAGE = (RESULTS / "README.md").read_text()
+COMMANDS = dict(re.findall(r"^\| \[(\w+)\]\(\1\) \| .* \| `([^`]+)` \|$", PAGE, re.M))
+NOT_RUN = dict(re.findall(r"^\| (\w+) \| .*: not run yet \| `([^`]+)` \|$", PAGE, re.M))
 
 
 def test_every_folder_of_results_is_listed_with_its_command():
     assert set(COMMANDS) == {path.name for path in RESULTS.iterdir() if path.is_dir()}
+    assert not NOT_RUN.keys() & COMMANDS.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("command", sorted(set(COMMANDS.values())))
+@pytest.mark.parametrize("command", sorted({*COMMANDS.values(), *NOT_RUN.values()}))
 def test_the_command_of_a_result_can_be_run(command, monkeypatch):
     program, *arguments = shlex.split(command)
     if program == "bash":
@@ -133,3 +137,72 @@ def test_tables_in_markdown():
     assert spread([-0.04, 0.01]) == "0.0 (0.0 to 0.0)"
     assert spread([1, 2, 6]) == "3.0 (1.0 to 6.0)"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Arms have processes of their own, each of which imports torch and TRL."""
+    from scripts.benchmarks import divergence, gpu, step
+
+    @contextlib.contextmanager
+    def here():
+        prepared = []
+
+        def call(function, *args):
+            # The measured function of a case is a variable of its process
+            if function is divergence.measure_once:
+                divergence.step = prepared[0]
+            result = function(*args)
+            if function is divergence.prepare:
+                prepared.append(divergence.step)
+            return result
+
+        yield call
+
+    monkeypatch.setattr(divergence, "process", here)
+    monkeypatch.setattr(step, "run_distributed", lambda number, function, *args: [function(*args)])
+    monkeypatch.setattr(gpu, "run_alone", lambda function, *args: function(*args))
+    return gpu
+
+
+def test_the_gpu_command_runs_up_to_the_gpu(in_this_process, tmp_path, monkeypatch, capsys):
+    gpu = in_this_process
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    gpu.main(["--device", "cpu", "--output_dir", str(tmp_path)])
+    loss, steps = (json.loads((tmp_path / f"{kind}-cpu.json").read_text()) for kind in ("loss", "step"))
+    found = {(row["backend"], row["kl_clip"]): row for row in loss["rows"]}
+    assert set(found) == {("products", None), ("fused", 1e-4), ("fused", None), ("chunked", None), ("liger", None)}
+    for row in loss["rows"]:
+        assert row["seconds_median"] > 0 and row["seconds_to_faster_peer"] > 0
+    assert {"torch", "python"} <= {name.lower() for name in loss["environment"]["versions"]}
+    rows = {row["arm"]: row for row in steps["rows"]}
+    assert list(rows) == gpu.ARMS
+    for row in rows.values():
+        assert row["useful_per_s"] > 0 and row["peer"] in rows
+    assert rows["TRL Distillation"]["losses"] == pytest.approx(rows["ours, external teacher, all"]["losses"], rel=1e-4)
+    text = capsys.readouterr().out
+    assert gpu.loss_table(loss["rows"]) in text and gpu.step_table(steps["rows"]) in text and "Targets" in text
+
+
+def test_the_gpu_command_says_what_it_did_not_measure(in_this_process, tmp_path, monkeypatch):
+    import torch
+
+    gpu = in_this_process
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu.step, "work", full)
+    monkeypatch.setattr(gpu, "ARMS", gpu.ARMS[:1])
+    monkeypatch.setattr(gpu, "measure_loss", lambda *args: [])
+    gpu.main(["--device", "cpu", "--output_dir", str(tmp_path)])
+    assert "| TRL Distillation | out of memory |" in gpu.step_table(
+        json.loads((tmp_path / "step-cpu.json").read_text())["rows"]
+    )
+    gpu.main(["--device", "cpu", "--output_dir", str(tmp_path), "--seconds", "-1"])
+    assert "| TRL Distillation | out of time |" in gpu.step_table(
+        json.loads((tmp_path / "step-cpu.json").read_text())["rows"]
+    )
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main([])

@@ -8,6 +8,7 @@ import pytest
 import trl.trainer.utils
 from trl import DistillationTrainer, GRPOTrainer
 from trl._lazy_module import _LazyModule
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
 from trl.trainer import distillation_trainer
@@ -81,7 +82,6 @@ def test_private_methods_have_the_parameters_we_know(owner, name, parameters):
     [
         "_forward_redirection",
         "_is_vlm",
-        "_last_loaded_step",
         "_metrics",
         "_tokenizer",
         "accelerator",
@@ -100,6 +100,16 @@ def test_private_methods_have_the_parameters_we_know(owner, name, parameters):
 )
 def test_the_base_class_sets_or_reads_the_attributes_we_know(name):
     assert f"self.{name}" in inspect.getsource(DistillationTrainer)
+
+
+def test_an_engine_says_that_it_sleeps_as_we_know_it():
+    """`engine.py` wakes it once for several calls of `generate`, each of which would wake it and let it sleep."""
+    source = inspect.getsource(VLLMGeneration.generate)
+    assert 'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:' in source
+    assert source.count("self.enable_sleep_mode") == 3 and 'self.llm.wake_up(tags=["kv_cache"])' in source
+    assert "self.llm.sleep(level=2)" in source and "self._llm_weights_sleeping = True" in source
+    for trainer in (DistillationTrainer, GRPOTrainer):
+        assert "self.vllm_generation.sync_weights()" in inspect.getsource(trainer._generate_single_turn)
 
 
 def test_verifiers_are_called_as_grpo_calls_its_reward_functions():

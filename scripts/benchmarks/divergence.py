@@ -150,6 +150,17 @@ def _references(case, cases):
     return found
 
 
+def cases_of(args: argparse.Namespace) -> list[dict]:
+    """What is measured: the products, and each objective by each backend that has it."""
+    cases = [{"backend": "products", "beta": None, "kl_clip": None}]
+    for beta in args.betas:
+        for kl_clip in (args.kl_clip, None):
+            for backend in args.backends:
+                if kl_clip is None or backend in ("dense", "fused"):
+                    cases.append({"backend": backend, "beta": beta, "kl_clip": kl_clip})
+    return cases
+
+
 def plot(rows, path, title, time_name):
     betas = sorted({row["beta"] for row in rows if row["beta"] is not None})
     figure, axes = plt.subplots(2, len(betas), figsize=(5.2 * len(betas), 5.6), squeeze=False)
@@ -216,12 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    cases = [{"backend": "products", "beta": None, "kl_clip": None}]
-    for beta in args.betas:
-        for kl_clip in (args.kl_clip, None):
-            for backend in args.backends:
-                if kl_clip is None or backend in ("dense", "fused"):
-                    cases.append({"backend": backend, "beta": beta, "kl_clip": kl_clip})
+    cases = cases_of(args)
     measure(cases, args)
 
     rows = rows_of(cases, args)

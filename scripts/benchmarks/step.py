@@ -14,6 +14,7 @@ plot go to recipes/results/step/<device>.{json,png}; processes and seed are in t
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -34,7 +35,7 @@ from scripts.harness.meter import Meter
 from scripts.harness.plots import plt, save
 from scripts.harness.processes import run_distributed
 from scripts.harness.results import RESULTS, write_results
-from scripts.harness.shapes import ASSUMED, small
+from scripts.harness.shapes import ASSUMED, QWEN3, Shape, small
 from scripts.harness.tables import markdown
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd import trainer as opsd_trainer
@@ -140,27 +141,51 @@ class Steps(TrainerCallback):
         self.optimizer_part.__exit__(None, None, None)
 
 
-def work(arm: str, size: dict, device: str, per_device: int, seed: int) -> dict:
-    """One arm, in a process of its own or in several: the row of its numbers, with what every step has `measured`."""
+def shape_of(size: dict) -> Shape:
+    """The shape of a size: of a model that there is, if it names one."""
+    if "model" in size:
+        return QWEN3[size["model"]]
+    return small(size["hidden_size"], size["num_layers"], size["vocab_size"])
+
+
+def checkpoints(size: dict, device: str, folder: str) -> tuple[str, str]:
+    """Writes student and teacher, with random weights, unless they are there. Returns their folders."""
+    tokenizer = make_tokenizer()
+    config = shape_of(size).config(
+        max_position_embeddings=2 * size["max_length"],
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    paths = Path(folder, "student"), Path(folder, "teacher")
+    for seed, path in enumerate(paths):
+        if not path.exists():
+            torch.manual_seed(seed)
+            with torch.device(device):
+                model = Qwen3ForCausalLM(config)
+            model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+    return str(paths[0]), str(paths[1])
+
+
+def attempt(*args) -> dict | None:
+    """[`work`], or `None` where the memory of the GPU is not enough."""
+    try:
+        return work(*args)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def work(arm: str, size: dict, device: str, per_device: int, seed: int, folder: str | None = None) -> dict:
+    """
+    One arm, in a process of its own or in several: the row of its numbers, with what every step has `measured`. `folder`
+    has the checkpoints, or takes them up.
+    """
     cuda = device == "cuda"
     kind, options = ARMS[arm][0], dict(ARMS[arm][1])
     world = int(os.environ.get("WORLD_SIZE", 1))
     completions, correct = rollouts(size, seed)
     tokenizer = make_tokenizer()
-    shape = small(size["hidden_size"], size["num_layers"], size["vocab_size"])
-    config = shape.config(
-        max_position_embeddings=2 * size["max_length"],
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-    def checkpoint(seed):
-        torch.manual_seed(seed)
-        folder = tempfile.mkdtemp()
-        Qwen3ForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
+    shape = shape_of(size)
     rows = [
         {"prompt": f"{index}" + "+2=3" * 20, "privileged_context": "*4=5" * 60, "correct": float(verdict)}
         for index, verdict in enumerate(correct)
@@ -185,7 +210,9 @@ def work(arm: str, size: dict, device: str, per_device: int, seed: int) -> dict:
     }
     shares = Shares(cuda)
     steps = Steps(device, shares)
-    student, teacher = checkpoint(0), checkpoint(1)  # before a configuration starts the processes' group
+    student, teacher = checkpoints(
+        size, device, folder or tempfile.mkdtemp()
+    )  # before a configuration starts the processes' group
     common = {"model": student, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     common["callbacks"] = [steps]
     budget = size["budget"] if options.pop("budget", False) else None
@@ -279,6 +306,81 @@ def combined(ranks: tuple[dict, ...]) -> dict:
     return {**step, "parts": parts}
 
 
+def measure(
+    arms: list[str],
+    size: dict,
+    device: str,
+    per_device: int,
+    seed: int,
+    processes: int = 1,
+    repeats: int = 1,
+    folder: str | None = None,
+    deadline: float = math.inf,
+) -> list[dict]:
+    """
+    Rows of the arms, which take turns. An arm that does not fit in the memory of the GPU has `out_of_memory` in the place
+    of numbers, and one whose turn comes after the deadline (of `time.monotonic`) has `out_of_time`.
+    """
+    found, missing = defaultdict(list), {}
+    for turn in range(repeats):
+        for arm in arms:
+            if time.monotonic() > deadline:
+                missing.setdefault(arm, "out_of_time")
+                continue
+            ranks = run_distributed(processes, attempt, arm, size, device, per_device, seed, folder)
+            if None in ranks:
+                missing[arm] = "out_of_memory"
+                print(turn, arm, "out of memory", flush=True)
+                continue
+            assert all(rank["processes"] == processes for rank in ranks)
+            steps = zip(*(rank.pop("measured") for rank in ranks), strict=True)
+            found[arm].append({**ranks[0], "measured": [combined(step) for step in steps]})
+            last = found[arm][-1]["measured"]
+            print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
+    rows = []
+    for turns in found.values():
+        measured = [m for turn in turns for m in turn.pop("measured")]
+        seconds = statistics.median(m["seconds"] for m in measured)
+        rows.append(
+            {
+                **turns[0],
+                "seconds": seconds,
+                "seconds_all": [m["seconds"] for m in measured],
+                "wall_s": statistics.median(m["wall_s"] for m in measured),
+                "useful_per_s": turns[0]["tokens_useful"] / seconds,
+                "tflop_per_s": turns[0]["model_flops"] / seconds / 1e12,
+                "peak_mib": statistics.median(m["peak_mib"] for m in measured),
+                "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in PARTS},
+            }
+        )
+    for row in rows:
+        if device == "cuda":  # an H100 or H200, in bfloat16
+            row["mfu"] = row["tflop_per_s"] * 1e12 / (ASSUMED["peak"] * processes)
+        peer = "TRL SDFT, full logits" if "context" in row["arm"] or "SDFT" in row["arm"] else "TRL Distillation"
+        for other in rows:
+            if other["arm"] == peer:
+                row["peer"] = peer
+                row["speed_to_peer"] = row["useful_per_s"] / other["useful_per_s"]
+                row["memory_to_peer"] = row["peak_mib"] / other["peak_mib"]
+        print(
+            row["arm"],
+            {
+                k: round(row[k], 2)
+                for k in (
+                    "seconds",
+                    "useful_per_s",
+                    "tflop_per_s",
+                    "mfu",
+                    "peak_mib",
+                    "speed_to_peer",
+                    "memory_to_peer",
+                )
+                if k in row
+            },
+        )
+    return rows + [{"arm": arm, why: True} for arm, why in missing.items() if arm not in found]
+
+
 def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
     names = [row["arm"] for row in rows][::-1]
@@ -329,56 +431,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.processes > 1 and args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    size, found = SIZES[args.device], defaultdict(list)
-    for turn in range(args.repeats):
-        for arm in args.arms:
-            ranks = run_distributed(args.processes, work, arm, size, args.device, args.per_device, args.seed)
-            assert all(rank["processes"] == args.processes for rank in ranks)
-            steps = zip(*(rank.pop("measured") for rank in ranks), strict=True)
-            found[arm].append({**ranks[0], "measured": [combined(step) for step in steps]})
-            last = found[arm][-1]["measured"]
-            print(turn, arm, [(round(m["seconds"], 2), round(m["peak_mib"])) for m in last], flush=True)
-    rows = []
-    for turns in found.values():
-        measured = [m for turn in turns for m in turn.pop("measured")]
-        seconds = statistics.median(m["seconds"] for m in measured)
-        rows.append(
-            {
-                **turns[0],
-                "seconds": seconds,
-                "seconds_all": [m["seconds"] for m in measured],
-                "wall_s": statistics.median(m["wall_s"] for m in measured),
-                "useful_per_s": turns[0]["tokens_useful"] / seconds,
-                "tflop_per_s": turns[0]["model_flops"] / seconds / 1e12,
-                "peak_mib": statistics.median(m["peak_mib"] for m in measured),
-                "parts": {part: statistics.median(m["parts"].get(part, 0.0) for m in measured) for part in PARTS},
-            }
-        )
-    for row in rows:
-        if args.device == "cuda":  # an H100 or H200, in bfloat16
-            row["mfu"] = row["tflop_per_s"] * 1e12 / (ASSUMED["peak"] * args.processes)
-        peer = "TRL SDFT, full logits" if "context" in row["arm"] or "SDFT" in row["arm"] else "TRL Distillation"
-        for other in rows:
-            if other["arm"] == peer:
-                row["peer"] = peer
-                row["speed_to_peer"] = row["useful_per_s"] / other["useful_per_s"]
-                row["memory_to_peer"] = row["peak_mib"] / other["peak_mib"]
-        print(
-            row["arm"],
-            {
-                k: round(row[k], 2)
-                for k in (
-                    "seconds",
-                    "useful_per_s",
-                    "tflop_per_s",
-                    "mfu",
-                    "peak_mib",
-                    "speed_to_peer",
-                    "memory_to_peer",
-                )
-                if k in row
-            },
-        )
+    size = SIZES[args.device]
+    rows = measure(args.arms, size, args.device, args.per_device, args.seed, args.processes, args.repeats)
     name = args.device
     name += f"-{args.processes}-processes" if args.processes > 1 else ""
     name += f"-seed-{args.seed}" if args.seed else ""

@@ -71,6 +71,8 @@ def small(hidden: int, layers: int, vocab: int, tied: bool = True) -> Shape:
 
 
 QWEN3 = {
+    "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151936, tied=True),
+    "1.7B": Shape(2048, 28, 16, 8, 128, 6144, 151936, tied=True),
     "8B": Shape(4096, 36, 32, 8, 128, 12288, 151936),
     "32B": Shape(5120, 64, 64, 8, 128, 25600, 151936),
 }

@@ -6,17 +6,21 @@ import importlib
 import math
 import os
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from transformers.utils import is_rich_available
 from trl.trainer.utils import print_prompt_completions_sample
 
 from .batches import unpadded
 from .rollouts import CollectedRollouts
+
+
+# What a rollout holds of its tokens, if it is to be shown
+TOKENS = ("token_ids", "prompt_ids", "teacher_prompt_ids")
 
 
 @dataclass
@@ -168,23 +172,62 @@ class RolloutLog:
         Returns:
             `list[Rollout]`: In the order in which they were taken up.
         """
-        return _with_kl(self.rollouts[mode], self.measured[mode])
+        rollouts, measured = self.rollouts[mode], self.measured[mode]
+        for number in rollouts.keys() & measured.keys():
+            rollouts[number].kl, rollouts[number].token_kl = _mean(measured[number]), measured[number]
+        return list(rollouts.values())
 
     def gathered(self, mode: str) -> list[Rollout]:
         """
-        Rollouts of all processes, with what has been measured of them. Called on every process.
+        Rollouts of all processes, with what has been measured of them, and of those to be shown their tokens. Called on
+        every process.
 
         Args:
             mode (`str`):
                 `"train"` or `"eval"`.
 
         Returns:
-            `list[Rollout]`: Those since the last log.
+            `list[Rollout]`: Those since the last log, in the main process. In the others there are none.
         """
         if mode not in self._gathered:
-            rollouts, measured = (gather_object(list(own[mode].items())) for own in (self.rollouts, self.measured))
-            self._gathered[mode] = _with_kl(dict(rollouts), dict(measured))
+            self._gathered[mode] = self._gather(mode)
         return self._gathered[mode]
+
+    def _gather(self, mode: str) -> list[Rollout]:
+        held, measured = self.rollouts[mode], self.measured[mode]
+        # Values of single tokens are much, and few are shown: of the rest the mean goes to the main process
+        plain = {number: replace(rollout, **dict.fromkeys(TOKENS)) for number, rollout in held.items()}
+        with_tokens = [number for number, rollout in held.items() if rollout.token_ids is not None]
+        means = {number: _mean(values) for number, values in measured.items()}
+        rollouts, shown = {}, []
+        for part, numbers, kl in self._to_main((plain, with_tokens, means)):
+            rollouts |= part
+            shown += numbers
+            means |= kl
+        for number in rollouts.keys() & means.keys():
+            rollouts[number].kl = means[number]
+        shown = sorted(shown, key=lambda number: not rollouts[number].kept)[: self.num_shown]
+        if self.num_shown == 0:
+            return list(rollouts.values())
+        [shown] = broadcast_object_list([shown])
+        tokens = {number: {name: getattr(held[number], name) for name in TOKENS} for number in shown if number in held}
+        values = {number: measured[number] for number in shown if number in measured}
+        for part, token_kl in self._to_main((tokens, values)):
+            for number, fields in part.items():
+                rollouts[number] = replace(rollouts[number], **fields)
+            values |= token_kl
+        for number in shown if rollouts else ():
+            rollouts[number].token_kl = values.get(number)
+        return list(rollouts.values())
+
+    def _to_main(self, value: Any) -> list[Any]:
+        """Values of all processes, in the main one. In the others there are none."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        is_main = self.accelerator.is_main_process
+        received = [None] * self.accelerator.num_processes if is_main else None
+        torch.distributed.gather_object(value, received)
+        return received if is_main else []
 
     def clear(self, mode: str) -> None:
         """
@@ -209,7 +252,7 @@ class RolloutLog:
                 Number of the optimizer step.
         """
         rollouts, args = self.gathered(mode), self.args
-        if not rollouts or not self.accelerator.is_main_process:
+        if not rollouts:  # all of them are in the main process
             return
         measured = {
             "kept": [rollout.kept for rollout in rollouts],
@@ -251,11 +294,9 @@ class RolloutLog:
                     backend.log({name: backend.Table(dataframe=table)})
 
 
-def _with_kl(rollouts: dict[int, Rollout], measured: dict[int, list[float]]) -> list[Rollout]:
-    for number in rollouts.keys() & measured.keys():
-        own = [kl for kl in measured[number] if not math.isnan(kl)]
-        rollouts[number].kl, rollouts[number].token_kl = sum(own) / len(own), measured[number]
-    return list(rollouts.values())
+def _mean(values: list[float]) -> float:
+    own = [value for value in values if not math.isnan(value)]
+    return sum(own) / len(own)
 
 
 def visible(text: str) -> str:

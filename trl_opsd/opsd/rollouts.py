@@ -241,27 +241,38 @@ class Rollouts:
         """Asks the prompts of rejected rollouts again, and puts those that pass in their place in all the arguments."""
         rows, batch = rollouts.rows, rollouts.batch
         process, num_processes = self._accelerator.process_index, self._accelerator.num_processes
-        prompt_ids = unpadded(batch["prompt_ids"], batch["prompt_mask"])
+        start, number = process * len(rows), len(rows)
         rounds = 1
+        if self.args.max_generation_rounds > 1 and not verdicts.passed.all():
+            prompt_ids = gather_object(unpadded(batch["prompt_ids"], batch["prompt_mask"]))
+            all_rows = gather_object(rows)
         while rounds < self.args.max_generation_rounds and not verdicts.passed.all():
-            # Generating and gathering take all processes: each asks for as many rows as the one with most rejected, its
-            # own rejected ones first, and drops what it has no place for
-            rejected = ~verdicts.passed.view(num_processes, -1)
-            places = rejected.int().argsort(dim=1, descending=True, stable=True)[:, : rejected.sum(dim=1).max()]
-            slots = (places + torch.arange(num_processes, device=places.device).unsqueeze(1) * len(rows)).flatten()
-            own = places[process].tolist()
-            answers = self._ask([prompt_ids[row] for row in own])
-            answered = self._verify([rows[row] for row in own], answers, state)
-            taken = answered.passed & ~verdicts.passed[slots]
-            verdicts.replace(slots[taken], answered, taken)
-            # What the verifiers logged of each answer goes where the answer goes
-            own_taken = taken.view(num_processes, -1)[process].tolist()
-            columns = [(column, column[len(rows) :]) for column in self.verifiers.columns.values()]
-            for column, new in [(completion_ids, answers), *columns]:
-                for row, value, is_taken in zip(own, new, own_taken, strict=False):
-                    if is_taken:
-                        column[row] = value
-                del column[len(rows) :]
+            # Whoever wrote them, the rejected ones are dealt evenly. Generating and gathering take all processes, and as
+            # many rows of each: what is missing to that is asked twice, and dropped
+            slots = (~verdicts.passed).nonzero().flatten()
+            share = -(-len(slots) // num_processes)
+            dealt = slots.repeat(num_processes)[: share * num_processes]
+            own = dealt.view(num_processes, share)[process].tolist()
+            answers = self._ask([prompt_ids[slot] for slot in own])
+            answered = self._verify([all_rows[slot] for slot in own], answers, state)
+            taken = answered.passed.clone()
+            taken[len(slots) :] = False
+            verdicts.replace(dealt[taken], answered, taken)
+            # An answer goes to the process whose row it is, and what the verifiers logged of it goes with it
+            columns = self.verifiers.columns
+            logged = {name: column[number:] for name, column in columns.items() if len(column) == number + share}
+            for column in columns.values():
+                del column[number:]
+            written = gather_object([(answers, logged)])
+            for (answers, logged), slots, is_taken in zip(
+                written, dealt.view(num_processes, share), taken.view(num_processes, share), strict=True
+            ):
+                mine = is_taken & (slots >= start) & (slots < start + number)
+                for i in mine.nonzero().flatten().tolist():
+                    row = slots[i].item() - start
+                    completion_ids[row] = answers[i]
+                    for name in logged.keys() & columns.keys():
+                        columns[name][row] = logged[name][i]
             rounds += 1
         rollouts.metrics["opsd/generation_rounds"] = rounds
         if rounds > 1:

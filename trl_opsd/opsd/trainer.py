@@ -17,6 +17,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
+from ..engine import around_syncs, awake
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -219,7 +220,8 @@ class OPSDTrainer(DistillationTrainer):
                     partial(self._apply_chat_template, self.teacher_chat_template_kwargs),
                 )
 
-        self._frozen_base = FrozenBase(self.model) if args.use_vllm and has_adapter else None
+        if args.use_vllm and has_adapter:
+            around_syncs(self.vllm_generation, self.teacher.hidden, FrozenBase(self.model).restored)
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
         # Sum of the losses of an evaluation, batches that have one, and those that have none
         self._eval_loss = torch.zeros(3)
@@ -243,11 +245,7 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.rollouts.given is not None:
             return self.rollouts.given
-        if not self.use_vllm or self.state.global_step == self._last_loaded_step:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        # The weights go to the engine first
-        with self.teacher.hidden(), self._frozen_base.restored() if self._frozen_base else nullcontext():
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _tool_call_loop(self, *args, **kwargs):
         turns = super()._tool_call_loop(*args, **kwargs)
@@ -264,7 +262,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        collected = self.rollouts.collect(inputs, self.state, is_training=self.model.training)
+        with awake(self.vllm_generation) if self.use_vllm else nullcontext():
+            collected = self.rollouts.collect(inputs, self.state, is_training=self.model.training)
         for name, value in collected.metrics.items():
             self._metrics[mode][name].append(value)
         batch = collected.batch

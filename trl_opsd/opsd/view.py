@@ -65,7 +65,7 @@ class RolloutPages(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         mode = "train" if self.trainer.model.training else "eval"
         rollouts = self.trainer.rollout_log.gathered(mode)
-        if rollouts and state.is_world_process_zero:
+        if rollouts:  # all of them are in the main process
             name = f"step-{state.global_step}.html" if mode == "train" else f"eval-step-{state.global_step}.html"
             path = os.path.join(args.output_dir, "rollouts", name)
             write_page(path, rollouts, self.trainer.rollout_log, f"Step {state.global_step}")

@@ -4,10 +4,11 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -16,6 +17,8 @@ from trl.data_utils import is_conversational
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_config_model_id
 
+from ..adapters import FrozenBase
+from ..engine import around_syncs, awake
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 
@@ -131,6 +134,8 @@ class RLVRTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
+        if args.use_vllm and is_peft_model(self.model):
+            around_syncs(self.vllm_generation, FrozenBase(self.model).restored)
         functions = self.reward_funcs if args.soft_punish_cache is None else self.reward_funcs[:-1]
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
         self._bank: RolloutBank | None = None
@@ -186,6 +191,10 @@ class RLVRTrainer(GRPOTrainer):
             self._bank.add(self.state.global_step, rollouts, attempts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with awake(self.vllm_generation) if self.use_vllm else nullcontext():
+            return self._generate_in_rounds(inputs)
+
+    def _generate_in_rounds(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         max_rounds = self.args.max_generation_rounds
         if max_rounds == 1 or not self.model.training:
