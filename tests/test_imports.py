@@ -13,6 +13,7 @@ ORDER = [
     "cli",
     "results",
     "adapters",
+    "engine",
     "data",
     "rewards",
     "tiny",
