@@ -1,6 +1,7 @@
 """What the trainers ask of the engine, by an engine that only takes note of it. With vLLM: tests/test_vllm_training.py."""
 
 import math
+import os
 import sys
 import types
 
@@ -89,6 +90,17 @@ def test_the_random_numbers_after_the_start_are_those_of_the_seed(vllm, small_mo
         engine(small_model(0), seed)
         drawn.append(torch.rand(4))
     assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+
+
+def test_runs_that_start_together_do_not_meet_at_a_port(vllm, small_model, monkeypatch):
+    ports = []
+    for _ in range(2):
+        engine(small_model(0))
+        ports.append(os.environ.pop("MASTER_PORT"))
+    assert ports[0] != ports[1]  # nobody has listened at the first one yet
+    monkeypatch.setenv("MASTER_PORT", "1234")  # a launcher's
+    engine(small_model(0))
+    assert os.environ["MASTER_PORT"] == "1234"
 
 
 def test_weights_stay_on_a_cpu_and_nothing_is_changed_elsewhere_or_afterwards(vllm, small_model):

@@ -1,5 +1,7 @@
 """What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
+import os
+import socket
 import textwrap
 import traceback
 from collections.abc import Iterator
@@ -36,6 +38,8 @@ class RolloutEngine(VLLMGeneration):
     - Starting it leaves the random numbers to `seed`: vLLM draws from those of the process, and would begin with 0, 1, ...
       in every run.
     - A rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens.
+    - One that no launcher has given a port takes any that is free. TRL chooses among four, long before it is listened at, so
+      that runs that start together would collide.
     - On a CPU it does not compile, which takes longer than most runs there, and keeps its weights as they are: where the
       processor has kernels that want them packed, vLLM empties the originals, and no new weights could be written.
     - What fails in it is an [`EngineError`].
@@ -67,6 +71,8 @@ class RolloutEngine(VLLMGeneration):
         precision = str(training_precision(self.model, self.accelerator)).removeprefix("torch.")
         with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts did not start"):
             if self.mode == "colocate":
+                if self.accelerator.num_processes == 1 and "MASTER_PORT" not in os.environ:
+                    os.environ["MASTER_PORT"] = str(_free_port())
                 with _started_with(dtype=precision):
                     super()._init_vllm()
                 # As TRL has it: processes that share an engine draw the same, all others differ
@@ -194,6 +200,12 @@ def engine_errors(output_dir: str) -> Iterator[None]:
         if last is not None:
             way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
         raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,7 +39,7 @@ BACKENDS = {
     "vLLM, bfloat16": {"use_vllm": True, "bf16": True},
 }
 # Rollouts of a batch, and tokens of one at most
-SIZES = {"tiny": (96, 128), "smollm2": (16, 128)}
+SIZES = {"tiny": (96, 128), "smollm2": (8, 96)}
 
 
 def prompts(model: str, number: int, seed: int) -> list:
@@ -111,9 +112,12 @@ def measure(model: str, checkpoint: Path, args: argparse.Namespace) -> list[dict
     rows = prompts(model, number, args.seed)
     with ExitStack() as stack:
         calls = {backend: stack.enter_context(process()) for backend in args.backends}
-        starts = {
-            backend: call(start, backend, str(checkpoint), rows, length, args.seed) for backend, call in calls.items()
-        }
+        with ThreadPoolExecutor() as pool:  # they start together, and only then take turns
+            futures = {
+                backend: pool.submit(call, start, backend, str(checkpoint), rows, length, args.seed)
+                for backend, call in calls.items()
+            }
+        starts = {backend: future.result() for backend, future in futures.items()}
         batches = {backend: [] for backend in calls}
         for _ in range(args.repeats):
             for backend, call in calls.items():
