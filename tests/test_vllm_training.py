@@ -316,7 +316,7 @@ def test_the_seed_of_the_training_is_that_of_the_rollouts(tmp_path, world, token
 def the_last_checkpoint_is_whole(output: Path, done: subprocess.CompletedProcess, what: str) -> None:
     assert done.returncode == 1, done.stderr[-3000:]
     (last,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert what in last and f"--resume_from_checkpoint {output / 'checkpoint-2'}." in last
+    assert what in last and f"--resume_from_checkpoint {output / 'checkpoint-2'}`." in last
     assert not (output / "model.safetensors").exists()
     model = AutoModelForCausalLM.from_pretrained(output / "checkpoint-2")
     assert all(parameter.isfinite().all() for parameter in model.parameters())

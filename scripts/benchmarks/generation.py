@@ -6,7 +6,8 @@ Measures how many tokens of rollouts training writes per second of the processor
 Every backend is a trainer of its own in a process of its own, which is started once and then takes turns with the others:
 each writes the same number of batches, sampled at temperature 1, by the call that a training step makes. Starting it and a
 first batch are not counted. Processor time is that of all threads of the process. Makes the checkpoints that are not given:
-the tiny reasoner after RLVR, and SmolLM2-135M-Instruct. Results go to recipes/results/generation/cpu.json.
+the tiny reasoner after RLVR, and SmolLM2-135M-Instruct. Results go to
+recipes/results/generation, a file for each model.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from datasets import Dataset
 
 from scripts.harness.meter import peak
 from scripts.harness.processes import process
-from scripts.harness.results import RESULTS, ROOT, read, write_results
+from scripts.harness.results import RESULTS, ROOT, read_all, write_results
 from scripts.harness.stages import make_teacher
 from scripts.harness.tables import markdown
 from trl_opsd import OPSDConfig, OPSDTrainer
@@ -88,7 +89,7 @@ def write(rows: list) -> dict:
 
 def table() -> str:
     """Tokens per second of the processor, beside those of transformers."""
-    rows = read(RESULTS / "generation" / "cpu.json")
+    rows = [row for rows in read_all(RESULTS / "generation", "*.json") for row in rows]
     first = {row["model"]: row["tokens_per_cpu_second"] for row in rows if row["backend"] == "transformers"}
     lines = [
         [
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/generation"), help="where what is made is kept")
     parser.add_argument("--repeats", type=int, default=5, help="batches that each backend writes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "generation" / "cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "generation", help="folder of the results")
     args = parser.parse_args(argv)
 
     checkpoints = {"tiny": args.tiny, "smollm2": args.smollm2}
@@ -171,8 +172,9 @@ def main(argv: list[str] | None = None) -> None:
         if not (checkpoints["smollm2"] / "config.json").is_file():
             command = [sys.executable, "scripts/smollm2.py", "--output_dir", str(checkpoints["smollm2"].resolve())]
             subprocess.run(command, check=True, cwd=ROOT)
-    rows = [found for model in args.models for found in measure(model, checkpoints[model], args)]
-    write_results(args.output, rows, {"backends": args.backends, "repeats": args.repeats, "seed": args.seed})
+    config = {"backends": args.backends, "repeats": args.repeats, "seed": args.seed}
+    for model in args.models:
+        write_results(args.output / f"{model}.json", measure(model, checkpoints[model], args), config)
 
 
 if __name__ == "__main__":
