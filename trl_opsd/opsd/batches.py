@@ -27,7 +27,7 @@ MULTIMODAL_FIELDS = (
 # Fields that are padded together, by the mask that says where they are not
 PADDED_FIELDS = {
     "prompt_mask": ("prompt_ids", "prompt_mask"),
-    "completion_mask": ("completion_ids", "completion_mask", "tool_mask"),
+    "completion_mask": ("completion_ids", "completion_mask", "tool_mask", "engine_logprobs"),
     "teacher_prompt_mask": ("teacher_prompt_ids", "teacher_prompt_mask"),
 }
 

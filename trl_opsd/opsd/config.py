@@ -101,6 +101,14 @@ class OPSDConfig(DistillationConfig):
             process, and `per_device_train_batch_size` × `gradient_accumulation_steps` only says how many rollouts are
             written. A rollout that is longer by itself is a micro-batch of its own. `None` is one forward pass for
             each accumulation step, padded to its longest rollout.
+
+        > Parameters that control what is logged
+
+        log_engine_mismatch (`bool`, *optional*, defaults to `False`):
+            Whether to log, over the trained tokens, how far the log-probabilities of vLLM are from the student's: mean
+            and largest difference under the names of [`~trl.GRPOTrainer`], and `sampling/kl`, the KL divergence of the
+            student from the engine. Costs the product with the student's head once more. Rollouts that are written in
+            several turns, with tools, are left out.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["teacher_chat_template_kwargs"]
@@ -241,6 +249,15 @@ class OPSDConfig(DistillationConfig):
         },
     )
 
+    # Parameters that control what is logged
+    log_engine_mismatch: bool = field(
+        default=False,
+        metadata={
+            "help": "Log, over the trained tokens, how far the log-probabilities of vLLM are from the student's: mean and "
+            "largest difference, and the KL divergence `sampling/kl`."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
 
@@ -348,6 +365,10 @@ class OPSDConfig(DistillationConfig):
             )
         if self.gate not in (None, "correct", "incorrect", "all"):
             raise ValueError(f"`gate` must be 'correct', 'incorrect' or 'all', and is {self.gate!r}.")
+        if self.log_engine_mismatch and not self.use_vllm:
+            raise ValueError(
+                "`log_engine_mismatch` compares vLLM's log-probabilities with the student's: set `use_vllm: true`, or drop it."
+            )
         if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"`kl_clip` must be positive, and is {self.kl_clip}: use None for no clip.")
         if self.max_tokens_per_microbatch is not None and self.pad_to_multiple_of is not None:

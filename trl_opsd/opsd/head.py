@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import maybe_gather_lm_head_ctx, selective_log_softmax
 
 
 @dataclass
@@ -49,6 +50,32 @@ class Head:
         # ZeRO-3 gathers a parameter in the forward of its own module, which the loss does not go through
         with maybe_gather_lm_head_ctx(self.weight, self.bias):
             yield replace(self, weight=gather_head(self.weight, dtype), bias=gather_head(self.bias, dtype))
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+        """
+        Log-probabilities of given tokens, over the whole vocabulary, as the model's own forward would give them.
+
+        Args:
+            hidden (`torch.Tensor`):
+                Last hidden states, of shape `(N, H)`.
+            ids (`torch.Tensor`):
+                A token for each, of shape `(N,)`.
+            temperature (`float`):
+                What the logits are divided by.
+
+        Returns:
+            `torch.Tensor`: In nats, of shape `(N,)`, float32.
+        """
+        weight = self.weight.to(hidden.dtype)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        found = []
+        for states, tokens in zip(hidden.split(256), ids.split(256), strict=True):  # not the logits of all at once
+            logits = functional.linear(states, weight, bias).float() * self.logit_scale
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            found.append(selective_log_softmax(logits / temperature, tokens))
+        return torch.cat(found)
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:

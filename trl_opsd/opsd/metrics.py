@@ -91,6 +91,59 @@ class TokenMetrics:
         return {name: total / sums[0] for name, total in zip(self.NAMES, sums[1:], strict=True)}
 
 
+class EngineMismatch:
+    """
+    How far the log-probabilities of the engine that wrote the rollouts are from the student's, over the trained tokens of
+    this process since the last log: their mean and largest difference, and the KL divergence of the student from the
+    engine, estimated on the tokens that the engine drew as the mean of `exp(d) - 1 - d`, where `d` is the student's minus
+    the engine's ([k3](http://joschu.net/blog/kl-approx.html): without bias, and never negative).
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was measured."""
+        self._sums, self._largest = torch.zeros(3), torch.zeros(())
+
+    def add(self, engine: torch.Tensor, student: torch.Tensor) -> None:
+        """
+        Takes up what a forward pass found.
+
+        Args:
+            engine (`torch.Tensor`):
+                Log-probabilities of the engine, in nats, of shape `(N,)`; NaN for tokens that it did not write.
+            student (`torch.Tensor`):
+                Those of the student, of the same shape.
+        """
+        difference = (student - engine)[~engine.isnan()].float().cpu()
+        if len(difference) > 0:
+            size, k3 = difference.abs(), difference.expm1() - difference
+            self._sums += torch.stack([torch.tensor(float(len(size))), size.sum(), k3.sum()])
+            self._largest = torch.maximum(self._largest, size.max())
+
+    def gathered(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Over the tokens of all processes. Called on every process.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                Accelerator.
+
+        Returns:
+            `dict[str, float]`: Under the names that [`~trl.GRPOTrainer`] logs them by. Empty where there was no token.
+        """
+        num_tokens, size, kl = accelerator.reduce(self._sums.to(accelerator.device)).tolist()
+        largest = accelerator.gather(self._largest.to(accelerator.device)).max().item()
+        if num_tokens == 0:
+            return {}
+        return {
+            "sampling/sampling_logp_difference/mean": size / num_tokens,
+            "sampling/sampling_logp_difference/max": largest,
+            "sampling/kl": kl / num_tokens,
+        }
+
+
 class DivergenceCallback(TrainerCallback):
     """
     A callback of [`OPSDTrainer`] that is also told of the divergence, before the backward pass: under DeepSpeed that is

@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, check_engine, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
+from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
@@ -199,6 +200,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             raise UserError(
                 "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
             )
+        check_engine(training_args)
         if script_args.probe_only and script_args.probe_prompts < 1:
             raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
         is_probed = script_args.probe_prompts > 0 and resume_from is None
@@ -300,4 +302,6 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if training_args.use_vllm:
+        trainer.vllm_generation.close()
     trainer.accelerator.end_training()

@@ -14,10 +14,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
+from trl.trainer import distillation_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
-from ..engine import around_syncs, awake
+from ..engine import around_syncs, awake, rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -25,6 +26,7 @@ from .batches import (
     micro_batches,
     padded,
     select_rows,
+    unpadded,
     with_completion,
 )
 from .completions import RolloutLog
@@ -33,7 +35,7 @@ from .context import TeacherPrompts
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .ends import check_ends, check_lengths
 from .head import Head
-from .metrics import DivergenceCallback, TokenMetrics, check_finite
+from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics, check_finite
 from .rollouts import Rollouts
 from .teacher import Teacher
 from .verify import RewardFunc, Verifiers
@@ -161,19 +163,20 @@ class OPSDTrainer(DistillationTrainer):
         has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         self.teacher = Teacher(args, model, teacher_model, processing_class, has_adapter)
 
-        super().__init__(
-            model=model,
-            teacher_model=None,  # its weights may be the student's: [`Teacher`] has them
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-        )
+        with rollout_engine(distillation_trainer, args.seed, keeps_logprobs=args.log_engine_mismatch):
+            super().__init__(
+                model=model,
+                teacher_model=None,  # its weights may be the student's: [`Teacher`] has them
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
 
         if self._is_vlm:
             check_text_only(args)
@@ -223,6 +226,7 @@ class OPSDTrainer(DistillationTrainer):
         if args.use_vllm and has_adapter:
             around_syncs(self.vllm_generation, self.teacher.hidden, FrozenBase(self.model).restored)
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
+        self.engine_mismatch = {mode: EngineMismatch() for mode in self._metrics}
         # Sum of the losses of an evaluation, batches that have one, and those that have none
         self._eval_loss = torch.zeros(3)
         # Ours instead of the base class's, which has no rewards and knows nothing of the loss
@@ -271,9 +275,22 @@ class OPSDTrainer(DistillationTrainer):
             batch.update(
                 self._tokenize_teacher_prompts(collected.rows, collected.siblings, batch["completion_ids"].size(1))
             )
+        if self.args.log_engine_mismatch:
+            batch["engine_logprobs"] = self._engine_logprobs(batch)
         if self.rollout_log is not None:
             self.rollout_log.add(mode, collected)
         return batch
+
+    def _engine_logprobs(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the engine gave each token, of shape `(B, C)`; NaN where it did not write it."""
+        found = torch.full_like(batch["completion_ids"], torch.nan, dtype=torch.float32)
+        prompts = unpadded(batch["prompt_ids"], batch["prompt_mask"])
+        completions = unpadded(batch["completion_ids"], batch["completion_mask"])
+        written = self.vllm_generation.written
+        for row, prompt, completion in zip(found, prompts, completions, strict=True):
+            row[: len(completion)] = row.new_tensor(written.get((*prompt, *completion), torch.nan))
+        written.clear()
+        return found
 
     # What the teacher sees
 
@@ -495,6 +512,12 @@ class OPSDTrainer(DistillationTrainer):
                 student_softcap=student_head.softcap,
                 teacher_softcap=teacher_head.softcap,
             )
+            if "engine_logprobs" in inputs:
+                mode = "train" if self.model.training else "eval"
+                own = student_head.log_probs(
+                    student_hidden, completion_ids.to(device)[row, position], self.temperature
+                )
+                self.engine_mismatch[mode].add(inputs["engine_logprobs"].to(device)[row, position], own)
         return tokens, valid
 
     # Logs and checkpoints
@@ -504,6 +527,10 @@ class OPSDTrainer(DistillationTrainer):
         for name, value in self.token_metrics[mode].gathered_means(self.accelerator).items():
             self._metrics[mode][name].append(value)
         self.token_metrics[mode].clear()
+        if self.args.log_engine_mismatch:
+            for name, value in self.engine_mismatch[mode].gathered(self.accelerator).items():
+                self._metrics[mode][name].append(value)
+            self.engine_mismatch[mode].clear()
         super().log(logs, start_time)
         if self.rollout_log is not None:
             if self.args.log_completions:

@@ -18,9 +18,11 @@ ARGUMENTS = (
 def main(args: list[str] | None = None) -> None:
     with user_errors():
         parsed = parse(ARGUMENTS, args, prog="trl_opsd.rlvr")
+    from ..engine import engine_errors
     from .run import run
 
-    run(*parsed)
+    with engine_errors(parsed[1].output_dir):
+        run(*parsed)
 
 
 if __name__ == "__main__":

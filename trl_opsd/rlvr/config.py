@@ -29,6 +29,13 @@ class RLVRConfig(GRPOConfig):
         bank_rollouts_per_prompt (`int`, *optional*, defaults to `4`):
             Correct rollouts to keep for each prompt, the shortest, in the folder `bank` of `output_dir` (see
             [`~trl_opsd.rlvr.bank.RolloutBank`]). `0` keeps no bank.
+
+        > Parameters that control what is logged
+
+        log_engine_mismatch (`bool`, *optional*, defaults to `False`):
+            Whether to log `sampling/kl` beside what [`~trl.GRPOTrainer`] logs of the difference between the
+            log-probabilities of vLLM and those of the policy: the KL divergence of the policy from the engine, over all
+            tokens of a batch. Needs `vllm_importance_sampling_correction`.
     """
 
     # Parameters that control which rollouts are trained on
@@ -56,9 +63,23 @@ class RLVRConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control what is logged
+    log_engine_mismatch: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the KL divergence of the policy from vLLM, `sampling/kl`, beside the differences of "
+            "log-probabilities that are logged anyway. Needs `vllm_importance_sampling_correction`."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
 
+        if self.log_engine_mismatch and not (self.use_vllm and self.vllm_importance_sampling_correction):
+            raise ValueError(
+                "`log_engine_mismatch` compares vLLM's log-probabilities with the policy's: set `use_vllm: true` and leave "
+                "`vllm_importance_sampling_correction` on, or drop it."
+            )
         if self.max_generation_rounds < 1:
             raise ValueError(f"`max_generation_rounds` must be at least 1, and is {self.max_generation_rounds}.")
         by_batch = {

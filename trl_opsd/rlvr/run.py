@@ -7,6 +7,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, check_engine, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
+from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
@@ -41,6 +42,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             raise UserError(
                 "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
             )
+        check_engine(training_args)
         script_args.reward_funcs = as_list(script_args.reward_funcs)
         if not script_args.reward_funcs:
             raise UserError("`reward_funcs` is missing: give at least one verifier, such as `math_reward`.")
@@ -93,4 +95,6 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if training_args.use_vllm:
+        trainer.vllm_generation.close()
     trainer.accelerator.end_training()

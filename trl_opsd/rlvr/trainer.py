@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.rewards import get_soft_overlong_punishment
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
-from ..engine import around_syncs, awake
+from ..engine import around_syncs, awake, rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 
@@ -117,22 +118,23 @@ class RLVRTrainer(GRPOTrainer):
             reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs.append(get_soft_overlong_punishment(args.max_completion_length, args.soft_punish_cache))
 
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with rollout_engine(grpo_trainer, args.seed):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
 
         if args.use_vllm and is_peft_model(self.model):
             around_syncs(self.vllm_generation, FrozenBase(self.model).restored)
@@ -196,6 +198,8 @@ class RLVRTrainer(GRPOTrainer):
 
     def _generate_in_rounds(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if self.args.log_engine_mismatch:
+            self._log_engine_kl(output)
         max_rounds = self.args.max_generation_rounds
         if max_rounds == 1 or not self.model.training:
             return output
@@ -212,6 +216,18 @@ class RLVRTrainer(GRPOTrainer):
         metrics["rlvr/generation_rounds"].append(rounds)
         metrics["rlvr/groups_without_variance"].append(len(flat) / num_groups)
         return output
+
+    def _log_engine_kl(self, output: dict[str, Any]) -> None:
+        """
+        Logs the KL divergence of the policy from the engine, estimated on the tokens that the engine drew as the mean of
+        `exp(d) - 1 - d`, where `d` is the policy's log-probability minus the engine's.
+        """
+        mask = output["completion_mask"].bool() & ~output["sampling_per_token_logps"].isnan()
+        difference = (output["old_per_token_logps"] - output["sampling_per_token_logps"])[mask]
+        k3 = difference.expm1() - difference
+        sums = self.accelerator.reduce(torch.stack([k3.sum(), mask.sum().to(k3.dtype)]))
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["sampling/kl"].append((sums[0] / sums[1]).item())
 
     def _groups_without_variance(self) -> list[int]:
         """Of the rollouts scored last, over all processes, the groups whose rewards are all the same."""
