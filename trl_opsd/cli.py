@@ -8,7 +8,6 @@ does so before any model is loaded. Everything else keeps its traceback.
 import argparse
 import difflib
 import importlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -31,7 +30,6 @@ from .shadows import Unreadable, read_dataclass
 # Nothing heavy is imported up here, so that --help and a wrong option answer at once
 if TYPE_CHECKING:
     from transformers import Trainer
-    from trl import DistillationConfig, GRPOConfig
 
 
 # What a switch may be written as, beside YAML's own
@@ -344,24 +342,6 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
         ) from None
-
-
-def check_engine(training_args: "GRPOConfig | DistillationConfig") -> None:
-    """
-    Checks that vLLM is installed where it is asked for.
-
-    Args:
-        training_args ([`~trl.GRPOConfig`] or [`~trl.DistillationConfig`]):
-            Arguments.
-
-    Raises:
-        UserError: If it is not.
-    """
-    if training_args.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "`use_vllm: true` needs vLLM, and it is not installed here: run `bash scripts/setup.sh vllm` and use the "
-            "Python of .venv-vllm, or set `--use_vllm false`."
-        )
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
+
+from .resuming import find_checkpoint
 
 
 logger = get_logger(__name__)
@@ -253,7 +254,7 @@ def engine_errors(output_dir: str) -> Iterator[None]:
         yield
     except EngineError as error:
         traceback.print_exception(error.__cause__)
-        last = get_last_checkpoint(output_dir)
+        last = find_checkpoint(True, output_dir)
         way_on = "there is no checkpoint yet (`save_steps`)"
         if last is not None:
             way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, check_engine, save_final, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..engine import check_engine
 from ..results import write_results
@@ -34,7 +34,6 @@ class RLVRScriptArguments(ScriptArguments):
 def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
-        check_engine(training_args)
         resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trust_remote_code = training_args.trust_remote_code
         check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
