@@ -473,11 +473,12 @@ def test_explicit_sizes(tmp_path, recipe):
 def test_rollouts_are_taken_as_they_are(tmp_path, recipe, rows, tokenizer):
     from trl_opsd.prune.calibration import load_calibration, make_rollouts
     from trl_opsd.rlvr.bank import RolloutBank, prompt_id
+    from trl_opsd.rlvr.identity import Writer, hash_vocabulary
 
     completions = [[{"role": "assistant", "content": f"{i}=1"}] for i in range(4)]
     ids = [[*tokenizer(f"{i}=1")["input_ids"], tokenizer.eos_token_id] for i in range(4)]
     prompts = rows["prompt"][:4]
-    bank = RolloutBank(tmp_path / "bank", 1)
+    bank = RolloutBank(tmp_path / "bank", 1, Writer("me", "1" * 64, hash_vocabulary(tokenizer)))
     rollout = [
         {"prompt": p, "completion": c, "prompt_id": prompt_id(p), "completion_ids": i, "reward": 1.0}
         for p, c, i in zip(prompts, completions, ids, strict=True)

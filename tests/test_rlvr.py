@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
 from trl_opsd.rlvr.__main__ import main
 from trl_opsd.rlvr.bank import prompt_id, read_attempts, read_rollouts
+from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from trl_opsd.rlvr.run import RLVRScriptArguments
 
 
@@ -348,6 +350,34 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
     results = json.loads((out / "rlvr.json").read_text())
     assert results["run"]["config"]["max_steps"] == 3  # the command line overrides the recipe
     assert any("rewards/math_reward/mean" in row for row in results["rows"])
+
+
+def test_another_model_does_not_go_on_with_a_bank(tmp_path, recipe, checkpoint, monkeypatch, capsys):
+    first, second = checkpoint(0), checkpoint(1)
+    arguments = [*recipe(), "--max_steps", "1", "--model_name_or_path"]
+    main([*arguments, first])
+    bank = tmp_path / "out" / "bank"
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    assert read_writer(bank) == Writer(first, hash_weights(first), hash_vocabulary(tokenizer))
+    before = read_attempts(bank)
+    main([*arguments, shutil.copytree(first, str(tmp_path / "copy"))])  # the same one goes on
+    assert read_writer(bank).model == first
+    with pytest.raises(ValueError, match="is of .* and this run is of"):  # in a script, of a model in memory too
+        RLVRTrainer(
+            AutoModelForCausalLM.from_pretrained(second),
+            math_reward,
+            RLVRConfig(str(tmp_path / "out"), **OPTIONS),
+            Dataset.from_list(examples),
+            processing_class=tokenizer,
+        )
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, second])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith(f"error: The rollout bank at `{bank}` is of `{first}` (weights ")
+    assert f"this run is of `{second}` (weights " in error
+    assert read_attempts(bank) == before
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
@@ -14,6 +15,7 @@ from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
+from ..rlvr.identity import check_vocabulary
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
 from .probe import check_probe, probe
@@ -184,6 +186,21 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
     return dataset, counts
 
 
+def check_given(name: str, dataset: Dataset, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the token ids of completions that are given mean the same text to the student: `lmbda` takes them."""
+    if (Path(name) / "rollouts").is_dir():
+        check_vocabulary(name, model, tokenizer)
+    elif "completion" in dataset.column_names:  # nothing says whose ids they are but the text beside them
+        row = dataset[0]
+        text = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
+        found = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        if found.strip() != text.strip():
+            raise UserError(
+                f"The `completion_ids` of the first row of `{name}` mean {found[:40]!r} to the tokenizer of `{model}`, and its "
+                f"`completion` is {text[:40]!r}: they are of another tokenizer, so give a bank that was written with this one."
+            )
+
+
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
@@ -224,6 +241,13 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             if training_args.process_index == 0:
                 print(counts)
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
+        if training_args.lmbda < 1:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                trust_remote_code=trust_remote_code,
+            )
+            check_given(script_args.dataset_name, datasets[0], model_args.model_name_or_path, tokenizer)
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")

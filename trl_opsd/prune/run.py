@@ -36,7 +36,7 @@ def run(config: PruneConfig) -> None:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"`{source}` has no tokenizer that can be loaded ({reason}).") from None
-        check_tokenizer(dataset, tokenizer)
+        check_tokenizer(config, dataset, tokenizer)
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()

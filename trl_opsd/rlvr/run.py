@@ -1,7 +1,9 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
@@ -10,6 +12,7 @@ from ..data import check_columns, load_prompts
 from ..results import write_results
 from ..rewards import load_reward_funcs, required_columns
 from .config import RLVRConfig
+from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer
 
 
@@ -67,8 +70,16 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         }
         training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
 
+    model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged")
+    bank = Path(training_args.output_dir) / "bank"
+    with user_errors():  # as the trainer does, and before a model is loaded
+        if training_args.bank_rollouts_per_prompt and read_writer(bank) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+            weights = hash_weights(model, model_args.model_revision)
+            check_writer(bank, Writer(model, weights, hash_vocabulary(tokenizer)))
+
     trainer = RLVRTrainer(
-        model=merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged"),
+        model=model,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=datasets[0],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -18,6 +19,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
+from .identity import Writer, check_writer, hash_vocabulary, hash_weights
 
 
 # Reward from which on a rollout is correct, as OPSD's gate has it
@@ -49,6 +51,7 @@ class RLVRTrainer(GRPOTrainer):
     Raises:
         ValueError: If the bank, or a further round, is asked for and rollouts are more than text (tools, environments,
             images), or if a further round is asked for and the training set can't be indexed. Before a model is loaded.
+            If the bank in `output_dir` is another model's.
     """
 
     _tag_names = ["trl", "rlvr"]
@@ -114,6 +117,12 @@ class RLVRTrainer(GRPOTrainer):
             reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs.append(get_soft_overlong_punishment(args.max_completion_length, args.soft_punish_cache))
 
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        # A model in memory is what it is before an adapter is put on it
+        weights = None
+        if args.bank_rollouts_per_prompt and PartialState().is_main_process:
+            weights = hash_weights(model, (args.model_init_kwargs or {}).get("revision"))
+
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -134,6 +143,10 @@ class RLVRTrainer(GRPOTrainer):
         functions = self.reward_funcs if args.soft_punish_cache is None else self.reward_funcs[:-1]
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
         self._bank: RolloutBank | None = None
+        self._bank_folder = os.path.join(args.output_dir, "bank")
+        if weights is not None:
+            self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
+            check_writer(self._bank_folder, self._writer)
         self._last_rewards: torch.Tensor | None = None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -177,8 +190,7 @@ class RLVRTrainer(GRPOTrainer):
         ids, rollouts = gather_object(ids), gather_object(rollouts)
         if self.accelerator.is_main_process:
             if self._bank is None:
-                folder = os.path.join(self.args.output_dir, "bank")
-                self._bank = RolloutBank(folder, self.args.bank_rollouts_per_prompt)
+                self._bank = RolloutBank(self._bank_folder, self.args.bank_rollouts_per_prompt, self._writer)
             scored = ~verdicts.isnan()
             tried = Counter(prompt for prompt, counts in zip(ids, scored.tolist(), strict=True) if counts)
             solved = Counter(prompt for prompt, counts in zip(ids, correct.tolist(), strict=True) if counts)
