@@ -242,6 +242,25 @@ def test_a_punishment_makes_nothing_wrong(tmp_path, fixed_rollouts):
     assert read_rollouts(tmp_path / "bank")["reward"] == [1.0] * 4
 
 
+def test_a_punishment_makes_no_group_teach_anything(tmp_path, fixed_rollouts):
+    """Of a group that is all wrong, or all right, the rewards differ by length alone: it is replaced all the same."""
+    options = {"per_device_train_batch_size": 12, "max_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, examples, soft_punish_cache=31, max_generation_rounds=40, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # The first round asks prompts 0 (always solved), 1 (mixed) and 2 (never solved), all of them punished
+    assert log["rewards/soft_overlong_punishment_reward/std"] > 0 and fixed_rollouts[0] == [0, 1, 2]
+    assert len(fixed_rollouts[1]) == 2  # two groups are asked anew
+    assert log["rlvr/generation_rounds"] == len(fixed_rollouts) > 1 and log["rlvr/groups_without_variance"] == 0
+
+
+def test_reward_models_decide_where_there_is_no_verifier(tmp_path, fixed_rollouts):
+    trainer = make_trainer(tmp_path, examples, per_device_train_batch_size=12, max_generation_rounds=2, max_steps=1)
+    trainer._verifiers = []  # as if `math_reward` were a reward model
+    trainer.train()
+    assert trainer.state.log_history[0]["rlvr/generation_rounds"] == 2 and len(fixed_rollouts[1]) == 2
+
+
 def test_a_resumed_run_asks_and_counts_what_an_uninterrupted_one_does(tmp_path, fixed_rollouts):
     options = {"per_device_train_batch_size": 8, "max_steps": 4, "max_generation_rounds": 2, "shuffle_dataset": True}
     options |= {"save_strategy": "steps", "save_steps": 2}

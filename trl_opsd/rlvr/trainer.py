@@ -36,8 +36,8 @@ class RLVRTrainer(GRPOTrainer):
     - A truncated completion, one that does not end in an end-of-sequence token, never earns a positive reward. A correct
       answer that the model doesn't stop after is not correct, here as in the gate of [`~trl_opsd.OPSDTrainer`], so both
       stages train towards the same thing.
-    - Groups whose rewards are all the same can be replaced by those of other prompts (`max_generation_rounds`). The
-      metrics of rewards and completions stay those of the first round, which no reward has chosen;
+    - Groups whose verdicts are all the same, all right or all wrong, can be replaced by those of other prompts
+      (`max_generation_rounds`): the verifiers decide, not reward models or the punishment. The metrics of rewards and completions stay those of the first round, which no reward has chosen;
       `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
@@ -140,14 +140,15 @@ class RLVRTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
-        functions = self.reward_funcs if args.soft_punish_cache is None else self.reward_funcs[:-1]
+        self._punishments = int(args.soft_punish_cache is not None)  # the last reward function, if there is one
+        functions = self.reward_funcs[: len(self.reward_funcs) - self._punishments]
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
         self._bank: RolloutBank | None = None
         self._bank_folder = os.path.join(args.output_dir, "bank")
         if weights is not None:
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
-        self._last_rewards: torch.Tensor | None = None
+        self._last_verdicts: torch.Tensor | None = None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
@@ -156,10 +157,11 @@ class RLVRTrainer(GRPOTrainer):
         truncated = self.accelerator.gather(truncated)
         rewards = rewards.masked_fill(truncated.unsqueeze(1) & (rewards > 0), 0.0)
         if self.model.training:
-            self._last_rewards = self._weighted(rewards, list(range(len(self.reward_funcs))))
+            # Where there is no verifier, reward models decide what a group teaches. The punishment never does
+            deciding = self._verifiers or list(range(len(self.reward_funcs) - self._punishments))
+            self._last_verdicts = self._weighted(rewards, deciding)
             if self.args.bank_rollouts_per_prompt:
-                verdicts = self._weighted(rewards, self._verifiers)
-                self._fill_bank(inputs, completion_ids_list, verdicts)
+                self._fill_bank(inputs, completion_ids_list, self._weighted(rewards, self._verifiers))
         return rewards
 
     def _weighted(self, rewards: torch.Tensor, functions: list[int]) -> torch.Tensor:
@@ -204,7 +206,7 @@ class RLVRTrainer(GRPOTrainer):
             return output
         metrics = self._metrics["train"]
         first = {name: list(values) for name, values in metrics.items()}
-        num_groups = len(self._last_rewards) // self.num_generations
+        num_groups = len(self._last_verdicts) // self.num_generations
         rounds, flat = 1, self._groups_without_variance()
         while flat and rounds < max_rounds and (fresh := self._fresh_examples(len(flat))):
             flat = self._replace_groups(output, flat, super()._generate_and_score_completions(fresh))
@@ -217,10 +219,13 @@ class RLVRTrainer(GRPOTrainer):
         return output
 
     def _groups_without_variance(self) -> list[int]:
-        """Of the rollouts scored last, over all processes, the groups whose rewards are all the same."""
-        rewards = self._last_rewards.view(-1, self.num_generations)
-        lowest, highest = rewards.nan_to_num(nan=torch.inf).amin(dim=1), rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
-        return (lowest >= highest).nonzero().flatten().tolist()  # above: no rollout of the group has a reward
+        """Of the rollouts scored last, over all processes, the groups whose verdicts are all the same."""
+        verdicts = self._last_verdicts.view(-1, self.num_generations)
+        lowest, highest = (
+            verdicts.nan_to_num(nan=torch.inf).amin(dim=1),
+            verdicts.nan_to_num(nan=-torch.inf).amax(dim=1),
+        )
+        return (lowest >= highest).nonzero().flatten().tolist()  # above: no rollout of the group has a verdict
 
     def _fresh_examples(self, num_groups: int) -> list[dict[str, Any]]:
         """This process's share of at least that many groups of prompts drawn from the training set."""
@@ -238,7 +243,7 @@ class RLVRTrainer(GRPOTrainer):
 
     def _replace_groups(self, output: dict[str, Any], flat: list[int], fresh: dict[str, Any]) -> list[int]:
         """Puts groups of `fresh` that have variance in the place of those that do not. Returns the ones left."""
-        num_fresh = len(self._last_rewards) // self.num_generations
+        num_fresh = len(self._last_verdicts) // self.num_generations
         useless = set(self._groups_without_variance())
         pairs = list(zip(flat, [group for group in range(num_fresh) if group not in useless], strict=False))
         if not pairs:
