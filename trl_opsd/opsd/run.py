@@ -224,7 +224,8 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
 
         if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
             raise UserError(
-                "`qat` rounds the weights of the whole student in this process: drop LoRA, or vLLM, or `qat`."
+                "`qat` rounds the weights of the whole student as it computes, which is not what adapters train, and vLLM is "
+                "given them before they are rounded: drop LoRA, or vLLM, or `qat`."
             )
         if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
             raise UserError("`qat` needs torchao: run `pip install torchao`.")
