@@ -460,12 +460,20 @@ def test_the_recipes_parse_and_their_numbers_fit(path):
     processes = int(command[1] or 1)
     if named := re.search(r"(\d)gpu", path.name):
         assert processes == int(named[1]) and config.output_dir == f"runs/{path.stem}"
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    assert rollouts % config.num_generations == 0
-    if stated := re.search(r"# (\d+) rollouts a step: (\d+) problems, (\d+) rollouts each", text):
-        problems = rollouts // config.num_generations
-        assert [int(number) for number in stated.groups()] == [rollouts, problems, config.num_generations]
-    if config.use_vllm:
+    update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
+    problems, updates = rollouts // config.num_generations, rollouts // update
+    assert rollouts % config.num_generations == 0 and rollouts % update == 0
+    if path.parent.name == "recipes":
+        stated = re.search(
+            r"# (\d+) rollouts a generation: (\d+) problems, (\d+) rollouts each; (\d+) updates? of (\d+)", text
+        )
+        assert list(map(int, stated.groups())) == [rollouts, problems, config.num_generations, updates, update]
+        # Where a generation is one update nothing can be clipped, so nothing says that it is
+        assert ("epsilon" in text) == (updates > 1)
+        size = {"dapo-math-17k": 14_116, "mbpp": 374}[script_args.dataset_name]
+        asked = config.max_steps // updates * problems
+        assert f"max_steps: {config.max_steps}  # {asked:,} problems, {asked / size:.1f} epochs of {size:,}\n" in text
         assert config.max_completion_length < config.vllm_max_model_length
 
 
