@@ -269,3 +269,73 @@ def run(folder: Path, words: list[str]) -> str:
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
+
+
+# The arithmetic
+
+GIB = 2**30
+PARAMETERS = 1_720_574_976  # of Qwen3-1.7B, embeddings tied
+CACHED_BYTES = 28 * 2 * 8 * 128 * 2  # layers, keys and values, heads, width, bfloat16: of a token
+GPU, OTHER = 79.2, 2.5  # GiB of an H100 of 80 GB, and what an engine holds beside weights and cache
+
+
+def memory(recipe: str) -> list[str]:
+    """A row of the table of recipes/README.md."""
+    config = yaml.safe_load((ROOT / "recipes" / recipe).read_text())
+    share = 0.5 if recipe == "opsd_pruned.yaml" else 1.0  # of the parameters, in the student
+    named = re.search(r"--num_processes (\d)", " ".join(command_of(recipe)))
+    steps = config.get("steps_per_generation", config["gradient_accumulation_steps"])
+    rollouts = config["per_device_train_batch_size"] * steps
+    engine = config["vllm_gpu_memory_utilization"] * GPU
+    cached = (engine - 2 * share * PARAMETERS / GIB - OTHER) * GIB / CACHED_BYTES  # of the teacher, if it was pruned
+    if config.get("use_peft"):
+        kept, trained = 2 * PARAMETERS, 2 * PARAMETERS
+    else:
+        kept, trained = 12 * share * PARAMETERS, 16 * share * PARAMETERS  # float32 with AdamW; and gradients
+    if "teacher_weights" in config:
+        teacher = (2 if config["teacher_weights"] == "external" else 4) * PARAMETERS
+        kept, trained = kept + teacher, trained + teacher
+    assert engine + kept / GIB < GPU - 8, "nothing would be left for what is not counted"
+    return [
+        f"`{recipe}`",
+        f"{int(named[1]) if named else 1}",
+        f"{config['vllm_gpu_memory_utilization']}",
+        f"{cached / 1e3:.0f}k",
+        f"{rollouts}",
+        f"{min(cached / rollouts, config['max_completion_length']):,.0f}",
+        f"{engine + kept / GIB:.0f}",
+        f"{trained / GIB:.0f}",
+    ]
+
+
+def test_the_memory_that_the_readme_states_is_that_of_the_recipes():
+    page = (ROOT / "recipes" / "README.md").read_text()
+    wanted = [name for name in RECIPES if "use_vllm" in (ROOT / "recipes" / name).read_text()]
+    assert len(wanted) == 9
+    for name in wanted:
+        assert "| " + " | ".join(memory(name)) + " |" in page, memory(name)
+
+
+@pytest.mark.slow
+def test_the_tiny_reasoner_comes_back(tmp_path):
+    """The recipes of the tiny reasoner in order, with their command lines: half of it, as right as before, and shorter."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for recipe in ("sft", "rlvr", "prune", "recover", "opsd_pruned"):
+        head = (ROOT / "recipes" / "tiny" / f"{recipe}.yaml").read_text()
+        (command,) = re.findall(
+            rf"^#   .*?((?:python|accelerate) .*--config recipes/tiny/{recipe}\.yaml)$", head, re.MULTILINE
+        )
+        run(tmp_path, [*shlex.split(command), *(["--max_steps", "40"] if recipe == "rlvr" else [])])
+    names = ("rlvr", "pruned", "recovered", "opsd_pruned")
+    words = ["python", "-m", "trl_opsd.evaluate", "--config", "recipes/tiny/evaluate.yaml", "--prompt_only", "false"]
+    words += ["--dataset_name", "runs/tiny/sft/data", "--max_samples", "512", "--decoding", "sampled"]
+    run(
+        tmp_path,
+        [*words, "--output", "results.json", "--checkpoints", *(f"{name}=runs/tiny/{name}" for name in names)],
+    )
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["opsd_pruned"]["parameters"] < 0.52 * rows["rlvr"]["parameters"]
+    assert rows["rlvr"]["accuracy"] > 0.95 and rows["pruned"]["accuracy"] < 0.3
+    assert rows["recovered"]["accuracy"] > 0.8
+    assert rows["opsd_pruned"]["accuracy"] > 0.85
+    assert rows["opsd_pruned"]["mean_tokens"] < 0.7 * rows["recovered"]["mean_tokens"]
