@@ -2,25 +2,32 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_opsd.cli import parse
 from trl_opsd.opsd import OPSDConfig
 from trl_opsd.opsd.__main__ import main as opsd
 from trl_opsd.opsd.run import OPSDScriptArguments, check_bank
+from trl_opsd.prune.__main__ import main as prune
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id, read_attempts, read_rollouts
+from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
 
 ROOT = Path(__file__).parents[1]
+ME = Writer("me", "1" * 64, "2" * 64)
 
 
 def rollout(prompt, text, ids=None, chat=True):
@@ -69,9 +76,9 @@ def expected(adds, limit) -> dict[str, list[str]]:
 )
 def test_the_disk_holds_the_shortest_of_what_came_in(tmp_path_factory, adds, limit):
     folder = tmp_path_factory.mktemp("bank")
-    bank = RolloutBank(folder, limit)
+    bank = RolloutBank(folder, limit, ME)
     for step, (reopen, texts) in enumerate(adds):
-        bank = RolloutBank(folder, limit) if reopen else bank
+        bank = RolloutBank(folder, limit, ME) if reopen else bank
         bank.add(step, [rollout(*text) for text in texts], {})
         now = {prompt: sorted(found) for prompt, found in on_disk(folder).items()}
         assert now == expected(adds[: step + 1], limit)
@@ -96,9 +103,9 @@ def test_a_crash_anywhere_leaves_a_bank_to_go_on_with(tmp_path, monkeypatch):
             if left == -1:
                 raise KeyboardInterrupt
 
+        bank, step = RolloutBank(folder, 1, ME), 0
         monkeypatch.setattr(os, "replace", lambda *args: (fail(), replace(*args)))
         monkeypatch.setattr(Path, "unlink", lambda *args: (fail(), unlink(*args)))
-        bank, step = RolloutBank(folder, 1), 0
         while step < len(adds):
             try:
                 bank.add(step, adds[step], counts)
@@ -109,25 +116,26 @@ def test_a_crash_anywhere_leaves_a_bank_to_go_on_with(tmp_path, monkeypatch):
                 on_disk(folder)
                 assert {path.suffix for path in (folder / "rollouts").glob("[!.]*")} <= {".parquet"}
                 # As a resumed run: from one step before, if there is one
-                bank, step = RolloutBank(folder, 1), max(step - 1, 0)
+                bank, step = RolloutBank(folder, 1, ME), max(step - 1, 0)
         assert on_disk(folder) == {"p": ["a"], "q": ["c"]}
         assert read_attempts(folder) == dict.fromkeys(counts, (12, 3))
+        monkeypatch.undo()
         if left >= 0:
             break
     assert crashes == 8  # two of the first step, three of the others
 
 
 def test_a_lower_limit_takes_effect_with_the_next_add(tmp_path):
-    RolloutBank(tmp_path, 4).add(0, [rollout("p", "a" * size) for size in (3, 1, 2)], {})
-    RolloutBank(tmp_path, 1).add(1, [], {})
+    RolloutBank(tmp_path, 4, ME).add(0, [rollout("p", "a" * size) for size in (3, 1, 2)], {})
+    RolloutBank(tmp_path, 1, ME).add(1, [], {})
     assert on_disk(tmp_path) == {"p": ["a"]}
 
 
 def test_a_run_that_begins_anew_counts_anew_and_keeps_what_was_paid_for(tmp_path):
-    first = RolloutBank(tmp_path, 4)
+    first = RolloutBank(tmp_path, 4, ME)
     for step in range(3):
         first.add(step, [rollout("p", "a" * (step + 1))], {"p": (8, 1)})
-    second = RolloutBank(tmp_path, 4)
+    second = RolloutBank(tmp_path, 4, ME)
     second.add(0, [rollout("p", "b")], {"p": (8, 5)})
     assert read_attempts(tmp_path) == {"p": (8, 5)}
     assert sorted(on_disk(tmp_path)["p"]) == ["a", "aa", "aaa", "b"]
@@ -154,13 +162,13 @@ def test_reading_what_is_not_there(tmp_path):
         read_rollouts(tmp_path)
     with pytest.raises(ValueError, match="There is no rollout bank at"):
         read_attempts(tmp_path)
-    RolloutBank(tmp_path, 4).add(0, [], {"p": (8, 0)})
+    RolloutBank(tmp_path, 4, ME).add(0, [], {"p": (8, 0)})
     with pytest.raises(ValueError, match="is empty: no rollout of its run was correct"):
         read_rollouts(tmp_path)
 
 
 def test_of_each_prompt_the_shortest_is_read_first(tmp_path):
-    bank = RolloutBank(tmp_path, 3)
+    bank = RolloutBank(tmp_path, 3, ME)
     bank.add(0, [rollout("p", "aaa"), rollout("q", "b"), rollout("p", "a")], {})
     bank.add(1, [rollout("p", "aa"), rollout("q", "bb")], {})
     rows = read_rollouts(tmp_path)
@@ -181,7 +189,7 @@ def test_of_each_prompt_the_shortest_is_read_first(tmp_path):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_supervised_fine_tuning_takes_it_as_it_is(tmp_path, small_model, tokenizer, rows, chat):
-    bank = RolloutBank(tmp_path / "bank", 4)
+    bank = RolloutBank(tmp_path / "bank", 4, ME)
     ids = {}
     for step, row in enumerate(rows.select(range(4))):
         prompt, text = row["prompt"][0]["content"], row["solution"]
@@ -248,7 +256,7 @@ def recipe(tmp_path, checkpoint, rows):
         path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
         return ["--config", str(path)]
 
-    bank = RolloutBank(tmp_path / "bank", 2)
+    bank = RolloutBank(tmp_path / "bank", 2, ME)
     rollouts, attempts = [], {}
     for row in rows.select(range(1, 8)):
         prompt = row["prompt"][0]["content"]
@@ -327,8 +335,8 @@ def test_a_mistake_is_found_before_a_model_is_loaded(tmp_path, recipe, rows, mon
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    RolloutBank(tmp_path / "empty", 4).add(0, [], {prompt_id(rows[0]["prompt"]): (8, 0)})
-    RolloutBank(tmp_path / "other", 4).add(0, [rollout("p", "a")], {prompt_id("p"): (8, 1)})
+    RolloutBank(tmp_path / "empty", 4, ME).add(0, [], {prompt_id(rows[0]["prompt"]): (8, 0)})
+    RolloutBank(tmp_path / "other", 4, ME).add(0, [rollout("p", "a")], {prompt_id("p"): (8, 1)})
     rows.map(lambda row: {"privileged_context": "?"}).to_json(tmp_path / "overridden.jsonl")
     fill = lambda value: value.format(tmp=tmp_path) if isinstance(value, str) else value  # noqa: E731
     arguments = recipe(**{key: fill(value) for key, value in changes.items()})
@@ -350,3 +358,102 @@ def test_the_recipe_takes_what_the_other_one_leaves():
     assert script_args.rollout_bank == f"{rlvr['output_dir']}/bank" and script_args.solution == "bank"
     assert (model_args.model_name_or_path, script_args.dataset_name) == (rlvr["output_dir"], rlvr["dataset_name"])
     assert f"-m trl_opsd.opsd --config {path}" in (ROOT / path).read_text()
+
+
+# Whose rollouts they are
+
+
+def swap_digits(folder: str | Path) -> None:
+    """Gives a checkpoint a vocabulary of the same tokens in which two have changed places."""
+    path = Path(folder) / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    vocab = saved["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+    path.write_text(json.dumps(saved))
+
+
+def test_weights_are_the_same_wherever_they_lie_and_in_whichever_files(tmp_path, small_model):
+    model = small_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    hashes = [hash_weights(str(tmp_path / name)) for name in ("whole", "shards")] + [hash_weights(model)]
+    assert len(set(hashes)) == 1 and len(hashes[0]) == 64
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6  # one number of one weight
+    model.save_pretrained(tmp_path / "changed")
+    assert hash_weights(str(tmp_path / "changed")) == hash_weights(model) != hashes[0]
+
+
+def test_an_adapter_counts_with_its_base(tmp_path, checkpoint):
+    hashes = []
+    for seed in (0, 1):
+        base = AutoModelForCausalLM.from_pretrained(checkpoint(seed))
+        torch.manual_seed(0)
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
+            tmp_path / f"adapter-{seed}"
+        )
+        hashes.append(hash_weights(str(tmp_path / f"adapter-{seed}")))
+    files = [tmp_path / f"adapter-{seed}" / "adapter_model.safetensors" for seed in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert len({*hashes, hash_weights(checkpoint(0))}) == 3
+
+
+def test_a_vocabulary_is_what_ids_mean(checkpoint):
+    folder = checkpoint()
+    before = hash_vocabulary(AutoTokenizer.from_pretrained(folder))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert hash_vocabulary(AutoTokenizer.from_pretrained(folder)) == before
+    swap_digits(folder)
+    assert hash_vocabulary(AutoTokenizer.from_pretrained(folder)) != before
+
+
+@pytest.mark.parametrize("other", [Writer("you", "3" * 64, "2" * 64), Writer("you", "1" * 64, "3" * 64)])
+def test_nobody_else_goes_on_with_a_bank(tmp_path, other):
+    RolloutBank(tmp_path, 4, ME).add(0, [rollout("p", "a")], {"p": (8, 1)})
+    RolloutBank(tmp_path, 4, Writer("me, elsewhere", ME.weights, ME.vocabulary))
+    message = re.escape(f"is of {ME}, and this run is of {other}")
+    with pytest.raises(ValueError, match=message):
+        RolloutBank(tmp_path, 4, other)
+    assert read_writer(tmp_path) == ME and on_disk(tmp_path) == {"p": ["a"]}
+    for text in ("{", "[]", '{"model": "me"}'):
+        (tmp_path / "bank.json").write_text(text)
+        with pytest.raises(ValueError, match="is damaged, so nothing says who wrote"):
+            RolloutBank(tmp_path, 4, ME)
+    (tmp_path / "bank.json").unlink()
+    with pytest.raises(ValueError, match="does not say who wrote it, because `bank.json` is missing"):
+        RolloutBank(tmp_path, 4, ME)
+
+
+def test_ids_of_another_tokenizer_are_refused_before_a_model_is_loaded(tmp_path, recipe, monkeypatch, capsys):
+    """The bank, and what was copied out of it, by OPSD and by pruning."""
+    folder = tmp_path / "model-0-0"
+    arguments = recipe(
+        dataset_name=f"{tmp_path}/ids", lmbda=0.0, solution=None, rollout_bank=None,
+        teacher_prompt_template=CONCISE_TEMPLATE, max_completion_length=64,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bank = RolloutBank(tmp_path / "ids", 1, Writer("runs/teacher", "1" * 64, hash_vocabulary(tokenizer)))
+    texts = ["12", "21", "11", "22"]
+    bank.add(
+        0, [rollout(f"{text}=", text, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in texts], {}
+    )
+    read_rollouts(tmp_path / "ids").to_json(tmp_path / "ids.jsonl")
+    sizes = ["--num_layers", "1", "--output_dir", str(tmp_path / "pruned"), "--model_name_or_path", str(folder)]
+    commands = {
+        "opsd": lambda name: opsd([*arguments, "--dataset_name", str(name)]),
+        "prune": lambda name: prune([*sizes, "--calibration_dataset", str(name)]),
+    }
+    for name in ("ids", "ids.jsonl"):
+        for command in commands.values():
+            command(tmp_path / name)
+    swap_digits(folder)
+    commands["prune"](tmp_path / "ids.jsonl")  # which takes the text
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    capsys.readouterr()
+    for command, name in (("opsd", "ids"), ("opsd", "ids.jsonl"), ("prune", "ids")):
+        with pytest.raises(SystemExit) as end:
+            commands[command](tmp_path / name)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and str(folder) in error and "another tokenizer" in error
+        assert "runs/teacher" in error if name == "ids" else "mean '21'" in error and "is '12'" in error

@@ -25,6 +25,7 @@ from trl_opsd.opsd import AlarmCallback
 from trl_opsd.opsd.__main__ import main as opsd_main
 from trl_opsd.results import write_results
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id, read_rollouts
+from trl_opsd.rlvr.identity import Writer, hash_vocabulary, read_writer
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def config(monkeypatch):
 def bank(tmp_path, rows, tokenizer):
     """A bank with two rollouts of each of eight prompts, none of which a model would write."""
     folder = tmp_path / "bank"
-    bank = RolloutBank(folder, 2)
+    bank = RolloutBank(folder, 2, Writer("teacher", "1" * 64, hash_vocabulary(tokenizer)))
     for step in range(2):
         rollouts = []
         for number, row in enumerate(rows.select(range(8))):
@@ -502,3 +503,36 @@ def test_the_report_of_a_sweep(swept, tmp_path, capsys):
     )
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert names == ["accuracy_flops.svg", "accuracy_parameters.svg", "report.html", "report.md", "results.json"]
+
+
+def test_the_bank_of_another_teacher_is_moved_aside(tmp_path, checkpoint, rows, tokenizer, caplog):
+    """A chain whose teacher has changed fills its bank again, and the new one holds nothing of the old one."""
+    data, bank = tmp_path / "train.jsonl", tmp_path / "bank"
+    rows.select(range(4)).to_json(data)
+
+    class Engine:
+        def __init__(self, config, checkpoint, tokenizer):
+            self.says = checkpoint.path[-3]  # the seed
+
+        def generate(self, requests, sampling):
+            texts = [f"{self.says} \\boxed{{{row['answer']}}}" for row in rows.select(range(4))]
+            yield from enumerate(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts)
+
+        def close(self):
+            pass
+
+    def fill(seed):
+        with mock.patch.object(bank_stage, "load_engine", Engine):
+            bank_stage.main(
+                ["--model_name_or_path", checkpoint(seed), "--dataset_name", str(data), "--bank", str(bank)]
+                + ["--max_completion_length", "96", "--output", str(tmp_path / "bank.json")]
+            )
+        return {row["completion"][0]["content"][0] for row in read_rollouts(bank)}, caplog.text
+
+    assert fill(0)[0] == {"0"}
+    assert fill(0) == ({"0"}, "")
+    said, printed = fill(1)
+    assert said == {"1"} and read_writer(bank).model == checkpoint(1)
+    (aside,) = tmp_path.glob("bank.????????")
+    assert str(aside) in printed and read_writer(aside).model == checkpoint(0) and len(read_rollouts(aside)) == 4
+    assert fill(0)[0] == {"0"} and len(list(tmp_path.glob("bank.????????"))) == 2

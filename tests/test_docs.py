@@ -166,7 +166,7 @@ def mistakes(words):
         mode = next((MODES[option] for option in options if option in MODES), ())
         known = options_of(module, *mode) | {"--config"}
     else:
-        known = re.findall(r"--\w+", Path(importlib.util.find_spec(module).origin).read_text())
+        known = re.findall(r"--\w+", Path(importlib.util.find_spec(module).origin).read_text()) + ["--config"]
     return found + [option for option in options if option not in known]
 
 

@@ -17,13 +17,13 @@ from trl_opsd.engine import (
     EngineError,
     RolloutEngine,
     check_engine,
-    engine_errors,
     engine_failure,
     rollout_engine,
     training_precision,
 )
 from trl_opsd.opsd.head import Head
 from trl_opsd.opsd.metrics import EngineMismatch
+from trl_opsd.resuming import engine_errors
 
 
 @pytest.fixture
@@ -131,6 +131,7 @@ def test_what_an_engine_raises_is_one_sentence(vllm, small_model, monkeypatch):
 def test_a_command_line_whose_engine_fails_names_the_way_on(tmp_path, capsys, steps):
     for step in steps:
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     with pytest.raises(SystemExit) as ended, engine_errors(str(tmp_path)):
         with engine_failure("The engine failed"):
             raise RuntimeError("CUDA out of memory")

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,9 +25,12 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from trl_opsd.cli import UserError, parse
@@ -64,15 +69,46 @@ FAMILIES = {
     "gemma2": Gemma2Config(**COMMON, head_dim=16, **WINDOW),
     "gemma2-untied": Gemma2Config(**COMMON, head_dim=16, tie_word_embeddings=False, **WINDOW),
     "gemma3": Gemma3TextConfig(**COMMON, head_dim=16, sliding_window_pattern=2, **WINDOW),
+    "smollm3": SmolLM3Config(**COMMON, no_rope_layers=[1, 1, 0, 1, 0], use_sliding_window=True, **WINDOW),
+    "phi3": Phi3Config(**COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "phi4-mini": Phi3Config(
+        **COMMON,
+        tie_word_embeddings=True,
+        original_max_position_embeddings=8,  # so that both of the factors below count
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.5, 2.0],
+            "long_factor": [1.5, 2.0, 4.0],
+        },
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **COMMON, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+    ),
 }
+#: Types whose hidden size is bound to the heads.
+BOUND = ("qwen2", "phi3")
 families = pytest.mark.parametrize("family", FAMILIES)
-# Sizes that suit every family: for Qwen2 hidden size and heads are bound to each other
+# Sizes that suit every family: for Qwen2 and Phi-3 hidden size and heads are bound to each other
 SMALLER = Sizes(num_layers=3, hidden_size=16, num_attention_heads=2, intermediate_size=20)
+
+
+def sizes_of(family: str, **changes) -> Sizes:
+    """`SMALLER`, with as many experts as there are, and some of them replaced."""
+    experts = {"num_experts": 6} if family == "qwen3-moe" else {}
+    return Sizes(**{**SMALLER.__dict__, **experts, **changes})
+
+
+def down_proj(layer) -> torch.Tensor:
+    """The weight, of shape `(..., hidden, neurons)`, in which the MLP of a layer writes; with experts theirs."""
+    return layer.mlp.experts.down_proj if hasattr(layer.mlp, "experts") else layer.mlp.down_proj.weight
 
 
 def build(family: str, seed: int = 0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
+    eager = {"experts_implementation": "eager"} if family == "qwen3-moe" else {}  # which computes in float64 as well
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases start as ones and zeros, which hide much
             if parameter.ndim == 1:
@@ -97,14 +133,19 @@ def logits(model) -> torch.Tensor:
 
 def everything(model, **changes) -> Units:
     """Units that keep a model as it is, with some of them replaced."""
-    config = model.config
+    config, sizes = model.config, ModelShape(model.config).sizes
     layers = changes.get("layers", list(range(config.num_hidden_layers)))
+    neurons, experts = torch.arange(sizes.intermediate_size), None
+    if sizes.num_experts is not None:
+        neurons = neurons.expand(sizes.num_experts, -1)
+        experts = {layer: torch.arange(sizes.num_experts) for layer in layers}
     whole = dict(
         layers=layers,
         hidden=torch.arange(config.hidden_size),
         groups={layer: torch.arange(config.num_key_value_heads) for layer in layers},
-        neurons={layer: torch.arange(config.intermediate_size) for layer in layers},
+        neurons=dict.fromkeys(layers, neurons),
         energy={},
+        experts=experts,
     )
     return Units(**{**whole, **changes})
 
@@ -112,7 +153,7 @@ def everything(model, **changes) -> Units:
 def prune(model, sizes: Sizes, layers: list[int]):
     shape = ModelShape(model.config)
     with only_layers(model, layers):
-        statistics = collect(model, shape, rollouts(), 4)
+        statistics = collect(model, shape, rollouts(100 if sizes.num_experts else 6), 20)  # enough for every expert
     return slice_model(model, shape, choose_units(statistics, sizes, shape, layers))
 
 
@@ -124,12 +165,13 @@ def test_the_count_is_that_of_the_saved_model(tmp_path, family):
     model = build(family)
     shape = ModelShape(model.config)
     assert shape.parameters == model.num_parameters()
-    pruned = prune(model, SMALLER, [0, 2, 3])
-    assert shape.count(SMALLER) == pruned.num_parameters()
+    smaller = sizes_of(family, **({"num_experts": 4} if family == "qwen3-moe" else {}))
+    pruned = prune(model, smaller, [0, 2, 3])
+    assert shape.count(smaller) == pruned.num_parameters()
     pruned.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is type(model)
-    assert sum(weight.numel() for weight in loaded.parameters()) == shape.count(SMALLER)
+    assert sum(weight.numel() for weight in loaded.parameters()) == shape.count(smaller)
     torch.testing.assert_close(logits(loaded), logits(pruned), rtol=0, atol=0)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["num_key_value_heads"] == 1
@@ -151,15 +193,18 @@ def test_a_ratio_is_reached_or_the_nearest_one_named(family, layers, group, grou
     base = FAMILIES[family]
     changes = dict(
         vocab_size=vocab,
-        hidden_size=group * groups * width * (1 if base.model_type == "qwen2" else times),
-        intermediate_size=mlp,
+        hidden_size=group * groups * width * (1 if base.model_type in BOUND else times),
+        **{"moe_intermediate_size" if family == "qwen3-moe" else "intermediate_size": mlp},
         num_hidden_layers=layers,
         num_attention_heads=group * groups,
         num_key_value_heads=groups,
-        layer_types=None,
-        **({} if base.model_type == "qwen2" else {"head_dim": width}),
+        **({} if base.model_type in BOUND else {"head_dim": width}),
     )
-    values = {key: value for key, value in {**base.to_dict(), **changes}.items() if key != "layer_types"}
+    values = {**base.to_dict(), **changes}
+    for by_layer in ("layer_types", "no_rope_layers"):
+        values.pop(by_layer, None)
+    if family == "phi4-mini":  # whose factors are as many as the channels of a head
+        values["rope_parameters"] = FAMILIES["phi3"].rope_parameters
     shape = ModelShape(type(base).from_dict(values))
     try:
         sizes = shape.search(ratio)
@@ -189,7 +234,8 @@ def test_the_cut_is_shared():
     )
     for ratio in (0.25, 0.5, 0.75):
         sizes = shape.search(ratio)
-        layers, hidden, heads, mlp = (getattr(sizes, name) / getattr(shape.sizes, name) for name in SMALLER.__dict__)
+        names = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        layers, hidden, heads, mlp = (getattr(sizes, name) / getattr(shape.sizes, name) for name in names)
         assert max(layers, mlp) < 1 and max(layers, mlp) <= min(hidden, heads), sizes
 
 
@@ -228,19 +274,24 @@ def test_units_without_importance_go_unnoticed(family, unit):
     neurons, groups, hidden = (
         torch.randperm(size, generator=generator)[:dead] for size, dead in ((48, 28), (2, 1), (32, 16))
     )
-    sizes = dict(SMALLER.__dict__, num_layers=5)
+    sizes = dict(sizes_of(family).__dict__, num_layers=5)
     with torch.no_grad():
         for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
+            attention = layer.self_attn
             if unit in ("neurons", "all"):
-                mlp.down_proj.weight[:, neurons] = 0
+                down_proj(layer)[..., neurons] = 0
             if unit in ("groups", "all"):
                 width = shape.group * shape.head_dim
                 attention.o_proj.weight.view(32, 2, width)[:, groups] = 0
             if unit in ("hidden", "all"):
-                for module in (attention.o_proj, mlp.down_proj):
-                    module.weight[hidden] = 0
-                    if module.bias is not None:
+                for weight in (attention.o_proj.weight, down_proj(layer)):
+                    weight[..., hidden, :] = 0
+                for module in layer.modules():
+                    if (
+                        getattr(module, "bias", None) is not None
+                        and len(module.bias) == 32
+                        and len(module.weight) == 32
+                    ):
                         module.bias[hidden] = 0
         if unit in ("hidden", "all"):
             model.model.embed_tokens.weight[:, hidden] = 0
@@ -259,7 +310,7 @@ def fits(shape: ModelShape, sizes: dict[str, int]) -> bool:
     try:
         shape.check(Sizes(**sizes))
     except UserError:
-        assert shape.config.model_type == "qwen2"  # the only one that such sizes do not suit
+        assert shape.config.model_type in BOUND  # the only ones that such sizes do not suit
         return False
     return True
 
@@ -287,9 +338,12 @@ def test_key_value_heads_stay_with_their_query_heads(family):
     with torch.no_grad():
         for layer in swapped.model.layers:
             attention = layer.self_attn
-            for module, heads in ((attention.q_proj, shape.group), (attention.k_proj, 1), (attention.v_proj, 1)):
-                for parameter in module.parameters():
-                    parameter.copy_(parameter.unflatten(0, (2, heads * width)).flip(0).flatten(0, 1))
+            if family.startswith("phi"):
+                parts = list(attention.qkv_proj.weight.split([4 * width, 2 * width, 2 * width]))
+            else:
+                parts = [p for m in (attention.q_proj, attention.k_proj, attention.v_proj) for p in m.parameters()]
+            for parameter in parts:
+                parameter.copy_(parameter.unflatten(0, (2, -1)).flip(0).flatten(0, 1))
             output = attention.o_proj.weight
             output.copy_(output.unflatten(1, (2, shape.group * width)).flip(1).flatten(1, 2))
     torch.testing.assert_close(logits(swapped), logits(model), rtol=1e-4, atol=1e-4)
@@ -298,20 +352,136 @@ def test_key_value_heads_stay_with_their_query_heads(family):
             everything(model, groups={layer: torch.tensor([group]) for layer in range(5)})
             for group in (kept, 1 - kept)
         )
-        if shape.config.model_type == "qwen2":  # its heads cannot go without channels
+        if shape.config.model_type in BOUND:  # its heads cannot go without channels
             first.hidden = second.hidden = torch.arange(16)
             first.energy = second.energy = {}
         torch.testing.assert_close(
             logits(slice_model(swapped, shape, second)), logits(slice_model(model, shape, first)), rtol=1e-4, atol=1e-4
         )
     # by hand, for one of them: the layer's output is what the first group's heads write
-    if shape.config.model_type != "qwen2":
+    if shape.config.model_type not in BOUND:
         muted = build(family)
         with torch.no_grad():
             for layer in muted.model.layers:
                 layer.self_attn.o_proj.weight.view(32, 2, -1)[:, 1] = 0
         first = everything(model, groups={layer: torch.tensor([0]) for layer in range(5)})
         torch.testing.assert_close(logits(slice_model(model, shape, first)), logits(muted), rtol=1e-4, atol=1e-4)
+
+
+# Experts
+
+
+def test_fewer_experts_are_the_router_restricted_to_them():
+    """The router's logits of the others are taken away by hand, in each layer others."""
+    model = build("qwen3-moe")
+    kept = {layer: torch.tensor([layer % 3, 3, 5]) for layer in range(5)}
+    neurons = torch.arange(48).expand(3, -1)
+    pruned = slice_model(
+        model, ModelShape(model.config), everything(model, experts=kept, neurons=dict.fromkeys(range(5), neurons))
+    )
+    assert pruned.config.num_experts == 3 and pruned.model.layers[0].mlp.gate.weight.shape[0] == 3
+    for layer, module in enumerate(model.model.layers):
+        gate = module.mlp.gate
+
+        def restricted(states, gate=gate, kept=kept[layer]):
+            logits = linear(states, gate.weight)
+            others = torch.ones(6, dtype=torch.bool).index_fill(0, kept, False)
+            probabilities = logits.masked_fill(others, -torch.inf).softmax(-1)
+            values, indices = probabilities.topk(2, dim=-1)
+            return logits, values / values.sum(-1, keepdim=True), indices
+
+        gate.forward = restricted
+    torch.testing.assert_close(logits(pruned), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_and_their_neurons_that_add_nothing_go_unnoticed(tmp_path):
+    """Two experts that no token is sent to, and in each expert other neurons that nothing reads."""
+    model = build("qwen3-moe")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5.0  # one channel that is as large everywhere, for the router
+        for number, layer in enumerate(model.model.layers):
+            for weight in (layer.self_attn.o_proj.weight, down_proj(layer)):
+                weight[..., 0, :] = 0
+            layer.post_attention_layernorm.weight[0] = 1.0
+            layer.mlp.gate.weight[:, 0] = 0
+            layer.mlp.gate.weight[[number % 6, (number + 2) % 6], 0] = -100.0
+            for expert in down_proj(layer):
+                expert[:, torch.randperm(48, generator=generator)[:28]] = 0
+    pruned = prune(
+        model, sizes_of("qwen3-moe", num_layers=5, hidden_size=32, num_attention_heads=4, num_experts=4), [*range(5)]
+    )
+    assert pruned.num_parameters() < 0.5 * model.num_parameters()
+    torch.testing.assert_close(logits(pruned), logits(model), rtol=1e-4, atol=1e-4)
+    pruned.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(pruned), rtol=0, atol=0
+    )
+
+
+@torch.no_grad()
+def test_the_importance_of_experts_is_what_the_definition_says():
+    """Every expert, and a neuron, is taken out by hand, and what the layer puts out less is squared and averaged."""
+    model = build("qwen3-moe").double()
+    data = rollouts()
+    statistics = collect(model, ModelShape(model.config), data, 4)
+    experts = model.model.layers[2].mlp.experts
+    calls = []
+    handle = experts.register_forward_pre_hook(lambda module, args: calls.append(args))
+    for rollout in data:  # one at a time, so nothing is padded
+        model(input_ids=torch.tensor([rollout.prompt_ids + rollout.completion_ids]))
+    handle.remove()
+    states, chosen, scales = (torch.cat(part) for part in zip(*calls, strict=True))
+
+    def less(change):
+        down = experts.down_proj.clone()
+        before = experts(states, chosen, scales)
+        change(experts.down_proj)
+        after = experts(states, chosen, scales)
+        experts.down_proj.copy_(down)
+        return (before - after).square().sum(-1).mean()
+
+    whole = torch.stack([less(lambda down, number=number: down[number].zero_()) for number in range(6)])
+    torch.testing.assert_close(statistics.experts[2], whole, rtol=1e-5, atol=1e-12)
+    neurons = torch.stack([less(lambda down, number=number: down[4, :, number].zero_()) for number in range(48)])
+    torch.testing.assert_close(statistics.neurons[2][4], neurons, rtol=1e-5, atol=1e-12)
+    readers = 5 * (3 + 1 + 1) + 1  # q, k, v, router and experts of five layers, and the head
+    assert statistics.hidden.sum().item() == pytest.approx(readers)
+
+
+def test_a_ratio_of_experts_leaves_the_rest():
+    shape = ModelShape(Qwen3MoeConfig(num_hidden_layers=48, num_experts=128, head_dim=128))
+    sizes = shape.search(0.5)
+    assert sizes.num_experts == 61 and replace(sizes, num_experts=128) == shape.sizes
+    assert abs(1 - shape.count(sizes) / shape.parameters - 0.5) < 0.01
+    # one of the others is yours to set
+    assert shape.explicit(intermediate_size=384, num_experts=64).num_layers == 48
+
+
+# Sizes that serve
+
+
+@pytest.mark.parametrize("multiple", [32, 256])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4, 0.5, 0.6, 0.75])
+def test_sizes_stay_multiples_of_a_block(ratio, multiple):
+    """Those of Qwen3-1.7B and SmolLM2-135M, whose hidden size of 576 is a multiple of 32, and of 256 nothing."""
+    large = Qwen3Config(
+        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    small = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    for config, blocks in ((large, (multiple, multiple)), (small, (32, multiple))):
+        shape = ModelShape(config)
+        try:
+            sizes = shape.search(ratio, multiple)
+        except UserError as error:
+            assert multiple == 256 and "is not reachable" in str(error)
+            continue
+        assert (sizes.hidden_size % blocks[0], sizes.intermediate_size % blocks[1]) == (0, 0)
+        assert abs(1 - shape.count(sizes) / shape.parameters - ratio) <= 0.01
 
 
 def test_the_model_is_left_as_it_was():
@@ -377,14 +547,17 @@ def test_what_matters_by_design_is_kept(family):
     shape = ModelShape(model.config)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.down_proj.weight[:, ::3] *= 30
+            down_proj(layer)[..., ::3] *= 1000
             layer.self_attn.o_proj.weight.view(32, 2, -1)[:, 1] *= 30
         model.model.embed_tokens.weight[:, 10:26] *= 30
     with only_layers(model, [0, 2, 4]):
-        statistics = collect(model, shape, rollouts(), 4)
-    units = choose_units(statistics, Sizes(3, 16, 2, 16), shape, [0, 2, 4])
+        statistics = collect(model, shape, rollouts(100 if family == "qwen3-moe" else 6), 20)
+    units = choose_units(statistics, sizes_of(family, intermediate_size=16), shape, [0, 2, 4])
     for layer in (0, 2, 4):
-        assert units.neurons[layer].tolist() == list(range(0, 48, 3))
+        neurons = units.neurons[layer]
+        if family == "qwen3-moe":
+            neurons = neurons[statistics.experts[layer] > 0]  # of an expert without tokens nothing is known
+        assert neurons.numel() and (neurons == torch.arange(0, 48, 3)).all()
         assert units.groups[layer].tolist() == [1]
     assert set(units.neurons) == {0, 2, 4}
 
@@ -473,11 +646,12 @@ def test_explicit_sizes(tmp_path, recipe):
 def test_rollouts_are_taken_as_they_are(tmp_path, recipe, rows, tokenizer):
     from trl_opsd.prune.calibration import load_calibration, make_rollouts
     from trl_opsd.rlvr.bank import RolloutBank, prompt_id
+    from trl_opsd.rlvr.identity import Writer, hash_vocabulary
 
     completions = [[{"role": "assistant", "content": f"{i}=1"}] for i in range(4)]
     ids = [[*tokenizer(f"{i}=1")["input_ids"], tokenizer.eos_token_id] for i in range(4)]
     prompts = rows["prompt"][:4]
-    bank = RolloutBank(tmp_path / "bank", 1)
+    bank = RolloutBank(tmp_path / "bank", 1, Writer("me", "1" * 64, hash_vocabulary(tokenizer)))
     rollout = [
         {"prompt": p, "completion": c, "prompt_id": prompt_id(p), "completion_ids": i, "reward": 1.0}
         for p, c, i in zip(prompts, completions, ids, strict=True)
@@ -542,7 +716,22 @@ def test_prompts_are_completed_by_the_model(recipe, rows, tokenizer, small_model
         ({"calibration_dataset": "{tmp}/gone.jsonl"}, "There is no data at `{tmp}/gone.jsonl`"),
         ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
         ({"model_name_or_path": "{tmp}/nowhere"}, "there is no folder `{tmp}/nowhere`"),
-        ({"model_name_or_path": "{tmp}/moe"}, "Models of type `qwen3_moe` cannot be pruned"),
+        (
+            {"model_name_or_path": "{tmp}/moe"},
+            "Models of type `mixtral` cannot be pruned: the types that can are llama, qwen2, qwen3, mistral, gemma, gemma2, "
+            "gemma3_text, smollm3, phi3, qwen3_moe (Llama 2 and 3, ",
+        ),
+        ({"model_name_or_path": "{tmp}/mixed"}, "in which only some layers have experts cannot be pruned"),
+        ({"target_ratio": None, "num_experts": 2}, "`num_experts` is 2, and a model of type `qwen3` has none"),
+        (
+            {"model_name_or_path": "{tmp}/experts", "target_ratio": None, "num_experts": 1},
+            "`num_experts` is 1, and a token takes 2: raise it",
+        ),
+        (
+            {"model_name_or_path": "{tmp}/experts", "target_ratio": 0.9},
+            "`target_ratio` 0.9 is not reachable to within 0.01 by removing experts alone: the nearest",
+        ),
+        ({"size_multiple": 48}, "`size_multiple` must be one of 32, 64, 128, 256, and is 48"),
         ({"model_name_or_path": "{tmp}/quantised"}, "A quantised model cannot be pruned"),
         ({"output_dir": None}, "`output_dir` is missing"),
         ({"output_dir": "{model}"}, "`output_dir` is the checkpoint that is to be pruned"),
@@ -556,7 +745,9 @@ def test_a_mistake_is_one_sentence(tmp_path, recipe, checkpoint, monkeypatch, ca
         raise AssertionError("a model was loaded before the mistake was found")
 
     for name, config in (
-        ("moe", Qwen3MoeConfig(num_hidden_layers=1)),
+        ("moe", MixtralConfig(num_hidden_layers=1)),
+        ("mixed", Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[1])),
+        ("experts", FAMILIES["qwen3-moe"]),
         ("bound", FAMILIES["qwen2"]),  # whose hidden size goes with its heads, so with whole groups
         ("quantised", Qwen3Config(num_hidden_layers=1, quantization_config={"quant_method": "fp8"})),
     ):

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
 from trl_opsd.rlvr.__main__ import main
 from trl_opsd.rlvr.bank import prompt_id, read_attempts, read_rollouts
+from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from trl_opsd.rlvr.run import RLVRScriptArguments
 
 
@@ -240,6 +242,25 @@ def test_a_punishment_makes_nothing_wrong(tmp_path, fixed_rollouts):
     assert read_rollouts(tmp_path / "bank")["reward"] == [1.0] * 4
 
 
+def test_a_punishment_makes_no_group_teach_anything(tmp_path, fixed_rollouts):
+    """Of a group that is all wrong, or all right, the rewards differ by length alone: it is replaced all the same."""
+    options = {"per_device_train_batch_size": 12, "max_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, examples, soft_punish_cache=31, max_generation_rounds=40, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # The first round asks prompts 0 (always solved), 1 (mixed) and 2 (never solved), all of them punished
+    assert log["rewards/soft_overlong_punishment_reward/std"] > 0 and fixed_rollouts[0] == [0, 1, 2]
+    assert len(fixed_rollouts[1]) == 2  # two groups are asked anew
+    assert log["rlvr/generation_rounds"] == len(fixed_rollouts) > 1 and log["rlvr/groups_without_variance"] == 0
+
+
+def test_reward_models_decide_where_there_is_no_verifier(tmp_path, fixed_rollouts):
+    trainer = make_trainer(tmp_path, examples, per_device_train_batch_size=12, max_generation_rounds=2, max_steps=1)
+    trainer._verifiers = []  # as if `math_reward` were a reward model
+    trainer.train()
+    assert trainer.state.log_history[0]["rlvr/generation_rounds"] == 2 and len(fixed_rollouts[1]) == 2
+
+
 def test_a_resumed_run_asks_and_counts_what_an_uninterrupted_one_does(tmp_path, fixed_rollouts):
     options = {"per_device_train_batch_size": 8, "max_steps": 4, "max_generation_rounds": 2, "shuffle_dataset": True}
     options |= {"save_strategy": "steps", "save_steps": 2}
@@ -350,6 +371,34 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
     assert any("rewards/math_reward/mean" in row for row in results["rows"])
 
 
+def test_another_model_does_not_go_on_with_a_bank(tmp_path, recipe, checkpoint, monkeypatch, capsys):
+    first, second = checkpoint(0), checkpoint(1)
+    arguments = [*recipe(), "--max_steps", "1", "--model_name_or_path"]
+    main([*arguments, first])
+    bank = tmp_path / "out" / "bank"
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    assert read_writer(bank) == Writer(first, hash_weights(first), hash_vocabulary(tokenizer))
+    before = read_attempts(bank)
+    main([*arguments, shutil.copytree(first, str(tmp_path / "copy"))])  # the same one goes on
+    assert read_writer(bank).model == first
+    with pytest.raises(ValueError, match="is of .* and this run is of"):  # in a script, of a model in memory too
+        RLVRTrainer(
+            AutoModelForCausalLM.from_pretrained(second),
+            math_reward,
+            RLVRConfig(str(tmp_path / "out"), **OPTIONS),
+            Dataset.from_list(examples),
+            processing_class=tokenizer,
+        )
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, second])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith(f"error: The rollout bank at `{bank}` is of `{first}` (weights ")
+    assert f"this run is of `{second}` (weights " in error
+    assert read_attempts(bank) == before
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -411,12 +460,20 @@ def test_the_recipes_parse_and_their_numbers_fit(path):
     processes = int(command[1] or 1)
     if named := re.search(r"(\d)gpu", path.name):
         assert processes == int(named[1]) and config.output_dir == f"runs/{path.stem}"
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    assert rollouts % config.num_generations == 0
-    if stated := re.search(r"# (\d+) rollouts a step: (\d+) problems, (\d+) rollouts each", text):
-        problems = rollouts // config.num_generations
-        assert [int(number) for number in stated.groups()] == [rollouts, problems, config.num_generations]
-    if config.use_vllm:
+    update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
+    problems, updates = rollouts // config.num_generations, rollouts // update
+    assert rollouts % config.num_generations == 0 and rollouts % update == 0
+    if path.parent.name == "recipes":
+        stated = re.search(
+            r"# (\d+) rollouts a generation: (\d+) problems, (\d+) rollouts each; (\d+) updates? of (\d+)", text
+        )
+        assert list(map(int, stated.groups())) == [rollouts, problems, config.num_generations, updates, update]
+        # Where a generation is one update nothing can be clipped, so nothing says that it is
+        assert ("epsilon" in text) == (updates > 1)
+        size = {"dapo-math-17k": 14_116, "mbpp": 374}[script_args.dataset_name]
+        asked = config.max_steps // updates * problems
+        assert f"max_steps: {config.max_steps}  # {asked:,} problems, {asked / size:.1f} epochs of {size:,}\n" in text
         assert config.max_completion_length < config.vllm_max_model_length
 
 

@@ -1,9 +1,7 @@
 """What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
 import os
-import socket
 import textwrap
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -18,8 +16,6 @@ from transformers import PreTrainedModel
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
-
-from .resuming import find_checkpoint
 
 
 logger = get_logger(__name__)
@@ -239,32 +235,6 @@ def engine_failure(what: str) -> Iterator[None]:
     except Exception as error:
         said = textwrap.shorten(str(error) or "it said nothing", 300, placeholder=" ...")
         raise EngineError(f"{what}: {type(error).__name__}: {said.rstrip('.')}.") from error
-
-
-@contextmanager
-def engine_errors(output_dir: str) -> Iterator[None]:
-    """
-    Ends a command line whose engine has failed: with its traceback, one sentence, and exit status 1.
-
-    Args:
-        output_dir (`str`):
-            Where the checkpoints are.
-    """
-    try:
-        yield
-    except EngineError as error:
-        traceback.print_exception(error.__cause__)
-        last = find_checkpoint(True, output_dir)
-        way_on = "there is no checkpoint yet (`save_steps`)"
-        if last is not None:
-            way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
-        raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .engine import EngineError
 
 
 if TYPE_CHECKING:
@@ -191,3 +196,29 @@ class StopOnSignal(TrainerCallback):
         )
         self._accelerator.end_training()
         raise SystemExit(INTERRUPTED)
+
+
+@contextmanager
+def engine_errors(output_dir: str) -> Iterator[None]:
+    """
+    Ends a command line whose engine has failed: with its traceback, one sentence, and exit status 1.
+
+    Args:
+        output_dir (`str`):
+            Where the checkpoints are.
+    """
+    try:
+        yield
+    except EngineError as error:
+        traceback.print_exception(error.__cause__)
+        last = find_checkpoint(True, output_dir)
+        way_on = "there is no checkpoint yet (`save_steps`)"
+        if last is not None:
+            way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
+        raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -4,10 +4,14 @@ Fills a rollout bank with verified rollouts of a finished model:
     python -m trl_opsd.compress.bank --config recipes/tiny/size_evaluate.yaml --dataset_split train \
         --model_name_or_path CHECKPOINT --dataset_name DATA --bank FOLDER --output FOLDER.json
 
-For a teacher that no RLVR run of ours has trained, or whose bank is to hold what it writes now.
+For a teacher that no RLVR run of ours has trained, or whose bank is to hold what it writes now. A bank of another model
+that lies there is moved aside, because a chain that is run again with another teacher fills its bank again.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
 
 from ..cli import UserError, parse, silence, user_errors
 from ..evaluate import EvaluateConfig
@@ -18,6 +22,7 @@ from ..evaluate.schema import to_json
 from ..evaluate.score import score
 from ..results import write_results
 from ..rlvr.bank import RolloutBank, prompt_id
+from ..rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 
 
 @dataclass
@@ -46,8 +51,30 @@ def main(args: list[str] | None = None) -> None:
         if arguments.rollouts_per_prompt < 1:
             raise UserError(f"`rollouts_per_prompt` must be at least 1, and is {arguments.rollouts_per_prompt}.")
         (job,) = plan(replace(config, decoding=["sampled"]))
-    rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt))
+        path = job.checkpoint.path
+        writer = Writer(path, hash_weights(path), hash_vocabulary(job.tokenizer))
+        make_room(arguments.bank, writer)
+    rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt, writer))
     write_results(config.output, rows, config)
+
+
+def make_room(folder: str, writer: Writer) -> None:
+    """
+    Moves the bank of another model aside, and says where it is.
+
+    Args:
+        folder (`str`):
+            Folder that is to be filled.
+        writer ([`~trl_opsd.rlvr.identity.Writer`]):
+            Who is to fill it.
+    """
+    found = read_writer(folder)
+    if found is None or found.is_same(writer):
+        return
+    names = (Path(f"{folder.rstrip('/')}.{found.weights[:8]}{number or ''}") for number in count())
+    aside = next(name for name in names if not name.exists())
+    Path(folder).rename(aside)
+    logging.getLogger("trl_opsd").warning(f"The bank at `{folder}` was of {found}, and is at `{aside}` now.")
 
 
 def fill(job: Job, bank: RolloutBank) -> list[dict]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
@@ -16,6 +17,7 @@ from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
+from ..rlvr.identity import check_vocabulary
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
 from .probe import check_probe, probe
@@ -186,6 +188,21 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
     return dataset, counts
 
 
+def check_given(name: str, dataset: Dataset, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the token ids of completions that are given mean the same text to the student: `lmbda` takes them."""
+    if (Path(name) / "rollouts").is_dir():
+        check_vocabulary(name, model, tokenizer)
+    elif "completion" in dataset.column_names:  # nothing says whose ids they are but the text beside them
+        row = dataset[0]
+        text = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
+        found = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        if found.strip() != text.strip():
+            raise UserError(
+                f"The `completion_ids` of the first row of `{name}` mean {found[:40]!r} to the tokenizer of `{model}`, and its "
+                f"`completion` is {text[:40]!r}: they are of another tokenizer, so give a bank that was written with this one."
+            )
+
+
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
@@ -211,7 +228,8 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
 
         if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
             raise UserError(
-                "`qat` rounds the weights of the whole student in this process: drop LoRA, or vLLM, or `qat`."
+                "`qat` rounds the weights of the whole student as it computes, which is not what adapters train, and vLLM is "
+                "given them before they are rounded: drop LoRA, or vLLM, or `qat`."
             )
         if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
             raise UserError("`qat` needs torchao: run `pip install torchao`.")
@@ -228,6 +246,13 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             if training_args.process_index == 0:
                 print(counts)
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
+        if training_args.lmbda < 1:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                trust_remote_code=trust_remote_code,
+            )
+            check_given(script_args.dataset_name, datasets[0], model_args.model_name_or_path, tokenizer)
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")

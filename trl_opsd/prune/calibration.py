@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..cli import UserError
 from ..data import load_prompts
 from ..rlvr.bank import read_rollouts
+from ..rlvr.identity import check_vocabulary
 from .config import PruneConfig
 from .importance import Rollout
 
@@ -23,21 +24,27 @@ def load_calibration(config: PruneConfig) -> Dataset:
             Where they are, and how many are taken.
 
     Returns:
-        [`~datasets.Dataset`]: Rows with `prompt`, and with `completion` if they are rollouts.
+        [`~datasets.Dataset`]: Rows with `prompt`, with `completion` if they are rollouts, and with `completion_ids` if
+            they are those of a bank, which says in whose ids.
 
     Raises:
         ValueError: If there is nothing to read, or the column `prompt` is missing.
     """
     name = config.calibration_dataset
-    dataset = read_rollouts(name) if (Path(name) / "rollouts").is_dir() else load_prompts(name, "train")
+    is_bank = (Path(name) / "rollouts").is_dir()
+    dataset = read_rollouts(name) if is_bank else load_prompts(name, "train")
+    if not is_bank and "completion_ids" in dataset.column_names:
+        dataset = dataset.remove_columns("completion_ids")
     return dataset.shuffle(seed=config.seed).select(range(min(config.calibration_samples, len(dataset))))
 
 
-def check_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Checks that a tokenizer can write the rows.
 
     Args:
+        config ([`PruneConfig`]):
+            Where they are.
         dataset ([`~datasets.Dataset`]):
             Rows to calibrate on.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -45,7 +52,10 @@ def check_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
 
     Raises:
         UserError: If it has no chat template and the prompts are conversations.
+        ValueError: If the rows have ids of another tokenizer.
     """
+    if "completion_ids" in dataset.column_names:
+        check_vocabulary(config.calibration_dataset, config.model_name_or_path, tokenizer)
     if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
         raise UserError(
             "The prompts of `calibration_dataset` are conversations, and the tokenizer has no chat template: add one to "

@@ -4,7 +4,8 @@ import torch
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size", "num_experts")
+_BLOCKS = (32, 64, 128, 256)
 
 
 @dataclass
@@ -25,7 +26,12 @@ class PruneConfig:
         num_attention_heads (`int`, *optional*):
             Number of query heads to keep, in whole groups: all query heads that share a key-value head, with it.
         intermediate_size (`int`, *optional*):
-            Number of MLP neurons to keep in each layer.
+            Number of MLP neurons to keep in each layer, of each expert where there are experts.
+        num_experts (`int`, *optional*):
+            Number of experts to keep in each layer.
+        size_multiple (`int`, *optional*, defaults to `32`):
+            What the sizes that `target_ratio` finds are multiples of, channels and neurons, where those of the model are:
+            32, 64, 128 or 256. Quantisers leave other weights as they are; the K-quants of GGUF want 256.
 
         > Parameters that control what counts as important
 
@@ -72,7 +78,16 @@ class PruneConfig:
         metadata={"help": "Number of query heads to keep, in whole groups with the key-value head they share."},
     )
     intermediate_size: int | None = field(
-        default=None, metadata={"help": "Number of MLP neurons to keep in each layer."}
+        default=None, metadata={"help": "Number of MLP neurons to keep in each layer, or in each expert."}
+    )
+    num_experts: int | None = field(default=None, metadata={"help": "Number of experts to keep in each layer."})
+    size_multiple: int = field(
+        default=32,
+        metadata={
+            "help": "What the channels and neurons that `target_ratio` finds are multiples of, where the model's are: the "
+            "K-quants of GGUF want 256.",
+            "choices": list(_BLOCKS),
+        },
     )
 
     # Parameters that control what counts as important
@@ -136,9 +151,10 @@ class PruneConfig:
         for name, value, choices in (
             ("layer_importance", self.layer_importance, ("block_influence", "loss")),
             ("dtype", self.dtype, _DTYPES),
+            ("size_multiple", self.size_multiple, _BLOCKS),
         ):
             if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, and is {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, and is {value!r}.")
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -49,6 +49,10 @@ class Statistics:
             For each layer the importance of its MLP neurons.
         groups (`dict[int, torch.Tensor]`):
             For each layer the importance of its attention groups.
+        experts (`dict[int, torch.Tensor]`):
+            For each layer the importance of its experts, where it has some; `neurons` are then of shape
+            `(num_experts, intermediate_size)`. What an expert adds counts with the router's weight, and as nothing for the
+            tokens that are not sent to it.
         hidden (`torch.Tensor`):
             Importance of the channels of the residual stream: the share that each has of what a weight reads, summed
             over the weights that read them.
@@ -60,6 +64,7 @@ class Statistics:
     block_influence: dict[int, float] = field(default_factory=dict)
     neurons: dict[int, torch.Tensor] = field(default_factory=dict)
     groups: dict[int, torch.Tensor] = field(default_factory=dict)
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
     hidden: torch.Tensor | None = None
     energy: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -89,8 +94,27 @@ def collect(model: PreTrainedModel, shape: ModelShape, rollouts: list[Rollout], 
     def add(name: str, value: torch.Tensor) -> None:
         squares[name] = squares[name] + value.double().cpu()
 
+    def states(args):
+        # a router and experts see the positions of a batch in one row
+        return args[0].flatten(0, -2)[real.flatten()].float()
+
     def square_input(name):
-        return lambda module, args: add(name, args[0][real].float().square().sum(dim=0))
+        return lambda module, args: add(name, states(args).square().sum(dim=0))
+
+    def through_experts(name):
+        def hook(module, args):
+            positions = real.flatten()
+            inputs, chosen, scales = (value[positions] for value in args)
+            for number in range(module.num_experts):
+                rows, place = (chosen == number).nonzero(as_tuple=True)
+                gate, up = linear(inputs[rows], module.gate_up_proj[number]).chunk(2, dim=-1)
+                neurons = module.act_fn(gate) * up * scales[rows, place, None]
+                outputs = linear(neurons, module.down_proj[number])
+                add(f"{name}.{number}.input", inputs[rows].float().square().sum(dim=0))
+                add(f"{name}.{number}.neurons", neurons.float().square().sum(dim=0))
+                add(f"{name}.{number}.output", outputs.float().square().sum())
+
+        return hook
 
     def gram_input(name):
         # of the heads of a group with each other: their outputs may cancel, which single channels would not tell
@@ -113,6 +137,8 @@ def collect(model: PreTrainedModel, shape: ModelShape, rollouts: list[Rollout], 
         leaf = name.rpartition(".")[-1]
         if leaf == "o_proj":
             handles.append(module.register_forward_pre_hook(gram_input(name)))
+        elif leaf == "experts":
+            handles.append(module.register_forward_pre_hook(through_experts(name)))
         elif leaf == "down_proj":
             handles.append(module.register_forward_pre_hook(square_input(name)))
         elif leaf in _READERS:
@@ -133,13 +159,26 @@ def collect(model: PreTrainedModel, shape: ModelShape, rollouts: list[Rollout], 
     for handle in handles:
         handle.remove()
 
-    statistics = Statistics(nll=loss / completion_tokens)
+    statistics, read_by_experts = Statistics(nll=loss / completion_tokens), []
     for layer, module in enumerate(model.model.layers):
-        if f"model.layers.{layer}.mlp.down_proj" not in squares:  # the layer is removed
+        if f"model.layers.{layer}.self_attn.o_proj" not in squares:  # the layer is removed
             continue
         statistics.block_influence[layer] = influence[layer] / tokens
-        down = module.mlp.down_proj.weight.double().cpu()
-        statistics.neurons[layer] = squares[f"model.layers.{layer}.mlp.down_proj"] * down.square().sum(dim=0) / tokens
+        mlp = f"model.layers.{layer}.mlp"
+        if shape.sizes.num_experts is None:
+            down = module.mlp.down_proj.weight.double().cpu()
+            statistics.neurons[layer] = squares[f"{mlp}.down_proj"] * down.square().sum(dim=0) / tokens
+        else:
+            found = [
+                [squares[f"{mlp}.experts.{number}.{what}"] for what in ("input", "neurons", "output")]
+                for number in range(shape.sizes.num_experts)
+            ]
+            inputs, neurons, outputs = (torch.stack(part) for part in zip(*found, strict=True))
+            down = module.mlp.experts.down_proj.double().cpu()
+            statistics.neurons[layer] = neurons * down.square().sum(dim=1) / tokens
+            statistics.experts[layer] = outputs / tokens
+            into = module.mlp.experts.gate_up_proj.double().cpu()
+            read_by_experts.append((inputs * into.square().sum(dim=1)).sum(dim=0))
         out = module.self_attn.o_proj.weight.double().cpu().unflatten(-1, (-1, shape.group * shape.head_dim))
         gram = squares[f"model.layers.{layer}.self_attn.o_proj"]
         statistics.groups[layer] = torch.einsum("hgi,gij,hgj->g", out, gram, out) / tokens
@@ -148,6 +187,8 @@ def collect(model: PreTrainedModel, shape: ModelShape, rollouts: list[Rollout], 
         if name in squares:
             read = squares[name] * module.weight.double().cpu().square().sum(dim=0)
             statistics.hidden += read / read.sum()
+    for read in read_by_experts:  # those of a layer are one reader
+        statistics.hidden += read / read.sum()
     statistics.energy = {name: squares[name] / tokens for name in norms if name in squares}
     return statistics
 
@@ -234,11 +275,17 @@ def choose_units(statistics: Statistics, sizes: Sizes, shape: ModelShape, layers
     """
     hidden = _largest(statistics.hidden, sizes.hidden_size)
     groups = sizes.num_attention_heads // shape.group
+    neurons = statistics.neurons
+    experts = None
+    if sizes.num_experts is not None:
+        experts = {layer: _largest(statistics.experts[layer], sizes.num_experts) for layer in layers}
+        neurons = {layer: neurons[layer][experts[layer]] for layer in layers}
     return Units(
         layers=layers,
         hidden=hidden,
         groups={layer: _largest(statistics.groups[layer], groups) for layer in layers},
-        neurons={layer: _largest(statistics.neurons[layer], sizes.intermediate_size) for layer in layers},
+        neurons={layer: _largest(neurons[layer], sizes.intermediate_size) for layer in layers},
+        experts=experts,
         energy={name: (values[hidden].sum() / values.sum()).item() for name, values in statistics.energy.items()},
     )
 

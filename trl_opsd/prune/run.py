@@ -29,14 +29,14 @@ def run(config: PruneConfig) -> None:
         if config.target_ratio is None:
             sizes = shape.explicit(**config.sizes())
         else:
-            sizes = shape.search(config.target_ratio)
+            sizes = shape.search(config.target_ratio, config.size_multiple)
         dataset = load_calibration(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"`{source}` has no tokenizer that can be loaded ({reason}).") from None
-        check_tokenizer(dataset, tokenizer)
+        check_tokenizer(config, dataset, tokenizer)
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()
@@ -51,7 +51,7 @@ def run(config: PruneConfig) -> None:
     pruned = slice_model(model, shape, choose_units(statistics, sizes, shape, layers))
     row = {
         "phase": "prune",
-        **asdict(sizes),
+        **{name: size for name, size in asdict(sizes).items() if size is not None},
         "layers": layers,
         "parameters_before": shape.parameters,
         "parameters": pruned.num_parameters(),
@@ -70,9 +70,10 @@ def run(config: PruneConfig) -> None:
     tokenizer.save_pretrained(staging)
     publish(staging, output)
     write_results(output / "prune.json", [row], config)
+    experts = "" if sizes.num_experts is None else f", {sizes.num_experts} experts"
     print(
         f"{row['parameters']:,} of {row['parameters_before']:,} parameters are left ({row['ratio']:.1%} removed): "
         f"{sizes.num_layers} layers, hidden size {sizes.hidden_size}, {sizes.num_attention_heads} heads, MLP "
-        f"{sizes.intermediate_size}. A token of the rollouts: {row['nll_before']:.3f} nats before, {row['nll']:.3f} "
+        f"{sizes.intermediate_size}{experts}. A token of the rollouts: {row['nll_before']:.3f} nats before, {row['nll']:.3f} "
         f"after. Saved to {output}."
     )

@@ -11,19 +11,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..cli import UserError
 
 
-#: Axes of every weight of the supported families, by the module it belongs to. A bias has the first of them.
+#: Axes of every weight of the supported families, by the module it belongs to. A bias has the first of them. What is
+#: fused lies in one weight, one after the other: queries, keys and values, or the two projections into the MLP.
 AXES = {
     "embed_tokens": ("vocab", "hidden"),
     "lm_head": ("vocab", "hidden"),
     "q_proj": ("query", "hidden"),
     "k_proj": ("kv", "hidden"),
     "v_proj": ("kv", "hidden"),
+    "qkv_proj": ("qkv", "hidden"),
     "o_proj": ("hidden", "query"),
     "q_norm": ("head",),
     "k_norm": ("head",),
     "gate_proj": ("mlp", "hidden"),
     "up_proj": ("mlp", "hidden"),
+    "gate_up_proj": ("gate_up", "hidden"),
     "down_proj": ("hidden", "mlp"),
+    "gate": ("expert", "hidden"),  # the router
     "norm": ("hidden",),
     "input_layernorm": ("hidden",),
     "post_attention_layernorm": ("hidden",),
@@ -31,8 +35,11 @@ AXES = {
     "post_feedforward_layernorm": ("hidden",),
 }
 
+#: Axes of the weights that hold all experts of a layer, which are parameters without a module of their own.
+EXPERT_AXES = {"gate_up_proj": ("expert", "gate_up", "hidden"), "down_proj": ("expert", "hidden", "mlp")}
+
 #: What a family asks of hidden size and heads: `"free"`; `"divides"`, transformers wants the number of heads to divide
-#: the hidden size; or `"equal"`, vLLM takes hidden size / heads for the width of a head.
+#: the hidden size; or `"equal"`, vLLM, or the check of longrope, takes hidden size / heads for the width of a head.
 FAMILIES = {
     "llama": "divides",
     "qwen2": "equal",
@@ -41,8 +48,17 @@ FAMILIES = {
     "gemma": "free",
     "gemma2": "divides",
     "gemma3_text": "divides",
+    "smollm3": "free",
+    "phi3": "equal",
+    "qwen3_moe": "free",
 }
+#: As people know them.
+_NAMES = (
+    "Llama 2 and 3, SmolLM2 and 3, Qwen2, Qwen2.5 and 3, Qwen3-MoE, Mistral, Phi-3 and Phi-4-mini, Gemma 1 to 3 (text)"
+)
 
+#: Rows of so many weights are what most quantisers and kernels take, and converters leave others as they are.
+BLOCK = 32
 _TOLERANCE = 0.01
 _WEIGHT = {"num_layers": 1, "hidden_size": 2, "num_attention_heads": 2, "intermediate_size": 1}
 
@@ -50,6 +66,8 @@ _WEIGHT = {"num_layers": 1, "hidden_size": 2, "num_attention_heads": 2, "interme
 def axes(name: str) -> tuple[str, ...]:
     """Returns the axes of a parameter, by its name in the model."""
     module, kind = name.split(".")[-2:]
+    if module == "experts":
+        return EXPERT_AXES[kind]
     return AXES[module][:1] if kind == "bias" else AXES[module]
 
 
@@ -66,13 +84,16 @@ class Sizes:
         num_attention_heads (`int`):
             Number of query heads.
         intermediate_size (`int`):
-            Width of the MLP.
+            Width of the MLP, of an expert where there are experts.
+        num_experts (`int` or `None`):
+            Number of experts of a layer. `None` where there are none.
     """
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     intermediate_size: int
+    num_experts: int | None = None
 
 
 class ModelShape:
@@ -84,13 +105,19 @@ class ModelShape:
             Configuration of the model.
 
     Raises:
-        UserError: If its family is not one of [`FAMILIES`], or its weights are quantised.
+        UserError: If its family is not one of [`FAMILIES`], its weights are quantised, or only some layers have experts.
     """
 
     def __init__(self, config: PreTrainedConfig):
         if config.model_type not in FAMILIES:
             raise UserError(
-                f"Models of type `{config.model_type}` cannot be pruned: the types that can are {', '.join(FAMILIES)}."
+                f"Models of type `{config.model_type}` cannot be pruned: the types that can are {', '.join(FAMILIES)} "
+                f"({_NAMES})."
+            )
+        has_experts = config.model_type == "qwen3_moe"
+        if has_experts and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+            raise UserError(
+                "A model in which only some layers have experts cannot be pruned: take one where all have."
             )
         if "quantization_config" in config.to_dict():
             raise UserError("A quantised model cannot be pruned: take the checkpoint that it was made from.")
@@ -100,7 +127,11 @@ class ModelShape:
         self.head_dim = model.model.layers[0].self_attn.head_dim
         self.group = config.num_attention_heads // config.num_key_value_heads  # query heads of a key-value head
         self.sizes = Sizes(
-            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.moe_intermediate_size if has_experts else config.intermediate_size,
+            config.num_experts if has_experts else None,
         )
         names = [name for name, _ in model.named_parameters()]  # which counts tied weights once
         self._layer = [axes(name) for name in names if ".layers.0." in name]
@@ -118,13 +149,19 @@ class ModelShape:
         Returns:
             `int`: Number of parameters, with embeddings, and tied ones once.
         """
+        query, kv = (
+            heads * self.head_dim for heads in (sizes.num_attention_heads, sizes.num_attention_heads // self.group)
+        )
         length = {
             "vocab": self.config.vocab_size,
             "hidden": sizes.hidden_size,
-            "query": sizes.num_attention_heads * self.head_dim,
-            "kv": sizes.num_attention_heads // self.group * self.head_dim,
+            "query": query,
+            "kv": kv,
+            "qkv": query + 2 * kv,
             "head": self.head_dim,
             "mlp": sizes.intermediate_size,
+            "gate_up": 2 * sizes.intermediate_size,
+            "expert": sizes.num_experts,
         }
         layer, rest = (
             sum(math.prod(length[axis] for axis in weight) for weight in weights)
@@ -144,8 +181,17 @@ class ModelShape:
             UserError: If one is larger than the model's, or they do not fit each other.
         """
         for name, size in asdict(sizes).items():
-            if size > asdict(self.sizes)[name]:
-                raise UserError(f"`{name}` is {size}, and the model has only {asdict(self.sizes)[name]}: lower it.")
+            own = asdict(self.sizes)[name]
+            if own is None and size is not None:
+                raise UserError(
+                    f"`{name}` is {size}, and a model of type `{self.config.model_type}` has none: drop it."
+                )
+            if size is not None and size > own:
+                raise UserError(f"`{name}` is {size}, and the model has only {own}: lower it.")
+        if sizes.num_experts is not None and sizes.num_experts < self.config.num_experts_per_tok:
+            raise UserError(
+                f"`num_experts` is {sizes.num_experts}, and a token takes {self.config.num_experts_per_tok}: raise it."
+            )
         heads = sizes.num_attention_heads
         if heads % self.group:
             raise UserError(
@@ -175,19 +221,22 @@ class ModelShape:
         self.check(changed)
         return changed
 
-    def search(self, ratio: float) -> Sizes:
+    def search(self, ratio: float, multiple: int = BLOCK) -> Sizes:
         """
         Finds the sizes that remove a share of the parameters.
 
-        Of all that come within 0.01 of it, those are taken that shrink every size as little as possible: least sum of
+        Where there are experts, experts alone go. Of all other sizes that come within 0.01 of it, those are taken that shrink every size as little as possible: least sum of
         squares of log(size before / size after), where hidden size and heads count double. Without training, a model
         bears fewer layers and neurons much better than fewer channels and heads, and cutting several sizes a little
         much better than one a lot. The number of key-value heads stays a divisor of the model's, so that tensor
-        parallelism can go on splitting them.
+        parallelism can go on splitting them. Channels and neurons stay a multiple of a block, as quantisers and kernels
+        want it, where the model's own number is one.
 
         Args:
             ratio (`float`):
                 Share of the parameters to remove.
+            multiple (`int`, *optional*, defaults to `32`):
+                Size of a block, a power of two. A number that is no multiple of it stays one of 32, if it is that.
 
         Returns:
             [`Sizes`]: Sizes to keep.
@@ -195,27 +244,35 @@ class ModelShape:
         Raises:
             UserError: If no sizes come within 0.01, naming the nearest share that is reachable.
         """
+        if self.sizes.num_experts is not None:
+            return self._search_experts(ratio)
         full = self.sizes
         groups = full.num_attention_heads // self.group
         heads = [number * self.group for number in range(1, groups + 1) if groups % number == 0]
-        pairs = [pair for pair in product(_grid(full.hidden_size, 32), heads) if self._fits(*pair)]
+        pairs = [pair for pair in product(_grid(full.hidden_size, 32, multiple), heads) if self._fits(*pair)]
         grid = np.array([(layers + 1, *pair) for layers in range(full.num_layers) for pair in pairs], dtype=np.int64)
         # The count is linear in the width of the MLP, so that one is solved for
         empty = self.count(Sizes(*grid.T, 0))
         slope = self.count(Sizes(*grid.T, 1)) - empty
         wanted = ((1 - ratio) * self.parameters - empty) / slope
-        widths = np.array(_grid(full.intermediate_size, 64))
+        widths = np.array(_grid(full.intermediate_size, 64, multiple))
         sizes = Sizes(*grid.T, widths[np.abs(widths - wanted[:, None]).argmin(axis=1)])
         removed = 1 - self.count(sizes) / self.parameters
         error = np.abs(removed - ratio)
-        cost = sum((_WEIGHT[name] * np.log(asdict(full)[name] / size)) ** 2 for name, size in asdict(sizes).items())
+        cost = sum((weight * np.log(vars(full)[name] / vars(sizes)[name])) ** 2 for name, weight in _WEIGHT.items())
         best = np.where(error <= _TOLERANCE, cost, np.inf).argmin()
         if error[best] > _TOLERANCE:
-            raise UserError(
-                f"`target_ratio` {ratio:g} is not reachable to within {_TOLERANCE}: the nearest share of the parameters "
-                f"that can be removed is {removed[error.argmin()]:.3f}."
-            )
-        return Sizes(*(int(size[best]) for size in asdict(sizes).values()))
+            raise UserError(_unreachable(ratio, "", removed[error.argmin()]))
+        return Sizes(*(int(vars(sizes)[name][best]) for name in _WEIGHT))
+
+    def _search_experts(self, ratio: float) -> Sizes:
+        """The number of experts that removes a share of the parameters, the rest as it is."""
+        numbers = np.arange(self.config.num_experts_per_tok, self.sizes.num_experts + 1)
+        removed = 1 - self.count(replace(self.sizes, num_experts=numbers)) / self.parameters
+        best = np.abs(removed - ratio).argmin()
+        if abs(removed[best] - ratio) > _TOLERANCE:
+            raise UserError(_unreachable(ratio, " by removing experts alone", removed[best]))
+        return replace(self.sizes, num_experts=int(numbers[best]))
 
     def prune_config(self, sizes: Sizes, layers: list[int]) -> PreTrainedConfig:
         """
@@ -236,8 +293,16 @@ class ModelShape:
             "hidden_size": sizes.hidden_size,
             "num_attention_heads": sizes.num_attention_heads,
             "num_key_value_heads": sizes.num_attention_heads // self.group,
-            "intermediate_size": sizes.intermediate_size,
         }
+        if FAMILIES[self.config.model_type] != "equal":
+            values["head_dim"] = self.head_dim  # not every configuration says it, and it is not what is left / heads
+        if sizes.num_experts is None:
+            values["intermediate_size"] = sizes.intermediate_size
+        else:
+            values.pop("num_local_experts", None)  # its other name
+            values |= {"moe_intermediate_size": sizes.intermediate_size, "num_experts": sizes.num_experts}
+        if values.get("no_rope_layers") is not None:
+            values["no_rope_layers"] = [values["no_rope_layers"][layer] for layer in layers]
         if values.get("layer_types") is not None:
             values["layer_types"] = [values["layer_types"][layer] for layer in layers]
         if values.get("max_window_layers") is not None:
@@ -251,7 +316,16 @@ class ModelShape:
         return rule == "free" or hidden_size % heads == 0
 
 
-def _grid(size: int, parts: int) -> list[int]:
+def _unreachable(ratio: float, how: str, nearest: float) -> str:
+    return (
+        f"`target_ratio` {ratio:g} is not reachable to within {_TOLERANCE}{how}: the nearest share of the parameters that "
+        f"can be removed is {nearest:.3f}."
+    )
+
+
+def _grid(size: int, parts: int, multiple: int) -> list[int]:
     """Returns the multiples of a power of two up to a size, about `parts` or more of them, and the size itself."""
     step = 2 ** max(0, int(math.log2(size / parts)) if size >= parts else 0)
+    block = next((block for block in (multiple, BLOCK) if size % block == 0), 1)
+    step = max(step, block)
     return sorted({*range(step, size + 1, step), size})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .shapes import ModelShape, Sizes, axes
+from .shapes import EXPERT_AXES, ModelShape, Sizes, axes
 
 
 @dataclass
@@ -23,9 +23,12 @@ class Units:
         groups (`dict[int, torch.Tensor]`):
             For each kept layer the attention groups (key-value heads with their query heads), in order.
         neurons (`dict[int, torch.Tensor]`):
-            For each kept layer the MLP neurons, in order.
+            For each kept layer the MLP neurons, in order; where there are experts those of each expert that is kept, of
+            shape `(num_experts, intermediate_size)`.
         energy (`dict[str, float]`):
             For each norm of the residual width the share of its input's energy that lies in the kept channels.
+        experts (`dict[int, torch.Tensor]`, *optional*):
+            For each kept layer the experts, in order. `None` where there are none.
     """
 
     layers: list[int]
@@ -33,6 +36,7 @@ class Units:
     groups: dict[int, torch.Tensor]
     neurons: dict[int, torch.Tensor]
     energy: dict[str, float]
+    experts: dict[int, torch.Tensor] | None = None
 
 
 @torch.no_grad()
@@ -57,7 +61,11 @@ def slice_model(model: PreTrainedModel, shape: ModelShape, units: Units) -> PreT
     """
     config, first = model.config, units.layers[0]
     sizes = Sizes(
-        len(units.layers), len(units.hidden), len(units.groups[first]) * shape.group, len(units.neurons[first])
+        len(units.layers),
+        len(units.hidden),
+        len(units.groups[first]) * shape.group,
+        units.neurons[first].size(-1),
+        None if units.experts is None else len(units.experts[first]),
     )
     gemma = config.model_type.startswith("gemma")
     widening = math.sqrt(config.hidden_size / sizes.hidden_size)
@@ -67,18 +75,7 @@ def slice_model(model: PreTrainedModel, shape: ModelShape, units: Units) -> PreT
         layer = int(layer[1]) if layer else None
         if layer is not None and layer not in units.layers:
             continue
-        for axis, kind in enumerate(axes(name)):
-            if kind == "hidden":
-                kept = units.hidden
-            elif kind == "mlp":
-                kept = units.neurons[layer]
-            elif kind in ("query", "kv"):
-                heads = shape.group if kind == "query" else 1  # of a group, which lie beside each other
-                width = heads * shape.head_dim
-                kept = (units.groups[layer][:, None] * width + torch.arange(width)).flatten()
-            else:
-                continue
-            weight = weight.index_select(axis, kept.to(weight.device))
+        weight = _cut(weight, name, layer, shape, units)
         module = name.removesuffix(".weight")
         if module in units.energy and sizes.hidden_size < config.hidden_size:
             scale = math.sqrt(units.energy[module]) * widening
@@ -95,3 +92,39 @@ def slice_model(model: PreTrainedModel, shape: ModelShape, units: Units) -> PreT
     )
     pruned.generation_config = model.generation_config
     return pruned.to(model.device)
+
+
+def _cut(weight: torch.Tensor, name: str, layer: int | None, shape: ModelShape, units: Units) -> torch.Tensor:
+    """Takes out of a weight what lies between the units that are kept."""
+    kinds = axes(name)
+    if name.rpartition(".")[-1] in EXPERT_AXES:  # each expert has neurons of its own
+        experts = weight[units.experts[layer].to(weight.device)]
+        kinds, axis = ("rest", *kinds[1:]), kinds.index("gate_up" if "gate_up" in kinds else "mlp")
+        rows = [_kept(kinds[axis], neurons, shape, units, layer) for neurons in units.neurons[layer]]
+        parts = zip(experts, rows, strict=True)
+        weight = torch.stack([part.index_select(axis - 1, kept.to(part.device)) for part, kept in parts])
+        kinds = tuple("rest" if index == axis else kind for index, kind in enumerate(kinds))
+    for axis, kind in enumerate(kinds):
+        if kind not in ("rest", "vocab", "head"):
+            neurons = None if layer is None else units.neurons[layer]
+            weight = weight.index_select(axis, _kept(kind, neurons, shape, units, layer).to(weight.device))
+    return weight
+
+
+def _kept(kind: str, neurons: torch.Tensor | None, shape: ModelShape, units: Units, layer: int | None) -> torch.Tensor:
+    """The indices along an axis that are kept."""
+    if kind == "hidden":
+        return units.hidden
+    if kind == "expert":
+        return units.experts[layer]
+    if kind == "mlp":
+        return neurons
+    if kind == "gate_up":
+        return torch.cat([neurons, shape.sizes.intermediate_size + neurons])
+    heads = {"query": shape.group, "kv": 1}  # of a group, which lie beside each other
+    if kind in heads:
+        width = heads[kind] * shape.head_dim
+        return (units.groups[layer][:, None] * width + torch.arange(width)).flatten()
+    query, kv = (_kept(part, neurons, shape, units, layer) for part in heads)  # fused: queries, keys, values
+    num_query = shape.sizes.num_attention_heads * shape.head_dim
+    return torch.cat([query, num_query + kv, num_query + num_query // shape.group + kv])

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from .identity import FILE, Writer, check_writer
+
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _ATTEMPTS = pa.schema(
@@ -27,6 +29,7 @@ class RolloutBank:
     |---|---|
     | `rollouts/*.parquet` | `prompt`, `completion` (as in TRL's prompt-completion format), `prompt_id`, `completion_ids`, `num_tokens`, `reward`, `step` |
     | `attempts/*.parquet` | `step`, `prompt_id`, `attempts`, `correct` |
+    | `bank.json` | whose rollouts they are: the model's name, hashes of its weights and of its vocabulary |
 
     So `rollouts` is a data set for `load_dataset("parquet", data_dir=...)` and [`~trl.SFTTrainer`], as it is.
 
@@ -39,9 +42,15 @@ class RolloutBank:
             Where the bank is. One that is there already is gone on with.
         rollouts_per_prompt (`int`):
             Rollouts to keep for each prompt, the shortest in tokens. Of two that are as long the older one stays.
+        writer ([`~trl_opsd.rlvr.identity.Writer`]):
+            Whose rollouts they are.
+
+    Raises:
+        ValueError: If the bank that is there is another model's, or another tokenizer's.
     """
 
-    def __init__(self, folder: str | Path, rollouts_per_prompt: int):
+    def __init__(self, folder: str | Path, rollouts_per_prompt: int, writer: Writer):
+        check_writer(folder, writer)
         self.folder = Path(folder)
         self.rollouts_per_prompt = rollouts_per_prompt
         # For each prompt what is kept: (tokens, digest of the completion, part that it is in), shortest first
@@ -50,6 +59,8 @@ class RolloutBank:
         self._step: int | None = None
         for name in ("rollouts", "attempts"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if not (self.folder / FILE).is_file():
+            writer.save(self.folder)
         parts = sorted((self.folder / "rollouts").glob("*.parquet"))
         for part in parts:
             for row in pq.read_table(part, columns=["prompt_id", "completion", "num_tokens"]).to_pylist():

@@ -16,9 +16,10 @@ class RLVRConfig(GRPOConfig):
         > Parameters that control which rollouts are trained on
 
         max_generation_rounds (`int`, *optional*, defaults to `1`):
-            How often rollouts are generated for one batch at most. Groups whose rewards are all the same teach nothing:
-            while there are some, and rounds left, they are replaced by those of other prompts, drawn from the training
-            set (DAPO's dynamic sampling). `1` replaces none.
+            How often rollouts are generated for one batch at most. Groups that the verifiers find all right or all wrong
+            (whose rewards of verifiers are all the same) teach nothing: while there are some, and rounds left, they are
+            replaced by those of other prompts, drawn from the training set (DAPO's dynamic sampling, by accuracy). `1`
+            replaces none.
         soft_punish_cache (`int`, *optional*):
             Number of tokens before `max_completion_length` from which on a completion is punished for its length, by a
             reward that falls from 0 to -1 ([`~trl.rewards.get_soft_overlong_punishment`]). It is one more reward
@@ -42,8 +43,8 @@ class RLVRConfig(GRPOConfig):
     max_generation_rounds: int = field(
         default=1,
         metadata={
-            "help": "How often rollouts are generated for one batch at most: groups whose rewards are all the same are "
-            "replaced by those of other prompts of the training set. 1 replaces none."
+            "help": "How often rollouts are generated for one batch at most: groups that the verifiers find "
+            "all right or all wrong are replaced by those of other prompts of the training set. 1 replaces none."
         },
     )
     soft_punish_cache: int | None = field(

@@ -1,7 +1,9 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
@@ -12,6 +14,7 @@ from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import load_reward_funcs, required_columns
 from .config import RLVRConfig
+from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer
 
 
@@ -73,7 +76,14 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         claim(training_args)
 
     model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged")
-    with user_errors():  # what is only found inside ends in a sentence too
+    bank = Path(training_args.output_dir) / "bank"
+    with user_errors():  # as the trainer does, and before a model is loaded
+        if training_args.bank_rollouts_per_prompt and read_writer(bank) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+            weights = hash_weights(model, model_args.model_revision)
+            check_writer(bank, Writer(model, weights, hash_vocabulary(tokenizer)))
+
+        # What is only found inside ends in a sentence too
         trainer = RLVRTrainer(
             model=model,
             reward_funcs=reward_funcs,

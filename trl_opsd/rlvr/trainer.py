@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -22,6 +23,7 @@ from ..adapters import FrozenBase
 from ..engine import around_syncs, awake, rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
+from .identity import Writer, check_writer, hash_vocabulary, hash_weights
 
 
 # Reward from which on a rollout is correct, as OPSD's gate has it
@@ -38,8 +40,8 @@ class RLVRTrainer(GRPOTrainer):
     - A truncated completion, one that does not end in an end-of-sequence token, never earns a positive reward. A correct
       answer that the model doesn't stop after is not correct, here as in the gate of [`~trl_opsd.OPSDTrainer`], so both
       stages train towards the same thing.
-    - Groups whose rewards are all the same can be replaced by those of other prompts (`max_generation_rounds`). The
-      metrics of rewards and completions stay those of the first round, which no reward has chosen;
+    - Groups whose verdicts are all the same, all right or all wrong, can be replaced by those of other prompts
+      (`max_generation_rounds`): the verifiers decide, not reward models or the punishment. The metrics of rewards and completions stay those of the first round, which no reward has chosen;
       `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
@@ -53,6 +55,7 @@ class RLVRTrainer(GRPOTrainer):
     Raises:
         ValueError: If the bank, or a further round, is asked for and rollouts are more than text (tools, environments,
             images), or if a further round is asked for and the training set can't be indexed. Before a model is loaded.
+            If the bank in `output_dir` is another model's.
     """
 
     _tag_names = ["trl", "rlvr"]
@@ -118,6 +121,12 @@ class RLVRTrainer(GRPOTrainer):
             reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs.append(get_soft_overlong_punishment(args.max_completion_length, args.soft_punish_cache))
 
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        # A model in memory is what it is before an adapter is put on it
+        weights = None
+        if args.bank_rollouts_per_prompt and PartialState().is_main_process:
+            weights = hash_weights(model, (args.model_init_kwargs or {}).get("revision"))
+
         with rollout_engine(grpo_trainer, args.seed):
             super().__init__(
                 model=model,
@@ -138,10 +147,15 @@ class RLVRTrainer(GRPOTrainer):
 
         if args.use_vllm and is_peft_model(self.model):
             around_syncs(self.vllm_generation, FrozenBase(self.model).restored)
-        functions = self.reward_funcs if args.soft_punish_cache is None else self.reward_funcs[:-1]
+        self._punishments = int(args.soft_punish_cache is not None)  # the last reward function, if there is one
+        functions = self.reward_funcs[: len(self.reward_funcs) - self._punishments]
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
         self._bank: RolloutBank | None = None
-        self._last_rewards: torch.Tensor | None = None
+        self._bank_folder = os.path.join(args.output_dir, "bank")
+        if weights is not None:
+            self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
+            check_writer(self._bank_folder, self._writer)
+        self._last_verdicts: torch.Tensor | None = None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
@@ -150,10 +164,11 @@ class RLVRTrainer(GRPOTrainer):
         truncated = self.accelerator.gather(truncated)
         rewards = rewards.masked_fill(truncated.unsqueeze(1) & (rewards > 0), 0.0)
         if self.model.training:
-            self._last_rewards = self._weighted(rewards, list(range(len(self.reward_funcs))))
+            # Where there is no verifier, reward models decide what a group teaches. The punishment never does
+            deciding = self._verifiers or list(range(len(self.reward_funcs) - self._punishments))
+            self._last_verdicts = self._weighted(rewards, deciding)
             if self.args.bank_rollouts_per_prompt:
-                verdicts = self._weighted(rewards, self._verifiers)
-                self._fill_bank(inputs, completion_ids_list, verdicts)
+                self._fill_bank(inputs, completion_ids_list, self._weighted(rewards, self._verifiers))
         return rewards
 
     def _weighted(self, rewards: torch.Tensor, functions: list[int]) -> torch.Tensor:
@@ -184,8 +199,7 @@ class RLVRTrainer(GRPOTrainer):
         ids, rollouts = gather_object(ids), gather_object(rollouts)
         if self.accelerator.is_main_process:
             if self._bank is None:
-                folder = os.path.join(self.args.output_dir, "bank")
-                self._bank = RolloutBank(folder, self.args.bank_rollouts_per_prompt)
+                self._bank = RolloutBank(self._bank_folder, self.args.bank_rollouts_per_prompt, self._writer)
             scored = ~verdicts.isnan()
             tried = Counter(prompt for prompt, counts in zip(ids, scored.tolist(), strict=True) if counts)
             solved = Counter(prompt for prompt, counts in zip(ids, correct.tolist(), strict=True) if counts)
@@ -205,7 +219,7 @@ class RLVRTrainer(GRPOTrainer):
             return output
         metrics = self._metrics["train"]
         first = {name: list(values) for name, values in metrics.items()}
-        num_groups = len(self._last_rewards) // self.num_generations
+        num_groups = len(self._last_verdicts) // self.num_generations
         rounds, flat = 1, self._groups_without_variance()
         while flat and rounds < max_rounds and (fresh := self._fresh_examples(len(flat))):
             flat = self._replace_groups(output, flat, super()._generate_and_score_completions(fresh))
@@ -230,10 +244,13 @@ class RLVRTrainer(GRPOTrainer):
         self._metrics[mode]["sampling/kl"].append((sums[0] / sums[1]).item())
 
     def _groups_without_variance(self) -> list[int]:
-        """Of the rollouts scored last, over all processes, the groups whose rewards are all the same."""
-        rewards = self._last_rewards.view(-1, self.num_generations)
-        lowest, highest = rewards.nan_to_num(nan=torch.inf).amin(dim=1), rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
-        return (lowest >= highest).nonzero().flatten().tolist()  # above: no rollout of the group has a reward
+        """Of the rollouts scored last, over all processes, the groups whose verdicts are all the same."""
+        verdicts = self._last_verdicts.view(-1, self.num_generations)
+        lowest, highest = (
+            verdicts.nan_to_num(nan=torch.inf).amin(dim=1),
+            verdicts.nan_to_num(nan=-torch.inf).amax(dim=1),
+        )
+        return (lowest >= highest).nonzero().flatten().tolist()  # above: no rollout of the group has a verdict
 
     def _fresh_examples(self, num_groups: int) -> list[dict[str, Any]]:
         """This process's share of at least that many groups of prompts drawn from the training set."""
@@ -251,7 +268,7 @@ class RLVRTrainer(GRPOTrainer):
 
     def _replace_groups(self, output: dict[str, Any], flat: list[int], fresh: dict[str, Any]) -> list[int]:
         """Puts groups of `fresh` that have variance in the place of those that do not. Returns the ones left."""
-        num_fresh = len(self._last_rewards) // self.num_generations
+        num_fresh = len(self._last_verdicts) // self.num_generations
         useless = set(self._groups_without_variance())
         pairs = list(zip(flat, [group for group in range(num_fresh) if group not in useless], strict=False))
         if not pairs:
