@@ -1,6 +1,7 @@
 """What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
 import os
+import socket
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -235,6 +236,12 @@ def engine_failure(what: str) -> Iterator[None]:
     except Exception as error:
         said = textwrap.shorten(str(error) or "it said nothing", 300, placeholder=" ...")
         raise EngineError(f"{what}: {type(error).__name__}: {said.rstrip('.')}.") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

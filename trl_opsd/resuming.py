@@ -216,9 +216,3 @@ def engine_errors(output_dir: str) -> Iterator[None]:
         if last is not None:
             way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
         raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
