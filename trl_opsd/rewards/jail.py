@@ -13,7 +13,6 @@ The request comes in on standard input: the length of the header in eight digits
 """
 
 import ast
-import atexit
 import builtins
 import collections
 import contextlib
@@ -30,7 +29,6 @@ import resource
 import select
 import signal
 import sys
-import threading
 import time
 
 
@@ -1104,8 +1102,10 @@ def run_main(setup, program, stdin, stdout, config, machine):
         sys.excepthook(*sys.exc_info())
     finally:
         try:
-            threading._shutdown()  # as the interpreter ends: other threads, what is registered, what is buffered
-            atexit._run_exitfuncs()
+            # As the interpreter ends: other threads, what is registered, what is buffered
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()
+            importlib.import_module("atexit")._run_exitfuncs()
             for file in (sys.stdout, sys.__stdout__):
                 file.flush()
         except BaseException:

@@ -369,7 +369,9 @@ def require_isolation() -> None:
     Raises:
         UserError: If they cannot.
     """
-    run_tests("", "pass")
+    verdict = run_tests("", "pass")
+    if verdict.status == "infrastructure":
+        raise UserError(f"No program can be judged here ({verdict.detail}): correct {SANDBOX}, or what it names.")
 
 
 class _Collected:
