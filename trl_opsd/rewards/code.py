@@ -151,14 +151,16 @@ def _judge(
         return run_cases(program, cases["inputs"], cases["outputs"], partial_credit, limits, setup)
     tests = tests if cases is None else calls(**cases)
     verdict = run_tests(program, tests, entry_point, partial_credit, limits, setup)
-    if verdict.score and _is_vacuous(f"{setup or ''}\n{tests}", entry_point, partial_credit):
+    if (verdict.score or partial_credit) and _is_vacuous(f"{setup or ''}\n{tests}", entry_point, partial_credit):
         return Verdict("vacuous", None, "a program that does nothing passes these tests too", verdict.output)
     return verdict
 
 
 @functools.lru_cache(maxsize=65536)
 def _is_vacuous(tests: str, entry_point: str | None, partial_credit: bool) -> bool:
-    return bool(pass_without_program([tests], [entry_point], partial_credit))
+    # Tests that pass because they stop before the first assert have no part that passes
+    ways = {partial_credit, False}
+    return any(pass_without_program([tests], [entry_point], way) for way in ways)
 
 
 def read_cases(tests: str) -> dict | None:

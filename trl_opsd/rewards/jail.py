@@ -388,7 +388,7 @@ def update(old, new):
     elif isinstance(old, dict):
         kept = {key: old[key] for key in new if key in old and type(old[key]) is type(new[key]) in CONTAINERS}
         old.clear()
-        dict.update(old, new)
+        old.update(new)
         for key, value in kept.items():
             update(value, new[key])
             old[key] = value
@@ -482,7 +482,7 @@ class Peer:
             return SEQUENCES[tag](map(self.decode, rest))
         if tag == "dict" or tag in MAPPINGS:
             result = MAPPINGS.get(tag, dict)()
-            dict.update(result, self.pairs(rest))
+            result.update(self.pairs(rest))
             return result
         if tag == "mine":
             (handle,) = rest
@@ -812,10 +812,11 @@ def called_names(tree):
     return found
 
 
-def count_asserts(tree):
+def count_asserts(tree, has_check):
     """Makes every assert at the top level of the module and of `check` count instead of raise; returns how many."""
     bodies = [tree.body]
-    bodies += [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    if has_check:
+        bodies += [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     total = 0
     for body in bodies:
         for index, node in enumerate(body):
@@ -833,7 +834,7 @@ def run_tests(tests, entry_point, partial_credit, peer):
         called = called_names(tree)
         total, passed = 0, []
         if partial_credit:
-            total = count_asserts(tree)
+            total = count_asserts(tree, entry_point or "check" in called)
         code = compile(tree, "tests", "exec", dont_inherit=True)
         entry = compile(entry_point, "entry_point", "eval", dont_inherit=True) if entry_point else None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
