@@ -84,7 +84,12 @@ class TestTestsThatNobodyCalls:
     def test_rows_of_every_form_are_looked_at(self):
         check = "def check(candidate):\n    assert candidate(1) == 2\n"
         calls = json.dumps({"inputs": [[1]], "outputs": [2], "fn_name": "f"})
-        good = [("assert f(1)", None), (check, "f"), (json.dumps({"inputs": ["1"], "outputs": ["2"]}), None), (calls, None)]
+        good = [
+            ("assert f(1)", None),
+            (check, "f"),
+            (json.dumps({"inputs": ["1"], "outputs": ["2"]}), None),
+            (calls, None),
+        ]
         rows = [{"tests": tests, "entry_point": entry_point} for tests, entry_point in good]
         check_rows(code_reward, Dataset.from_list(rows), "x")
         blank = {"tests": json.dumps({"inputs": ["1"], "outputs": [" \n"]}), "entry_point": None}
@@ -174,7 +179,11 @@ SERVED = {
         "def f(m): m[:] = [list(r) for r in zip(*m[::-1])]",
         "def f(m): m.reverse()",
     ),
-    "a keyword, changed in place": ("x = [2, 1]\nf(x=x)\nassert x == [1, 2]", "def f(x): x.sort()", "def f(x): sorted(x)"),
+    "a keyword, changed in place": (
+        "x = [2, 1]\nf(x=x)\nassert x == [1, 2]",
+        "def f(x): x.sort()",
+        "def f(x): sorted(x)",
+    ),
     "exceptions of its own": (
         "import unittest\nfrom solution import *\nclass T(unittest.TestCase):\n def test(self):\n"
         "  with self.assertRaises(Poor) as caught: f(5)\n  self.assertEqual(caught.exception.need, 5)\n"
@@ -218,7 +227,10 @@ SERVED = {
     ),
 }
 UNSERVED = {
-    "a class of the program's below one of the tests": ("class Dog(Animal): pass\nassert Dog().legs == 4", "class Animal: legs = 4"),
+    "a class of the program's below one of the tests": (
+        "class Dog(Animal): pass\nassert Dog().legs == 4",
+        "class Animal: legs = 4",
+    ),
     "a replaced name of the program's": (
         "from unittest.mock import patch, mock_open\nwith patch('builtins.open', mock_open(read_data='x')): assert f('a') == 'x'",
         "def f(p): return open(p).read()",
@@ -249,7 +261,9 @@ class TestWhatTestsDo:
 
     def test_setup_comes_before_both(self):
         setup = LIST + "from typing import *\ndef to_list(l): return [l.val, *to_list(l.next)] if l else []"
-        program = "class Solution:\n def second(self, head: Optional[ListNode]) -> ListNode: return ListNode(9, head.next)"
+        program = (
+            "class Solution:\n def second(self, head: Optional[ListNode]) -> ListNode: return ListNode(9, head.next)"
+        )
         tests = "def check(candidate): assert to_list(candidate(head=ListNode(1, ListNode(2)))) == [9, 2]"
         columns = {"tests": [tests], "entry_point": ["Solution().second"]}
         assert code_reward([program], setup=[setup], **columns) == [1.0]
@@ -380,7 +394,9 @@ class TestABusyMachine:
         os.sched_setaffinity(0, {min(before)})
         try:
             limits = Limits(memory_bytes=128 << 20)
-            assert code_reward([work] * 32, tests=["assert f() == 1"] * 32, num_workers=32, limits=limits) == [1.0] * 32
+            assert (
+                code_reward([work] * 32, tests=["assert f() == 1"] * 32, num_workers=32, limits=limits) == [1.0] * 32
+            )
         finally:
             os.sched_setaffinity(0, before)
 
@@ -389,7 +405,9 @@ class TestABusyMachine:
         logged = {}
         program = "import time\nwhile True: time.sleep(0.01)"
         limits = Limits(seconds=5.0)
-        assert code_reward([program], tests=["f"], limits=limits, log_metric=lambda n, v: logged.update({n: v})) == [None]
+        assert code_reward([program], tests=["f"], limits=limits, log_metric=lambda n, v: logged.update({n: v})) == [
+            None
+        ]
         assert logged["code_reward/infrastructure"] == 1.0
 
     def test_processors(self, monkeypatch, tmp_path):

@@ -117,7 +117,10 @@ def code_reward(
         program, source, function, before = job
         if program is None:
             return Verdict("failed", 0.0, "no program", "")
-        return _judge(program, source, function, before, partial_credit, limits)
+        try:
+            return _judge(program, source, function, before, partial_credit, limits)
+        except RuntimeError as error:  # no sandbox could be started, although one could when training began
+            return Verdict("infrastructure", None, str(error)[:200], "")
 
     served = os.environ.get(SANDBOX, "").startswith("http")
     pool = ThreadPoolExecutor(num_workers or (_SERVER_WORKERS if served else available_processors()))
@@ -254,7 +257,10 @@ def check_tests(
             rows.append(row)
         elif "fn_name" not in cases and not any(text.strip() for text in cases["outputs"]):
             found.append(row)
-    found += [rows[index] for index in pass_without_program(sources, functions)]
+    try:
+        found += [rows[index] for index in pass_without_program(sources, functions)]
+    except RuntimeError as error:
+        raise UserError(f"The tests of `{name}` cannot be tried: {error}") from None
     if found:
         shown = ", ".join(map(str, sorted(found)[:5])) + (", ..." if len(found) > 5 else "")
         raise UserError(

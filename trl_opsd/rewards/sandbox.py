@@ -274,7 +274,7 @@ def run_cases(
     parts = {"setup_bytes": setup, "program_bytes": program}
     output = _exchange(config, parts, limits, collected, encoded)
     last = collected.last
-    if last["status"] == "stopped" and last["detail"] not in ("timeout", "output"):
+    if last["status"] == "stopped" and last["detail"] not in ("timeout", "output", "mess"):
         return _stopped(last["detail"], output)
     if first is not None and first[0] == "killed":
         return _stopped("killed", output)
@@ -282,8 +282,8 @@ def run_cases(
     if score == 1:
         return Verdict("passed", 1.0, None, output)
     if first is None:
-        first = ("timeout" if last["status"] == "stopped" else "error", case.count + 1)
-    reason = {"done": "another output", "error": "an error", "timeout": "the time was up", "output": "too much output"}
+        first = (last["detail"] if last["status"] == "stopped" else "error", min(case.count + 1, len(outputs)))
+    reason = {"mess": "files that cannot be removed", "done": "another output", "error": "an error", "timeout": "the time was up", "output": "too much output"}
     status = first[0] if first[0] in ("timeout", "output") else "failed"
     score = score if partial_credit else 0.0
     return Verdict(status, score, f"{reason[first[0]]} for input {first[1]} of {len(outputs)}", output)
