@@ -547,9 +547,11 @@ class TestIsolation:
             finally:
                 os._exit(0)
         deadline = time.monotonic() + 20
-        while len(running(sandbox._JAIL)) < 3 and time.monotonic() < deadline:
+        number = 2 if backend == "bubblewrap" else 3  # its own processes have the name, and not those inside
+        while len(running(sandbox._JAIL)) < number and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(running(sandbox._JAIL)) >= 3
+        assert len(running(sandbox._JAIL)) >= number
+        time.sleep(0.5)
         os.kill(trainer, number)
         os.waitpid(trainer, 0)
         while running(sandbox._JAIL) and time.monotonic() < deadline:

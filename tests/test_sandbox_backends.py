@@ -117,14 +117,16 @@ class TestServer:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("works", "message"), [(True, "bubblewrap works here: set TRL_OPSD_SANDBOX=bubblewrap"),
-                                                    (False, "bubblewrap does not work here either .bwrap: no way.")])  # fmt: skip
+    @pytest.mark.parametrize(("works", "message"), [(True, "TRL_OPSD_SANDBOX=bubblewrap works here"),
+                                                    (False, "bubblewrap does not either .*bwrap: no way")])  # fmt: skip
     def test_what_would_work_is_named(self, tmp_path, monkeypatch, works, message):
         monkeypatch.setattr(sandbox, "_JAIL", tmp_path / "jail.py")
+        # No such namespace; and a `bwrap` that starts what it is given without more ado
         broken = Path(sandbox.__file__).with_name("jail.py").read_text().replace("0x40000000\n", "0x40000001\n")
         sandbox._JAIL.write_text(broken)
         program = tmp_path / "bwrap"
-        program.write_text("#!/bin/sh\n" + ("exit 0" if works else "echo 'bwrap: no way' >&2; exit 1"))
+        script = f'while [ "$1" != -- ]; do shift; done; shift; exec "$1" -I -S -X utf8 {sandbox._JAIL}'
+        program.write_text("#!/bin/sh\n" + (script if works else "echo 'bwrap: no way' >&2; exit 1"))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         monkeypatch.delenv(sandbox.SANDBOX, raising=False)
@@ -134,5 +136,5 @@ class TestRefusals:
     def test_bubblewrap_that_is_not_there(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.setenv(sandbox.SANDBOX, "bubblewrap")
-        with pytest.raises(UserError, match="bubblewrap is not installed.*namespaces may do: unset TRL_OPSD_SANDBOX"):
+        with pytest.raises(UserError, match="bubblewrap is not installed.*TRL_OPSD_SANDBOX=namespaces works here"):
             load_reward_funcs(["code_reward"])

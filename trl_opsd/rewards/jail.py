@@ -420,6 +420,7 @@ class Peer:
         self.reads, self.writes, self.serves = reads, writes, serves
         self.objects, self.handles, self.remotes, self.errors = {}, {}, {}, {}
         self.printed = lambda: ""
+        self.room = MAX_MESSAGE
 
     def encode(self, value):
         if value is None or isinstance(value, bool):
@@ -573,6 +574,9 @@ class Peer:
         while True:
             kind, *rest, printed = self.receive()
             if printed:
+                self.room -= len(printed)
+                if self.room < 0:
+                    raise Gone("too much output")
                 sys.stdout.write(str(printed))
             if kind != "ask":
                 break
@@ -1374,7 +1378,7 @@ def main():
     without_runners(tests)
     box = Box()
     peer = Peer(from_candidate, to_candidate, serves_of_tests(box))
-    peer.box = box
+    peer.box, peer.room = box, config["output_bytes"]
     verdict = run_tests(tests, config["entry_point"], config["partial_credit"], peer)
     if verdict["score"] == 0 and verdict["detail"] == "the program ended":
         _, status, usage = os.wait4(candidate, 0)

@@ -283,7 +283,13 @@ def run_cases(
         return Verdict("passed", 1.0, None, output)
     if first is None:
         first = (last["detail"] if last["status"] == "stopped" else "error", min(case.count + 1, len(outputs)))
-    reason = {"mess": "files that cannot be removed", "done": "another output", "error": "an error", "timeout": "the time was up", "output": "too much output"}
+    reason = {
+        "mess": "files that cannot be removed",
+        "done": "another output",
+        "error": "an error",
+        "timeout": "the time was up",
+        "output": "too much output",
+    }
     status = first[0] if first[0] in ("timeout", "output") else "failed"
     score = score if partial_credit else 0.0
     return Verdict(status, score, f"{reason[first[0]]} for input {first[1]} of {len(outputs)}", output)
@@ -406,10 +412,24 @@ class _Collected:
 def _exchange(
     config: dict, parts: dict[str, str], limits: Limits, collected: _Collected, more: list[bytes] | None = None
 ) -> str:
-    """Has a sandbox do what `config` says, and returns what was printed there."""
+    """Has the user's sandbox do what `config` says, and returns what was printed there."""
+    backend = os.environ.get(SANDBOX) or "namespaces"
+    output = _run(backend, config, parts, limits, collected, more)
+    if collected.last["status"] == "refused":
+        raise UserError(_refused(backend, collected.last["detail"]))
+    return output
+
+
+def _run(
+    backend: str,
+    config: dict,
+    parts: dict[str, str],
+    limits: Limits,
+    collected: _Collected,
+    more: list[bytes] | None = None,
+) -> str:
     if not sys.platform.startswith("linux"):
         raise UserError(f"Code is only run in a sandbox on Linux, and this is {sys.platform}: use a Linux machine.")
-    backend = os.environ.get(SANDBOX) or "namespaces"
     encoded = {name: _encode(text) for name, text in parts.items()}
     config = {
         "seconds": limits.seconds,
@@ -444,8 +464,6 @@ def _exchange(
             collected.last = {"status": "stopped", "detail": "killed"}
         else:
             raise RuntimeError(f"The sandbox did not start: {(output.splitlines() or ['it said nothing'])[-1]}.")
-    if collected.last["status"] == "refused":
-        raise UserError(_refused(backend, collected.last["detail"]))
     return output
 
 
@@ -459,8 +477,8 @@ def _on_this_machine(backend: str, config: dict, body: bytes, limits: Limits, co
             if program is None:
                 collected.last = {"status": "refused", "detail": "bubblewrap is not installed"}
                 return ""
-            command = [program, *_bubblewrap(config, limits), *command]
-            command[-7] = os.path.realpath(sys.executable)
+            python = os.path.realpath(sys.executable)
+            command = [program, *_bubblewrap(config, limits), python, *command[1:-1], "/jail.py"]
             config["proc"] = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, config["proc"])
             given = [config["proc"]]
@@ -512,7 +530,7 @@ def _bubblewrap(config: dict, limits: Limits) -> list[str]:
     for path in (f"{stdlib}/site-packages", f"{stdlib}/dist-packages", f"{libraries}/python3/dist-packages"):
         if os.path.isdir(path):
             options += ["--perms", "0755", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    options += ["--ro-bind", python, python, "--ro-bind", str(_JAIL), str(_JAIL)]
+    options += ["--ro-bind", python, python, "--ro-bind", str(_JAIL), "/jail.py"]
     for path in config["packages"]:
         options += ["--ro-bind", path, f"/packages/{os.path.basename(path)}"]
     if config["packages"]:
@@ -569,29 +587,29 @@ def _over_http(url: str, config: dict, body: bytes, limits: Limits, collected: _
 
 
 def _refused(backend: str, reason: str) -> str:
-    """Says what is in the way, and which other way would work here."""
-    program = shutil.which("bwrap")
+    """Says what is in the way, and which other way works here, having tried it."""
     ways = []
-    if backend != "bubblewrap":
-        if program is None:
-            ways.append("bubblewrap is not installed")
-        else:
-            command = [program, "--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "true"]
-            tried = subprocess.run(command, capture_output=True, text=True)
-            why = (tried.stderr.strip().splitlines() or [f"status {tried.returncode}"])[-1]
+    for other in ("namespaces", "bubblewrap"):
+        if other != backend:
+            collected = _Collected()
+            config = {"mode": "tests", "entry_point": None, "partial_credit": False, "packages": []}
+            parts = {"setup_bytes": "", "program_bytes": "", "tests_bytes": "pass"}
+            try:
+                _run(other, config, parts, Limits(), collected)
+                problem = collected.last.get("detail")
+            except RuntimeError as error:
+                problem = str(error)
             ways.append(
-                f"bubblewrap works here: set {SANDBOX}=bubblewrap"
-                if tried.returncode == 0
-                else f"bubblewrap does not work here either ({why})"
+                f"{SANDBOX}={other} works here"
+                if problem is None
+                else f"{SANDBOX}={other} does not either ({problem})"
             )
-    if backend != "namespaces":
-        ways.append(f"the kernel's namespaces may do: unset {SANDBOX}")
     what = {
         "namespaces": "This machine does not let programs be isolated",
         "bubblewrap": "bubblewrap does not isolate programs here",
     }.get(backend, f"`{backend}` cannot judge programs")
     return (
-        f"{what} ({reason}). {'; '.join(ways)}. Else allow user namespaces (Linux 5.14 or newer), or start a sandbox "
+        f"{what} ({reason}). {'; '.join(ways)}. Or allow user namespaces (Linux 5.14 or newer), or start a sandbox "
         f"server elsewhere and set {SANDBOX}=http://HOST:PORT, or accept programs with this user's rights over its files "
         f"by {SANDBOX}={UNSAFE}."
     )
