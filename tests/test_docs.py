@@ -259,4 +259,4 @@ def test_every_verifier_is_listed_with_its_columns():
     }
     names = [name for name in trl_opsd.rewards.__all__ if name.endswith("_reward")]
     needed = {name: required_columns(vars(trl_opsd.rewards)[name]) for name in names}
-    assert listed == {**needed, "code_reward": {"tests", "entry_point"}}  # which may be missing
+    assert listed == {**needed, "code_reward": {"tests", "entry_point", "setup"}}  # which may be missing

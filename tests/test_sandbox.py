@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -15,6 +16,7 @@ from trl_opsd.rewards import jail, sandbox
 from trl_opsd.rewards.sandbox import Limits, require_isolation, run_tests
 
 
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 SMALL = Limits(seconds=1.0, memory_bytes=256 << 20, folder_bytes=4 << 20, threads=16, output_bytes=1 << 16)
 TESTS = "assert add(2, 3) == 5"
 RIGHT = "\ndef add(a, b): return a + b\n"
@@ -338,8 +340,8 @@ class TestHostilePrograms:
     def run(self, host, program, tests, entry_point=None):
         start = time.monotonic()
         verdict = run_tests(program, tests, entry_point, limits=SMALL)
-        assert time.monotonic() - start < SMALL.seconds + 4  # a busy machine starts slowly
-        assert verdict.score == 0.0, verdict
+        assert time.monotonic() - start < SMALL.seconds * sandbox._BACKSTOP  # a busy machine takes its time
+        assert not verdict.score, verdict
         assert len(verdict.output) <= SMALL.output_bytes
         return verdict
 
@@ -347,7 +349,9 @@ class TestHostilePrograms:
     def test_forgery(self, host, name):
         program, tests = FORGERIES[name]
         assert judge_in_one_interpreter(program, tests).score == 1.0  # or this would test nothing
-        self.run(host, program, tests)
+        verdict = self.run(host, program, tests)
+        # To compute with data is what an object of the tests' own making may do; of another's it is not decided
+        assert verdict.score == (None if name in ("object near everything", "object below everything") else 0.0)
 
     @pytest.mark.parametrize("name", ENDINGS)
     def test_ending(self, host, name):
@@ -464,7 +468,7 @@ class TestHonestPrograms:
         tests = (
             "import unittest\nclass T(unittest.TestCase):\n def test(self): self.assertEqual(f(), 1)\nunittest.main()"
         )
-        assert run_tests("def f(): return 2", tests, limits=SMALL).detail == "SystemExit"
+        assert run_tests("def f(): return 2", tests, limits=SMALL).detail == "AssertionError at line 3 of the tests"
 
     def test_partial_credit(self):
         tests = "x = 1\nassert add(1, 1) == 2\nassert add(2, 2) == 0\ndef check(c):\n assert c(3, 3) == 6\n assert c(0, 1) == 0"
@@ -510,19 +514,19 @@ class TestIsolation:
         broken = sandbox._JAIL.read_text().replace("0x40000000\n", "0x40000001\n")  # no such namespace
         assert broken != sandbox._JAIL.read_text()
         sandbox._JAIL.write_text(broken)
-        message = r"does not let programs be isolated \(unshare: Invalid argument\): .* or set TRL_OPSD_UNSAFE_NO_ISO"
+        message = r"does not let programs be isolated \(unshare: Invalid argument\)\. .* by TRL_OPSD_SANDBOX=unsafe"
         with pytest.raises(UserError, match=message):
             require_isolation()
-        monkeypatch.setenv(sandbox.UNSAFE, "yes")
-        with pytest.raises(UserError):
+        monkeypatch.setenv(sandbox.SANDBOX, "yes")
+        with pytest.raises(UserError, match="TRL_OPSD_SANDBOX is `yes`: set it to namespaces, bubblewrap, unsafe"):
             require_isolation()
-        monkeypatch.setenv(sandbox.UNSAFE, "1")
+        monkeypatch.setenv(sandbox.SANDBOX, "unsafe")
         require_isolation()
 
     @pytest.mark.parametrize("name", ["fork", "double fork that outlives its parent", "shell", "kill the parent", "socket of its own",
                                       "memory bomb", "sleep", "new session", "open files flood", "output flood"])  # fmt: skip
     def test_unsafe_is_still_limited(self, host, monkeypatch, name):
-        monkeypatch.setenv(sandbox.UNSAFE, "1")
+        monkeypatch.setenv(sandbox.SANDBOX, "unsafe")
         assert run_tests(RIGHT, TESTS, limits=SMALL).score == 1.0
         assert run_tests(HARMS[name] + RIGHT, TESTS, limits=SMALL).score == 0.0
 
@@ -531,10 +535,10 @@ class TestIsolation:
         with pytest.raises(RuntimeError, match="did not start: .*broken"):
             run_tests(RIGHT, TESTS)
 
-    @pytest.mark.parametrize("unsafe", ["0", "1"])
+    @pytest.mark.parametrize("backend", ["namespaces", "unsafe", pytest.param("bubblewrap", marks=needs_bubblewrap)])
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_interrupted_trainer_leaves_nothing(self, host, monkeypatch, number, unsafe):
-        monkeypatch.setenv(sandbox.UNSAFE, unsafe)
+    def test_interrupted_trainer_leaves_nothing(self, host, monkeypatch, number, backend):
+        monkeypatch.setenv(sandbox.SANDBOX, backend)
         trainer = os.fork()
         if trainer == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -543,13 +547,15 @@ class TestIsolation:
             finally:
                 os._exit(0)
         deadline = time.monotonic() + 20
-        while len(running(sandbox._JAIL)) < 3 and time.monotonic() < deadline:
+        number = 2 if backend == "bubblewrap" else 3  # its own processes have the name, and not those inside
+        while len(running(sandbox._JAIL)) < number and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(running(sandbox._JAIL)) >= 3
+        assert len(running(sandbox._JAIL)) >= number
+        time.sleep(0.5)
         os.kill(trainer, number)
         os.waitpid(trainer, 0)
         while running(sandbox._JAIL) and time.monotonic() < deadline:
             time.sleep(0.01)
         for folder in Path(tempfile.gettempdir()).iterdir():  # only without isolation, and only when killed
-            assert unsafe == "1" and number != signal.SIGINT
+            assert backend == "unsafe" and number != signal.SIGINT
             folder.rmdir()

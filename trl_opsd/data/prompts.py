@@ -1,7 +1,10 @@
 """Loads prompts, from a named source, the Hub or a local file, and checks them before anything costly starts."""
 
 import json
+import logging
 import math
+import pickle
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..cli import UserError
 from .gym import REASONING_GYM, generate_prompts
-from .sources import SOURCES, Source
+from .sources import SOURCES, Source, Unusable
 
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -62,13 +67,19 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
         parts = _read_source(source, path, split)
         for dataset in parts.values():
             check_columns(dataset, (source.problem, *source.needed), f"The source `{name}`")
-        dataset = Dataset.from_list(
-            [
-                {**_to_row(source, row, f"`{name_or_path}`, row {number}"), **({"task": task} if source.tasks else {})}
-                for task, part in parts.items()
-                for number, row in enumerate(part, start=1)
-            ]
-        )
+        rows, left_out = [], {}
+        for task, part in parts.items():
+            for number, row in enumerate(part, start=1):
+                try:
+                    row = _to_row(source, row, f"`{name_or_path}`, row {number}")
+                except Unusable as error:
+                    left_out[number] = str(error)
+                else:
+                    rows.append({**row, **({"task": task} if source.tasks else {})})
+        if left_out:
+            number, reason = next(iter(left_out.items()))
+            logger.warning(f"{len(left_out)} rows of `{name_or_path}` are left out, such as row {number}: {reason}.")
+        dataset = Dataset.from_list(rows)
     if len(dataset) == 0:
         raise UserError(f"`{name_or_path}` (split `{split}`) has no rows: check that it is the right file and split.")
     check_columns(dataset, ("prompt", *columns), f"The data set `{name_or_path}`")
@@ -152,7 +163,8 @@ _VALUES = {
     "prompt": (_is_prompt, "a text, or messages with `role` and `content`"),
     "answer": (_is_answer, "a text or a number"),
     **dict.fromkeys(
-        ("tests", "entry_point", "solution", "privileged_context", "instructions", "metadata"), (_is_text, "a text")
+        ("tests", "entry_point", "setup", "solution", "privileged_context", "instructions", "metadata"),
+        (_is_text, "a text"),
     ),
 }
 
@@ -160,7 +172,7 @@ _VALUES = {
 def _to_row(source: Source, row: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         return source.to_row(row)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(f"{where}: not a row of this source ({error}); correct or remove it.") from None
 
 

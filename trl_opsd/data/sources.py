@@ -1,10 +1,14 @@
 """
 The data sets that have a name here: where each lies, its licence, what the model is asked, and how its columns become
-`prompt` and `answer` or `tests`, `entry_point` and `solution`. `python -m trl_opsd.data` prints them as a table.
+`prompt` and `answer` or `tests`, `entry_point`, `setup` and `solution`. `python -m trl_opsd.data` prints them as a table.
 """
 
+import base64
+import io
 import json
+import pickle
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +19,10 @@ MATH_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answe
 CODE_PROMPT = (
     "{problem}\n\nPlease reason step by step, and put the whole program in one ```python code block at the end."
 )
+
+
+class Unusable(Exception):
+    """A row of a named source that cannot be used, through no fault of the user's: it is counted and left out."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class Source:
         needed (`tuple[str, ...]`):
             Columns that must be there beside `problem`.
         read (`Callable`):
-            Function from a raw row to the columns `answer`, `tests`, `entry_point` and `solution` that it has, and to
-            `problem` where that is more than its column.
+            Function from a raw row to the columns `answer`, `tests`, `entry_point`, `setup` and `solution` that it has,
+            and to `problem` where that is more than its column. It raises [`Unusable`] where nothing could judge an
+            answer, and the row is left out.
         prompt (`str`, *optional*, defaults to `MATH_PROMPT`):
             Wording of the user message, with `{problem}` where the problem goes.
         splits (`tuple[str, ...]`, *optional*, defaults to `("train", "test")`):
@@ -71,7 +80,10 @@ class Source:
 
         Returns:
             `dict`: Row with `prompt` (one user message), `answer` or `tests`, and where the source has them
-            `entry_point` and `solution`.
+            `entry_point`, `setup` and `solution`.
+
+        Raises:
+            Unusable: If nothing could judge an answer to this row.
         """
         used = {self.problem, *self.needed, *self.used}
         mapped = {key: value for key, value in row.items() if key not in used}
@@ -130,6 +142,85 @@ def _mbpp(row: dict[str, Any]) -> dict[str, Any]:
         "tests": "\n".join([*([setup] if setup else []), *row["test_list"]]) + "\n",
         "entry_point": next((name for name in functions if re.search(rf"\b{name}\(", first)), None),
         "solution": f"```python\n{row['code'].strip()}\n```",
+    }
+
+
+_READS = "Your program reads from standard input and prints to standard output."
+
+
+def _cases(problem: str, inputs: list, outputs: list, name: str | None = None, starter: str = "") -> dict[str, Any]:
+    """The columns of a problem whose tests are inputs and outputs, of a program or of a function."""
+    if not inputs or len(inputs) != len(outputs):
+        raise Unusable("it has no tests, or not as many inputs as outputs")
+    if name is None and not any("".join(text).strip() for text in outputs):
+        raise Unusable("it wants no output")
+    tests = {"inputs": inputs, "outputs": outputs, **({} if name is None else {"fn_name": name})}
+    start = f"Begin with this:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else f"Its name is `{name}`."
+    return {"problem": f"{problem.strip()}\n\n{_READS if name is None else start}", "tests": json.dumps(tests)}
+
+
+def _apps(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        tests = json.loads(row["input_output"] or "{}")
+        solutions = json.loads(row.get("solutions") or "[]")
+    except ValueError as error:  # among them numbers with more digits than Python reads
+        raise Unusable(f"its tests cannot be read: {error}") from None
+    cases = tests.get("inputs", []), tests.get("outputs", [])
+    read = _cases(row["question"], *cases, tests.get("fn_name"), row.get("starter_code") or "")
+    return {**read, **({"solution": f"```python\n{solutions[0].strip()}\n```"} if solutions else {})}
+
+
+def _code_contests(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("input_file") or row.get("output_file"):
+        raise Unusable("its programs read files")
+    tests = [row[name] or {} for name in ("public_tests", "private_tests", "generated_tests")]
+    inputs, outputs = ([text for part in tests for text in part.get(name, [])] for name in ("input", "output"))
+    solutions = row.get("solutions") or {"language": [], "solution": []}
+    python = [text for kind, text in zip(solutions["language"], solutions["solution"], strict=True) if kind == 3]
+    solution = {"solution": f"```python\n{python[0].strip()}\n```"} if python else {}
+    return {**_cases(row["description"], inputs, outputs), **solution}
+
+
+class _Text(pickle.Unpickler):
+    """Reads a pickled text, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise ValueError(f"the tests are not a text: they name {module}.{name}")
+
+
+def _livecodebench(row: dict[str, Any]) -> dict[str, Any]:
+    tests = json.loads(row["public_test_cases"])
+    hidden = row["private_test_cases"]
+    if not hidden.lstrip().startswith("["):
+        hidden = _Text(io.BytesIO(zlib.decompress(base64.b64decode(hidden)))).load()
+    tests += json.loads(hidden)
+    inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
+    name = json.loads(row.get("metadata") or "{}").get("func_name")
+    if name is not None:  # an argument in each line
+        inputs = [[json.loads(line) for line in text.splitlines() if line.strip()] for text in inputs]
+        outputs = [json.loads(text) for text in outputs]
+    return _cases(row["question_content"], inputs, outputs, name, row.get("starter_code") or "")
+
+
+def _kodcode(row: dict[str, Any]) -> dict[str, Any]:
+    declared = [function["function_declaration"] for function in row.get("test_info") or []]
+    calls = "\n".join(declared)
+    named = f"\n\nThe tests call what is declared so:\n\n```python\n{calls}\n```" if declared else ""
+    return {
+        "problem": f"{row['question'].strip()}{named}",
+        "tests": f"{row['test'].strip()}\n",
+        "solution": f"```python\n{row['solution'].strip()}\n```",
+    }
+
+
+def _leetcode(row: dict[str, Any]) -> dict[str, Any]:
+    start = f"Begin with this:\n\n```python\n{row['starter_code'].rstrip()}\n```"
+    return {
+        "problem": f"{row['problem_description'].strip()}\n\n{start}",
+        "tests": f"{row['test'].strip()}\n",
+        "entry_point": row["entry_point"],
+        "setup": row["prompt"],
+        "solution": f"```python\n{row['completion'].strip()}\n```",
     }
 
 
@@ -219,6 +310,77 @@ SOURCES = {
         used=("test_setup_code",),
         prompt=CODE_PROMPT,
         read=_mbpp,
+    ),
+    # https://huggingface.co/papers/2105.09938: programs that read and print, and functions. The Hub has a loading script,
+    # which `datasets` does not run: take a file of its folder, `apps:train.jsonl`
+    "apps": Source(
+        hub_id="codeparrot/apps",
+        licence="MIT",
+        verifier="code_reward",
+        problem="question",
+        needed=("input_output",),
+        used=("solutions", "starter_code"),
+        prompt=CODE_PROMPT,
+        read=_apps,
+    ),
+    # https://huggingface.co/papers/2312.14852, in the same form
+    "taco": Source(
+        hub_id="BAAI/TACO",
+        config="ALL",
+        licence="Apache-2.0",
+        verifier="code_reward",
+        problem="question",
+        needed=("input_output",),
+        used=("solutions", "starter_code"),
+        prompt=CODE_PROMPT,
+        read=_apps,
+    ),
+    # https://huggingface.co/papers/2203.07814: public, private and generated tests together
+    "code-contests": Source(
+        hub_id="deepmind/code_contests",
+        licence="CC-BY-4.0",
+        verifier="code_reward",
+        splits=("train", "valid", "test"),
+        problem="description",
+        needed=("public_tests", "private_tests", "generated_tests"),
+        used=("solutions", "incorrect_solutions", "input_file", "output_file"),
+        prompt=CODE_PROMPT,
+        read=_code_contests,
+    ),
+    # https://huggingface.co/papers/2403.07974: for evaluation; by file too, `livecodebench:test6.jsonl`
+    "livecodebench": Source(
+        hub_id="livecodebench/code_generation_lite",
+        licence="CC",
+        verifier="code_reward",
+        splits=("test",),
+        problem="question_content",
+        needed=("public_test_cases", "private_test_cases"),
+        used=("starter_code", "metadata"),
+        prompt=CODE_PROMPT,
+        read=_livecodebench,
+    ),
+    # https://huggingface.co/papers/2503.02951: tests in pytest's form
+    "kodcode": Source(
+        hub_id="KodCode/KodCode-V1",
+        licence="CC-BY-NC-4.0",
+        verifier="code_reward",
+        splits=("train",),
+        problem="question",
+        needed=("test", "solution"),
+        used=("test_info",),
+        prompt=CODE_PROMPT,
+        read=_kodcode,
+    ),
+    # https://huggingface.co/papers/2504.14655: methods of a class; `prompt` is what LeetCode imports and defines itself
+    "leetcode": Source(
+        hub_id="newfacade/LeetCodeDataset",
+        licence="Apache-2.0",
+        verifier="code_reward",
+        problem="problem_description",
+        needed=("starter_code", "prompt", "test", "entry_point", "completion"),
+        used=("query", "response", "input_output"),
+        prompt=CODE_PROMPT,
+        read=_leetcode,
     ),
     # https://huggingface.co/papers/2210.09261: for evaluation only, which a canary in each file asks for
     "bbh": Source(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from ..cli import UserError
 from ..data import check_columns, load_prompts
-from ..rewards import load_reward_funcs, required_columns
+from ..rewards import check_rows, load_reward_funcs, required_columns
 from .backends import Sampling
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
@@ -194,6 +194,8 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
         check_columns(dataset, required_columns(func), f"The verifier `{name}`")
     if config.max_samples is not None:
         dataset = dataset.select(_first(dataset, config.max_samples))
+    for func in reward_funcs:
+        check_rows(func, dataset, config.dataset_name)
     context = config.context()
     if context is not None:
         context.check_columns(dataset.column_names)

@@ -15,7 +15,7 @@ from ..data import check_columns, load_prompts
 from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
-from ..rewards import load_reward_funcs, required_columns
+from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary
 from .alarms import AlarmCallback
@@ -256,6 +256,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
+                check_rows(func, dataset, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trl.rewards
 
 from ..cli import UserError
-from .code import code_reward
+from .code import check_tests, code_reward
 from .format import format_reward, length_reward
 from .logic import logic_reward
 from .math import math_reward
@@ -73,6 +73,26 @@ def _load(name: str) -> Callable:
     if not callable(function):
         raise UserError(f"The reward function `{name}` is a {type(function).__name__}, not a function.")
     return function
+
+
+def check_rows(func: Callable, dataset, name: str) -> None:
+    """
+    Checks the rows that a reward function is to judge, beyond that its columns are there.
+
+    Args:
+        func (`Callable`):
+            Reward function in TRL's form.
+        dataset ([`~datasets.Dataset`]):
+            Rows.
+        name (`str`):
+            Name of the data set, for the message.
+
+    Raises:
+        UserError: If the tests of a row would be passed by any program, naming the row.
+    """
+    if func is code_reward:
+        columns = (dataset[column] if column in dataset.column_names else None for column in ("entry_point", "setup"))
+        check_tests(dataset["tests"], *columns, name)
 
 
 def required_columns(func: Callable) -> set[str]:

@@ -12,7 +12,7 @@ from ..data import check_columns, load_prompts
 from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
-from ..rewards import load_reward_funcs, required_columns
+from ..rewards import check_rows, load_reward_funcs, required_columns
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer
@@ -65,6 +65,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
+                check_rows(func, dataset, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
