@@ -1,3 +1,4 @@
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from trl_opsd.rewards import (
     required_columns,
 )
 from trl_opsd.rewards import math as math_verifier
-from trl_opsd.rewards.judge import Judge
+from trl_opsd.rewards.judge import Judge, Unjudged
 from trl_opsd.rewards.math import find_answer
 
 
@@ -296,8 +297,8 @@ class TestJudge:
     @pytest.mark.parametrize("method", ["spawn", "fork"])
     def test_process(self, method):
         judge = math_verifier._JUDGE
-        assert judge.ask("parses", "1")
-        busy = threading.Thread(target=judge.ask, args=("equal", "10^{10^{10}}", "1"))
+        assert judge.ask("parse", ["1"])
+        busy = threading.Thread(target=judge.ask, args=("compare", [["10^{10^{10}}", "1"]]))
         busy.start()  # for three seconds: a fork finds the helper in use, and its lock held
         time.sleep(0.2)
         with multiprocessing.get_context(method).Pool(1) as pool:
@@ -310,7 +311,7 @@ class TestJudge:
 
     def test_memory(self):
         judge = Judge("math_verify")
-        assert judge.ask("parses", r"\frac{1}{2}") is True
+        assert judge.ask("parse", [r"\frac{1}{2}"]) == [True]
         (child,) = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children").read_text().split()
         limits = Path(f"/proc/{child}/limits").read_text()
         assert f"Max address space         {2 << 30}" in limits
@@ -318,31 +319,32 @@ class TestJudge:
 
     def test_a_dead_helper_is_replaced(self):
         judge = Judge("math_verify")
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") is True
+        assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         (child,) = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") in (True, None)  # None if the line went to the dead child
+        with contextlib.suppress(Unjudged):  # no answer if the line went to the dead child
+            assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         os.kill(judge._process.pid, signal.SIGKILL)
         judge._process.wait()
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") is True
+        assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         judge.stop()
 
     def test_an_interruption_does_not_mix_up_answers(self, monkeypatch):
         judge = Judge("math_verify")
-        judge.ask("parses", "1")
+        judge.ask("parse", ["1"])
 
         def interrupt():
             raise KeyboardInterrupt
 
         monkeypatch.setattr(judge._process.stdout, "readline", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
-            judge.ask("equal", "1/2", "0.5")
-        assert judge.ask("equal", "1/3", "0.5") is False
+            judge.ask("compare", [["1/2", "0.5"]])
+        assert judge.ask("compare", [["1/3", "0.5"]]) == [False]
         judge.stop()
 
     def test_a_helper_that_does_not_start(self):
         with pytest.raises(RuntimeError, match="does not start"):
-            Judge("no_such_library").ask("parses", "1")
+            Judge("no_such_library").ask("parse", ["1"])
 
     def test_nothing_is_left_behind(self):
         code = (
