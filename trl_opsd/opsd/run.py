@@ -12,7 +12,7 @@ from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
-from ..rewards import load_reward_funcs, required_columns
+from ..rewards import check_references, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
@@ -227,6 +227,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
+            check_references(dataset, reward_funcs, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,

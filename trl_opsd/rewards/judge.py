@@ -12,6 +12,7 @@ This file is also the helper's program (run by path, so it must import nothing o
 
 import ast
 import atexit
+import dataclasses
 import functools
 import importlib
 import json
@@ -165,7 +166,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 def _equation(expression) -> Any:
     """Returns the difference of the two sides of an equation; of a chain, of its first and last part."""
-    from latex2sympy2_extended.logic import And
+    from math_verify.grader import And
     from sympy import Eq, Expr
 
     if isinstance(expression, Eq) and isinstance(expression.lhs, Expr) and isinstance(expression.rhs, Expr):
@@ -181,9 +182,11 @@ def _same_equation(gold, answer) -> bool:
     Whether one difference is a multiple of the other. math-verify compares what sympy solves the equations for, and
     takes any two that it solves for nothing, such as differential equations, for the same.
     """
-    from sympy import nsimplify, simplify
+    from sympy import Derivative, Dummy, nsimplify, simplify
 
-    gold, answer = (nsimplify(side.doit(), rational=True) for side in (gold, answer))
+    # sympy takes the derivative of a mere letter for zero
+    names = {part: Dummy() for part in gold.atoms(Derivative) | answer.atoms(Derivative)}
+    gold, answer = (nsimplify(side.xreplace(names).doit(), rational=True) for side in (gold, answer))
     if gold == 0 or answer == 0:
         return gold == answer
     factor = simplify(gold / answer)
@@ -265,7 +268,8 @@ def _parse(text: str) -> list:
     from math_verify import LatexExtractionConfig
     from math_verify import parse as parse_latex
 
-    extraction = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
+    normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # `6m` is not 6
+    extraction = (LatexExtractionConfig(False, boxed_match_priority=0, normalization_config=normalization),)
     return parse_latex(
         f"\\boxed{{{text}}}", extraction_config=extraction, fallback_mode="no_fallback", parsing_timeout=None
     )

@@ -2,19 +2,24 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 
 import trl.rewards
+from datasets import Dataset
 
 from ..cli import UserError
 from .code import code_reward
 from .format import format_reward, length_reward
 from .logic import logic_reward
-from .math import math_reward
+from .math import is_readable, math_reward, reference
 from .reasoning_gym import reasoning_gym_reward
 from .sandbox import require_isolation
 
 
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
 _OWN = {
     "math_reward": math_reward,
     "format_reward": format_reward,
@@ -93,3 +98,34 @@ def required_columns(func: Callable) -> set[str]:
         for name, parameter in inspect.signature(func).parameters.items()
         if parameter.default is inspect.Parameter.empty and parameter.kind not in variable and name not in _GIVEN
     }
+
+
+def check_references(dataset: Dataset, reward_funcs: list[Callable], name: str) -> None:
+    """
+    Reports the reference answers that no answer can be compared with: [`math_reward`] scores nothing there.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows that the reward functions are to judge.
+        reward_funcs (`list[Callable]`):
+            Reward functions; only those that compare with the column `answer` are of interest.
+        name (`str`):
+            Name of the data set, for the message.
+
+    Raises:
+        UserError: If not one reference answer can be read.
+    """
+    if not {math_reward, logic_reward, length_reward}.intersection(reward_funcs):
+        return
+    # A row without an answer is somebody else's, such as one with tests
+    answers = [(number, answer) for number, answer in enumerate(dataset["answer"], start=1) if answer is not None]
+    unread = [(number, answer) for number, answer in answers if not is_readable(reference(answer))]
+    if len(unread) == len(answers):
+        first = f" (row {unread[0][0]} has {unread[0][1]!r:.80})" if unread else ""
+        raise UserError(f"`{name}`: no `answer` can be read as mathematics or words{first}: check that column.")
+    for number, answer in unread[:_SHOWN]:
+        logger.warning(
+            "`%s`, row %d: the answer %.80r cannot be read, so its row is not scored.", name, number, answer
+        )
+    if len(unread) > _SHOWN:
+        logger.warning("`%s`: %d more answers cannot be read.", name, len(unread) - _SHOWN)

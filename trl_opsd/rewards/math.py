@@ -46,7 +46,7 @@ _ABOUT = re.compile(r"^(?:[a-zA-Z]\s*)?(?:\\(?:approx|thickapprox|simeq|sim)(?![
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|\spercent)$", re.IGNORECASE)
 _PERCENT_ASKED = re.compile(r"%|per\s?cent", re.IGNORECASE)
 _NUMBER_IN_TEXT = re.compile(r"\(?\s*([+-]?[\d,]*\.?\d+)\s*\)?(?:\s+([A-Za-z][A-Za-z .-]*))?")
-_NAMED = re.compile(r"(.*[\d}])\s*\(([A-Za-z][A-Za-z .-]{2,})\)")  # `9 (apples)`
+_NAMED = re.compile(r"(.*[\d}])\s+\(([A-Za-z]{3,}(?: [A-Za-z]+)*)\)")  # `9 (apples)`
 _CLOCK = re.compile(r"\s*(?:\\(?:text|mbox)\{\s*)?\b([ap])\.?\s?m\b\.?\s*\}?$", re.IGNORECASE)
 
 # Words.
@@ -67,7 +67,7 @@ _MAX_PAIRS = 400
 _BARE = r"(?<![A-Za-z])(?:\\mu\s?|μ|µ)?[A-Za-z]+\.?"
 _UNIT = re.compile(
     r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi\s))"
-    rf"((?:(?:\s|/|\\cdot(?![a-z]))*(?:\\(?:text|mbox|mathrm)\s*\{{[^{{}}]*\}}|{_BARE})(?:\^\{{?-?\d\}}?)?)+)$"
+    rf"((?:(?:\s|/|\\cdot(?![a-z]))*(?:\\(?:text[a-z]*|mbox|math(?:rm|bf))\s*\{{[^{{}}]*\}}|{_BARE})(?:\^\{{?-?\d\}}?)?)+)$"
 )
 _FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "mod", "gcd", "lcm")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -336,6 +336,8 @@ def _expressions(gold: str) -> list[str] | None:
         return []
     kind, parts = _structure(_NAMES.sub("", _clean(gold)))
     if kind:
+        if any(" " in part and _TEXT.fullmatch(part) for part in parts):  # `f(x) = a, where a is an integer`
+            return None
         each = [_expressions(part) for part in parts]
         return None if None in each else [text for texts in each for text in texts]
     text = _split_unit(_PERCENT.sub("", parts[0]), True)[0]
@@ -426,8 +428,9 @@ def _close(found: Fraction, found_decimals: int | None, wanted: Fraction, wanted
     for decimals, other in ((found_decimals, wanted), (wanted_decimals, found)):
         if decimals is not None and (other * 10**decimals).denominator == 1:
             return False
-    exact = found_decimals is None and wanted_decimals is None
-    return not exact and abs(found - wanted) * 2_000_000 <= min(1, 10 * abs(wanted))
+    if found_decimals is None and (wanted_decimals is None or wanted_decimals < 6):
+        return False
+    return abs(found - wanted) * 2_000_000 <= min(1, 10 * abs(wanted))
 
 
 def _structure(text: str) -> tuple[str, list[str]]:

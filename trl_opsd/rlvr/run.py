@@ -8,7 +8,7 @@ from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, load_prompts
 from ..results import write_results
-from ..rewards import load_reward_funcs, required_columns
+from ..rewards import check_references, load_reward_funcs, required_columns
 from .config import RLVRConfig
 from .trainer import RLVRTrainer
 
@@ -58,6 +58,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
+            check_references(dataset, reward_funcs, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
