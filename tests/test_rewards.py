@@ -1,5 +1,6 @@
 import contextlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -240,6 +241,25 @@ class TestMathReward:
     def test_decisions_of_the_table(self, gold, right, wrong):
         scores = math_reward([rf"so \boxed{{{text}}}" for text in right + wrong], answer=[gold] * len(right + wrong))
         assert dict(zip(right + wrong, scores, strict=True)) == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+    def test_the_page_says_what_is_done(self):
+        lines = (golds.ROOT / "trl_opsd" / "rewards" / "ANSWERS.md").read_text().splitlines()
+        rows = [line.split("|")[1:4] for line in lines if line.startswith("| ") and not line.startswith("| reference")]
+        assert len(rows) > 20
+        for row in rows:
+            references, right, wrong = (re.findall(r"`([^`]+)`", cell) for cell in row)
+            prompt = "What percent?" if "percent" in row[0] else "?"
+            scores = {
+                answer: [math_reward([rf"\boxed{{{answer}}}"], [gold], prompts=[prompt])[0] for gold in references]
+                for answer in right + wrong or references
+            }
+            if right:
+                assert all(1.0 in scores[answer] for answer in right), (row, scores)
+                assert not any(1.0 in scores[answer] for answer in wrong), (row, scores)
+            elif wrong:
+                assert set(map(max, scores.values())) == {0.0}, (row, scores)
+            else:
+                assert set(itertools.chain(*scores.values())) == {None}, (row, scores)
 
     def test_percent_where_the_problem_asks_for_it(self):
         asked = "What percent of the apples are left?"
