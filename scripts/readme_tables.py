@@ -137,11 +137,16 @@ def size_table() -> str:
 
 def golds_table() -> str:
     """What the mathematical verifier makes of the reference answers of two test sets."""
-    lines = [
-        [row["set"], *(f"{row[name]:,}" for name in ("spellings", "false_negatives", "neighbours", "false_positives"))]
-        for row in read(RESULTS / "math_reward" / "golds.json")
-    ]
-    return markdown(["set", "spellings", "of them failed", "neighbours", "of them passed"], lines)
+    lines = []
+    for before, row in zip(
+        *(read(RESULTS / "math_reward" / f"{name}.json") for name in ("before", "golds")), strict=True
+    ):
+        cells = [row["set"]]
+        for tried, mistakes in (("spellings", "false_negatives"), ("neighbours", "false_positives")):
+            cells += [f"{row[tried]:,}", f"{before[mistakes]:,}", f"{row[mistakes]:,}"]
+        lines.append(cells)
+    failed = ["spellings", "failed before", "failed"]
+    return markdown(["set", *failed, "neighbours", "passed before", "passed"], lines)
 
 
 BLOCKS = {

@@ -1,12 +1,14 @@
 """
 Every reference answer of GSM8K's and MATH-500's test sets against spellings of itself and against wrong neighbours.
 
-`python tests/golds.py` judges all of them and writes what went wrong, by number, to
-recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same.
+`python tests/golds.py` judges all of them and writes what went wrong, by kind, to
+recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same. before.json beside it is
+what this made of the verifier that left to math-verify what is not a plain number.
 """
 
 import argparse
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ SETS = {"gsm8k": SHARED / "gsm8k" / "test.jsonl", "math-500": SHARED / "math500"
 EQUAL = {("math-500", 22)}
 
 
-def spellings(gold: str) -> Iterator[tuple[str, str, bool]]:
+def spellings(gold: str, percent: bool) -> Iterator[tuple[str, str, bool]]:
     """Yields the kind of a spelling, a completion with it, and whether only flexible scoring has to accept it."""
     yield "plain", rf"So the answer is \boxed{{{gold}}}.", False
     yield "dollars", rf"<think>\boxed{{0}} or \boxed{{-77}}?</think> Then $\boxed{{${gold}$}}$ is it.", False
@@ -30,6 +32,13 @@ def spellings(gold: str) -> Iterator[tuple[str, str, bool]]:
     yield "Answer:", f"First 123, then 456.\nAnswer: ${gold}$.\n", True
     yield "answer is", f"It follows that the answer is ${gold}$.", True
     yield "####", f"3 + 4 = 7\n#### {gold}", True
+    yield "bold", f"12 + 3 = 15.\n\n**The final answer is: ${gold}$**", True
+    yield "bold mark", f"12 + 3 = 15.\n\n**Final Answer:** ${gold}$\n\nI have checked all 3 steps.", True
+    yield "trailing text", rf"Hence \[ \boxed{{{gold}}} \] and that is what had to be found in 2 steps.", False
+    yield "displayed", f"\\[\n\\boxed{{\n{gold}\n}}\n\\]", False
+    if percent and re.fullmatch(r"\d+", gold):
+        yield "percent", rf"We get \boxed{{{gold}\%}}", False
+        yield "percent in words", rf"We get \boxed{{{gold} \text{{ percent}}}}", False
     for kind, other in rewritten(gold):
         if other != gold:
             yield kind, rf"We get \boxed{{{other}}}", False
@@ -46,6 +55,13 @@ def rewritten(gold: str) -> Iterator[tuple[str, str]]:
         yield "thousands, LaTeX", f"{int(gold):,}".replace(",", r",\!")
         yield "thousands, braces", f"{int(gold):,}".replace(",", "{,}")
         yield "fraction", rf"\frac{{{3 * int(gold)}}}{{3}}"
+        yield "about", rf"\approx {gold}"
+        yield "bold number", rf"\mathbf{{{gold}}}"
+        yield "text", rf"\text{{{gold} apples}}"
+        yield "brackets, unit", f"{gold} (apples)"
+        yield "power of ten", rf"{int(gold) / 1000} \times 10^{{3}}"
+        yield "unit, upright", rf"{gold}\,\mathrm{{m/s}}"
+        yield "symbol", f"{gold} kHz"
     simple = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
     if simple:
         sign, above, below = simple[1], int(simple[2]), int(simple[3])
@@ -65,6 +81,10 @@ def rewritten(gold: str) -> Iterator[tuple[str, str]]:
         ("no text", r"\\(?:text|mbox)\{([^}]*)\}", r"\1"),
         ("lower case", r"\\text\{([A-Za-z]+)\}", lambda match: match[1].lower()),
         ("no unit", r"(?<=\d)\s*\\(?:text|mbox)\{[^}]*\}(?:\^2)?$", ""),
+        ("spaces, LaTeX", r"(?<=[a-z0-9}]), ?(?! ?\\!|\d{3})", r",\\, "),
+        ("big", r"^\(([^()]*)\)$", r"\\bigl(\1\\bigr)"),
+        ("choice", r"^\\text\{\(([A-E])\)\}$", r"\1"),
+        ("choice, full stop", r"^\\text\{\(([A-E])\)\}$", r"\\textbf{(\1)}."),
         ("left right", r"^\(([^()]*)\)$", r"\\left(\1\\right)"),
         ("no left right", r"\\(?:left|right)", ""),
         ("no dollar", r"\\\$", ""),
@@ -79,10 +99,28 @@ def rewritten(gold: str) -> Iterator[tuple[str, str]]:
         yield kind, re.sub(old, new, gold)
 
 
-def neighbours(gold: str, following: str) -> Iterator[tuple[str, str]]:
+def neighbours(gold: str, following: str, percent: bool) -> Iterator[tuple[str, str]]:
     """Yields wrong answers that look like the right one."""
     if following != gold:
         yield "next problem", following
+    fraction = re.fullmatch(r"-?\\d?frac\{(\d+)\}\{(\d+)\}", gold)
+    if fraction:
+        yield "ratio", f"{fraction[1]}:{fraction[2]}"
+    elements = re.fullmatch(r"([^(){}\[\],]+), ?([^(){}\[\],]+)", gold)
+    if elements and not re.search(r"\d,\\?!?\s?\d{3}", gold):
+        yield "brackets", f"({gold})"
+        yield "one of two", elements[1]
+        yield "one more", f"{gold}, 777"
+    pair = re.fullmatch(r"\\?l?e?f?t?\(\s*([^(){}\[\],\\]+), ?([^(){}\[\],\\]+)\)", gold)
+    if pair and pair[1].strip() != pair[2].strip():
+        yield "other order", f"({pair[2]},{pair[1]})"
+        yield "without brackets", f"{pair[1]},{pair[2]}"
+    if "=" in gold:
+        left, right = gold.split("=")
+        if right.strip() != "0":
+            yield "half an equation doubled", f"{left}= 2({right})"
+    if re.search(r"\d\s*\\(?:text|mbox)\{ ?cm\}", gold):
+        yield "other unit", gold.replace("cm", "m")
     if re.fullmatch(r"-?\d+", gold):
         number = int(gold)
         yield "plus one", str(number + 1)
@@ -93,6 +131,13 @@ def neighbours(gold: str, following: str) -> Iterator[tuple[str, str]]:
         yield "plus one, unit", rf"{number + 1} \text{{ apples}}"
         yield "plus a third", rf"\frac{{{3 * number + 1}}}{{3}}"
         yield "plus a thousand", f"{number + 1000:,}"
+        yield "almost", f"{number - 1}.9999999" if number > 0 else f"{number}.0000001"
+        yield "set", rf"\{{{number}\}}"
+        yield "twice", f"{number}, {number}"
+        yield "ten times, power of ten", rf"{number or 1} \times 10^{{1}}"
+        yield "Euler's number", f"{number or 1} e"
+        if not percent and number:
+            yield "percent", rf"{number}\%"
         if number:
             yield "minus", str(-number)
     digits = list(re.finditer(r"\d+", gold))
@@ -117,15 +162,18 @@ def neighbours(gold: str, following: str) -> Iterator[tuple[str, str]]:
 
 def judge(name: str) -> dict:
     """Returns how many spellings and neighbours of a set's answers were judged, and those judged wrongly."""
-    gold = load_prompts(f"{name}:{SETS[name]}", "test")["answer"][:]
+    dataset = load_prompts(f"{name}:{SETS[name]}", "test")
+    gold, prompts = dataset["answer"][:], dataset["prompt"][:]
     wrong, right_count, wrong_count = [], 0, 0
     for number in range(len(gold)):
         following = gold[(number + 1) % len(gold)]
-        kinds, texts, only_flexible = zip(*spellings(gold[number]), strict=True)
+        percent = re.search(r"%|percent", prompts[number][-1]["content"]) is not None
+        kinds, texts, only_flexible = zip(*spellings(gold[number], percent), strict=True)
         assert len(kinds) - sum(only_flexible) >= 3
         right_count += len(kinds)
         strict, flexible = (
-            math_reward(texts, answer=[gold[number]] * len(texts), flexible=flexible) for flexible in (False, True)
+            math_reward(texts, [gold[number]] * len(texts), prompts=[prompts[number]] * len(texts), flexible=flexible)
+            for flexible in (False, True)
         )
         for kind, text, only, a, b in zip(kinds, texts, only_flexible, strict, flexible, strict=True):
             if b != 1.0 or a != (0.0 if only else 1.0):
@@ -133,9 +181,10 @@ def judge(name: str) -> dict:
                     {"set": name, "number": number, "mistake": "false negative", "kind": kind, "gold": gold[number]}
                     | {"text": text, "strict": a, "flexible": b}
                 )
-        others = list(neighbours(gold[number], following))
+        others = list(neighbours(gold[number], following, percent))
         wrong_count += len(others)
-        scores = math_reward([rf"\boxed{{{text}}}" for _, text in others], answer=[gold[number]] * len(others))
+        texts = [rf"\boxed{{{text}}}" for _, text in others]
+        scores = math_reward(texts, [gold[number]] * len(texts), prompts=[prompts[number]] * len(texts))
         for (kind, text), score in zip(others, scores, strict=True):
             if score != 0.0:
                 mistake = "equal" if kind == "next problem" and (name, number) in EQUAL else "false positive"
@@ -144,6 +193,10 @@ def judge(name: str) -> dict:
                     | {"text": text, "strict": score, "flexible": score}
                 )
     mistakes = [case["mistake"] for case in wrong]
+    kinds = Counter(f"{case['mistake']}: {case['kind']}" for case in wrong)
+    first = defaultdict(list)
+    for case in wrong:
+        first[case["mistake"], case["kind"]].append(case)
     return {
         "set": name,
         "answers": len(gold),
@@ -151,7 +204,8 @@ def judge(name: str) -> dict:
         "neighbours": wrong_count,
         "false_negatives": mistakes.count("false negative"),
         "false_positives": mistakes.count("false positive"),
-        "cases": wrong,
+        "kinds": dict(kinds),
+        "cases": [case for cases in first.values() for case in cases[:2]],  # of each kind
     }
 
 

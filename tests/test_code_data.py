@@ -168,7 +168,7 @@ def load(tmp_path, name, *rows):
 def test_a_source_is_judged(name, tmp_path):
     raw, wrong = ROWS[name]
     dataset = load(tmp_path, name, raw)
-    check_rows(code_reward, dataset, name)
+    check_rows(dataset, [code_reward], name)
     (row,) = dataset
     solution = row.get("solution") or f"```python\n{SOLUTIONS[name]}\n```"
     completions = [solution, f"```python\n{wrong}\n```", "```python\npass\n```"]

@@ -79,7 +79,7 @@ class TestTestsThatNobodyCalls:
     def test_such_a_row_is_refused(self, name):
         rows = [{"prompt": "p", "tests": "assert f(1) == 2"}] * 60 + [{"prompt": "p", "tests": VACUOUS[name]}]
         with pytest.raises(UserError, match="`x.jsonl`, row 61: a program that does nothing passes its `tests`"):
-            check_rows(code_reward, Dataset.from_list(rows), "x.jsonl")
+            check_rows(Dataset.from_list(rows), [code_reward], "x.jsonl")
 
     def test_rows_of_every_form_are_looked_at(self):
         check = "def check(candidate):\n    assert candidate(1) == 2\n"
@@ -91,13 +91,13 @@ class TestTestsThatNobodyCalls:
             (calls, None),
         ]
         rows = [{"tests": tests, "entry_point": entry_point} for tests, entry_point in good]
-        check_rows(code_reward, Dataset.from_list(rows), "x")
+        check_rows(Dataset.from_list(rows), [code_reward], "x")
         blank = {"tests": json.dumps({"inputs": ["1"], "outputs": [" \n"]}), "entry_point": None}
         with pytest.raises(UserError, match="row 5: a program that does nothing"):
-            check_rows(code_reward, Dataset.from_list([*rows, blank]), "x")
+            check_rows(Dataset.from_list([*rows, blank]), [code_reward], "x")
         short = {"tests": '{"inputs": ["1"], "outputs": []}', "entry_point": None}
         with pytest.raises(UserError, match="row 5: its `tests` cannot be used .*same length"):
-            check_rows(code_reward, Dataset.from_list([*rows, short]), "x")
+            check_rows(Dataset.from_list([*rows, short]), [code_reward], "x")
 
     def test_check_is_called_once(self):
         tests = "calls = []\n\n\ndef check(candidate):\n    calls.append(0)\n    assert candidate(1) == 2 and len(calls) == 1\n"

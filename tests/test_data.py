@@ -246,6 +246,7 @@ class TestDecontaminate:
             "evaluation": 4,
             "exact": 1,
             "normalized": 2,
+            "overlapping": 0,
             "kept": 4,
             "evaluation_seen": 2,
         }
@@ -260,6 +261,38 @@ class TestDecontaminate:
     def test_normalize(self):
         assert normalize(r"Let $x \, = \left( 1.5 \right)$, and  y!") == "letx=(1.5)andy"
         assert normalize("1-2") != normalize("1+2") and normalize("1.5") != normalize("15")
+        for product in (r"2\*3", "2*3", "2 * 3", "2**3", "a_1"):
+            assert normalize(product) not in ("23", "a1")
+        assert normalize("**Find** the *sum* of __all__ _even_ 2*3.") == "findthesumofalleven2*3"
+
+    LONG = (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+        "did Natalia sell altogether in April and May?"
+    )
+    SHORT = "What is the greatest prime factor of $3^4 + 11$?"
+
+    @pytest.mark.parametrize(
+        ("problem", "kept"),
+        [
+            (LONG, False),
+            (f"{LONG} Explain each step in a sentence of its own.", False),
+            (f"This is from a test. {LONG.replace('?', '')}", False),
+            (LONG.partition(" How many")[0] + " What did she earn at 3 dollars a clip?", False),  # 20 of 29 words
+            ("Natalia sold clips to 48 of her friends in April. What did she earn?", True),
+            (LONG.replace("48", "52").replace("half as", "twice as"), True),  # another problem
+            (SHORT + " Show that it is.", False),
+            (SHORT.replace("11", "12"), True),
+            (SHORT.replace("+", "-"), True),
+            ("Find $x$ if $2x = 4$. Then find $3x$.", True),  # the evaluation problem of 6 words is part of it
+        ],
+    )
+    def test_a_copy_with_something_around_it(self, problem, kept):
+        evaluation = Dataset.from_dict({"prompt": [self.LONG, self.SHORT, "Find $x$ if $2x = 4$."]})
+        train = Dataset.from_dict(
+            {"prompt": [problem, "Something else entirely, as long as it has 13 words or more."]}
+        )
+        left, counts = decontaminate(train, evaluation)
+        assert len(left) == 1 + kept and counts["evaluation_seen"] == 1 - kept
 
     def test_command_line(self, tmp_path, capsys):
         train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": text} for text in self.TRAIN])
@@ -267,7 +300,7 @@ class TestDecontaminate:
         for suffix in ("jsonl", "parquet"):
             output = tmp_path / "out" / f"clean.{suffix}"
             main(["--train", train, "--evaluation", evaluation, "--output", str(output)])
-            assert "exact: 1\nnormalized: 2\nkept: 4\n" in capsys.readouterr().out
+            assert "exact: 1\nnormalized: 2\noverlapping: 0\nkept: 4\n" in capsys.readouterr().out
             assert load_prompts(str(output))["prompt"][:] == [self.TRAIN[index] for index in (2, 4, 5, 6)]
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clean.jsonl", "clean.parquet"]
 
@@ -296,7 +329,10 @@ class TestDecontaminate:
             return
         train = load_prompts(f"gsm8k:{SHARED / 'gsm8k'}", "train")
         test = load_prompts(f"gsm8k:{SHARED / 'gsm8k'}", "test")
-        assert decontaminate(train, test)[1]["evaluation_seen"] == 0
+        # Two trains that travel 3 hours beside one plane that does, in the same 24 words
+        left, counts = decontaminate(train, test)
+        assert counts["exact"] == counts["normalized"] == 0
+        assert counts["overlapping"] == 2 and counts["evaluation_seen"] == 1
         kept, counts = decontaminate(test, test)
         assert len(kept) == counts["kept"] == 0 and counts["exact"] == 1319
 

@@ -1,6 +1,10 @@
+import contextlib
+import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,21 +16,25 @@ import golds
 import pytest
 import trl
 import trl.scripts.grpo
+from datasets import Dataset
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_format_reward
 
 from trl_opsd.cli import UserError
 from trl_opsd.data import load_prompts
 from trl_opsd.rewards import (
+    check_rows,
     extract_answer,
     format_reward,
     length_reward,
     load_reward_funcs,
+    logic_reward,
     math_reward,
     reasoning_gym_reward,
     required_columns,
 )
+from trl_opsd.rewards import judge as judge_module
 from trl_opsd.rewards import math as math_verifier
-from trl_opsd.rewards.judge import Judge
+from trl_opsd.rewards.judge import Judge, Unjudged
 from trl_opsd.rewards.math import find_answer
 
 
@@ -164,6 +172,133 @@ class TestMathReward:
         assert math_reward([text], answer=[gold]) == [score]
         assert math_reward([[{"role": "assistant", "content": text}]], answer=[gold]) == [score]
 
+    @pytest.mark.parametrize(
+        ("gold", "right", "wrong"),
+        [
+            (
+                "4.5e33",
+                [r"4.5 \times 10^{33}", "4.5E33", r"4.5\cdot10^{33} \text{ J}", "45e32"],
+                ["148.5 e", "4.5e32"],
+            ),
+            ("8.49e-4", [r"8.49\times 10^{-4}", "0.000849", r"8.49 * 10^-4"], [r"8.49\times 10^{-5}", "0.00085"]),
+            ("1e-5", ["10^{-5}", "0.00001"], ["10^{5}", "10^{-4}"]),
+            (r"3 \times 10^8", ["3e8", "300,000,000", r"3\times10^8 \text{ m/s}"], ["3e9", "38"]),
+            ("1", ["1.0", "01", r"\frac{2}{2}", "x = 1"], ["0.9999999", "1.0000001", r"\frac{9999999}{10000000}"]),
+            ("0.5", [r"\frac12", "0.50"], ["0.4999999", "0.5000001"]),
+            (r"\frac13", ["0.333333", "0.3333333333", "2/6"], ["0.33", "0.333334", r"\frac{333333}{1000000}"]),
+            (
+                "(1, 2)",
+                [r"\left(1.0,2\right)", "(x,y) = (1, 2)"],
+                ["(0.9999999, 2)", "(2, 1)", "1, 2", "[1, 2)", r"\{1,2\}"],
+            ),
+            ("204", ["204.0"], [r"204\%", r"204 \text{ percent}", r"20400\%x"]),
+            ("2.04", [r"204\%"], [r"2.04\%"]),
+            (r"10\%", ["10", "0.1", r"10 \%", "10 percent"], ["11", "0.11", r"0.1\%"]),
+            (
+                "4, 5",
+                ["5, 4", "4 and 5", r"4 \text{ or } 5", r"\{5, 4\}", "4; 5"],
+                ["(4, 5)", "4", "4, 4", "4, 5, 6", "45"],
+            ),
+            (r"\{3\}", [r"\left\{ 3 \right\}"], ["3", r"\{3, 4\}"]),
+            ("3", ["x = 3"], [r"\{3\}", "3, 3", "(3, 3)", "3:1", r"\pm 3"]),
+            (r"1 \pm \sqrt{5}", [r"1-\sqrt5, 1+\sqrt5", r"\{1 \pm \sqrt{5}\}"], [r"1+\sqrt5", r"1 \pm \sqrt{6}"]),
+            (r"(1,8,19), (2,7,13)", ["(2,7,13) and (1,8,19)"], ["(1,8,19), (2,13,7)", "(1,8,19)", "1,8,19,2,7,13"]),
+            (r"\frac{3}{4}", ["3/4", "0.75"], ["3:4", "3 to 4"]),
+            ("10:3", ["10 to 3", r"10 \text{ to } 3", "10 : 3", r"10\!:\!3"], ["3:10", "20:6", "10/3", "10:3:1"]),
+            ("11:30", ["11:30 a.m.", r"\text{11:30 PM}"], ["11:31", "1130", r"\frac{11}{30}"]),
+            (r"11:30 \text{ a.m.}", ["11:30", r"\text{11:30 AM}"], ["11:30 p.m.", "11:31 a.m."]),
+            (
+                "1.6",
+                ["1.6 eV", r"1.6 \text{ mL}", "1.6 kHz", "1.6eV", r"1.6 \, \mathrm{~J}", r"\approx 1.6"],
+                ["1.7 eV", "1.6 x"],
+            ),
+            (
+                "5",
+                [r"5 \text{ m/s}^2", r"5 \mathrm{m}\,\mathrm{s}^{-1}", "5 kJ/mol", "5 square feet"],
+                ["5 x", "5 n", "6 kJ/mol"],
+            ),
+            (
+                r"15 \text{ cm}^2",
+                ["15", "15 cm^2", "0.0015 m^2", "15 square centimeters"],
+                [r"15 \text{ cm}^3", "15 m^2"],
+            ),
+            ("15 cm", ["0.15 m", "150 mm"], ["15 m", "15 kg", "15 inches"]),
+            ("6m", ["6 m", r"6\text{ m}", r"m \cdot 6"], ["6", "6n", "6 km"]),
+            (r"\text{27}", ["27.0", "27"], ["28"]),
+            (r"\textbf{(073)}", ["073", "73", "(73)"], ["74", "730"]),
+            (r"\text{18 apples}", ["18", "18 apples", "18.0"], ["19", "19 apples"]),
+            ("9 (apples)", ["9", "9 apples", "9 (apples)"], ["8", "8 (apples)"]),
+            (
+                r"\frac{d x}{d t}=k x-a",
+                [r"\frac{dx}{dt} - kx = -a", r"2\frac{dx}{dt} = 2(kx-a)"],
+                [r"\frac{dx}{dt}=2(kx-a)", r"\frac{dx}{dt}=kx+a", "kx - a = 0"],
+            ),
+            ("y = 2x + 3", ["y = 3 + 2x", "2x - y + 3 = 0"], ["y = 2x - 3", "2y = 2x + 3", "y = 2(2x + 3)"]),
+            ("7", ["m + n = 7"], ["m + n = 8"]),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_decisions_of_the_table(self, gold, right, wrong):
+        scores = math_reward([rf"so \boxed{{{text}}}" for text in right + wrong], answer=[gold] * len(right + wrong))
+        assert dict(zip(right + wrong, scores, strict=True)) == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+    def test_the_page_says_what_is_done(self):
+        lines = (golds.ROOT / "trl_opsd" / "rewards" / "ANSWERS.md").read_text().splitlines()
+        rows = [line.split("|")[1:4] for line in lines if line.startswith("| ") and not line.startswith("| reference")]
+        assert len(rows) > 20
+        for row in rows:
+            references, right, wrong = (re.findall(r"`([^`]+)`", cell) for cell in row)
+            prompt = "What percent?" if "percent" in row[0] else "?"
+            scores = {
+                answer: [math_reward([rf"\boxed{{{answer}}}"], [gold], prompts=[prompt])[0] for gold in references]
+                for answer in right + wrong or references
+            }
+            if right:
+                assert all(1.0 in scores[answer] for answer in right), (row, scores)
+                assert not any(1.0 in scores[answer] for answer in wrong), (row, scores)
+            elif wrong:
+                assert set(map(max, scores.values())) == {0.0}, (row, scores)
+            else:
+                assert set(itertools.chain(*scores.values())) == {None}, (row, scores)
+
+    def test_percent_where_the_problem_asks_for_it(self):
+        asked = "What percent of the apples are left?"
+        texts = [r"\boxed{35\%}", r"\boxed{35 \text{ percent}}", r"\boxed{35}", r"\boxed{0.35}", r"\boxed{36\%}"]
+        for prompt in (asked, [{"role": "user", "content": asked}]):
+            assert math_reward(texts, answer=["35"] * 5, prompts=[prompt] * 5) == [1.0, 1.0, 1.0, 0.0, 0.0]
+        assert math_reward(texts, answer=["35"] * 5, prompts=["How many?"] * 5) == [0.0, 0.0, 1.0, 0.0, 0.0]
+
+    def test_a_thinking_block_that_the_prompt_opens(self):
+        texts = [r"so \boxed{5}", r"so 4</think> \boxed{5}"]
+        for prompt in (
+            "1 + 4?<think>\n",
+            [{"role": "user", "content": "1 + 4?"}, {"role": "assistant", "content": "<think>"}],
+        ):
+            prompts = [prompt] * 2
+            assert math_reward(texts, answer=["5", "5"], prompts=prompts) == [0.0, 1.0]
+            assert math_reward(texts, answer=["5", "5"], prompts=prompts, flexible=True) == [0.0, 1.0]
+            assert logic_reward(texts, answer=["5", "5"], prompts=prompts) == [0.0, 1.0]
+            assert format_reward(texts, prompts=prompts) == [0.0, 1.0]
+            ids = [[0] * 10, [0] * 20]
+            assert length_reward(texts, prompts=prompts, completion_ids=ids, answer=["5", "5"]) == [0.0, -0.5]
+        opened = "The word (yes or no)?<think>"
+        assert logic_reward(["yes", "no</think> yes"], ["yes"] * 2, [opened] * 2, flexible=True) == [0.0, 1.0]
+
+    def test_what_cannot_be_read_is_not_scored(self):
+        golds = [r"$f(x)=a x+b$, where $b$ is an integer", "np.arcsin(10/13)", r"\frac{"]
+        assert math_reward([rf"\boxed{{{gold}}}" for gold in golds], answer=golds) == [None] * len(golds)
+
+    def test_what_fails_is_neither_right_nor_wrong(self, monkeypatch):
+        judge = Judge("math_verify")
+        monkeypatch.setattr(math_verifier, "_JUDGE", judge)
+        assert math_reward([r"\boxed{\sqrt{98}}"], answer=[r"7\sqrt{2}"]) == [1.0]
+        exchange = judge._exchange
+        monkeypatch.setattr(judge, "_exchange", lambda line: "" if "compare" in line else exchange(line))
+        assert math_reward([r"\boxed{\sqrt{99}}", r"\boxed{5}"], answer=[r"3\sqrt{11}", "5"]) == [None, 1.0]
+        monkeypatch.undo()
+        assert math_reward([r"\boxed{\sqrt{99}}"], answer=[r"3\sqrt{11}"]) == [1.0]  # and it is not remembered
+        judge.stop()
+
     def test_unparseable_gold_is_none_whatever_the_completion(self):
         completions = [r"\boxed{\frac{}", r"\boxed{1}", "nothing"]
         assert math_reward(completions, answer=[r"\frac{"] * 3) == [None] * 3
@@ -253,6 +388,15 @@ PATHOLOGICAL = {
     "spaces": "answer:" + " " * 100_000 + "\n",
     "spaces between boxes": r"\boxed{1}" + " " * 100_000 + r"\boxed{2}",
     "unit": r"\boxed{1" + "a" * 990 + "1}",
+    "units of units": r"\boxed{7 " + r"\text{ m} /" * 90 + "}",
+    "list of towers": r"\boxed{" + ", ".join(["9^{9^{9}}"] * 80) + "}",
+    "signs": r"\boxed{" + r"\pm 1," * 140 + "2}",
+    "ratios": r"\boxed{" + "1:" * 490 + "1}",
+    "exponent": r"\boxed{1e999}",
+    "negative exponent": r"\boxed{10^{-999}}",
+    "code": r"\boxed{__import__('os').system('true')}",
+    "code in LaTeX": r"\boxed{\text{__import__}(\text{'os'})}",
+    "lambda": r"\boxed{(lambda: 7/3)()}",
     "units": r"\boxed{" + "1 aaa" * 190 + "}",
 }
 
@@ -268,6 +412,12 @@ def score_pathological(names):
 def helper_after(names):
     math_verifier._score.cache_clear()  # a fork has its parent's
     return score_pathological(names), math_verifier._JUDGE._process.pid
+
+
+def failure(judge, text):
+    with pytest.raises(Unjudged) as caught:
+        judge.ask("compare", [[text, "1"]])
+    return str(caught.value)
 
 
 class TestJudge:
@@ -296,8 +446,8 @@ class TestJudge:
     @pytest.mark.parametrize("method", ["spawn", "fork"])
     def test_process(self, method):
         judge = math_verifier._JUDGE
-        assert judge.ask("parses", "1")
-        busy = threading.Thread(target=judge.ask, args=("equal", "10^{10^{10}}", "1"))
+        assert judge.ask("parse", ["1"])
+        busy = threading.Thread(target=judge.ask, args=("compare", [["10^{10^{10}}", "1"]]))
         busy.start()  # for three seconds: a fork finds the helper in use, and its lock held
         time.sleep(0.2)
         with multiprocessing.get_context(method).Pool(1) as pool:
@@ -310,39 +460,61 @@ class TestJudge:
 
     def test_memory(self):
         judge = Judge("math_verify")
-        assert judge.ask("parses", r"\frac{1}{2}") is True
+        assert judge.ask("parse", [r"\frac{1}{2}"]) == [True]
         (child,) = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children").read_text().split()
         limits = Path(f"/proc/{child}/limits").read_text()
         assert f"Max address space         {2 << 30}" in limits
         judge.stop()
 
+    def test_the_cost_of_many_parts_is_bounded_together(self):
+        gold = ", ".join(f"x^{{{n}}}+1" for n in range(2, 12))
+        hostile = ", ".join([r"\sum_{k=1}^{10^{9}} \frac{1}{k}"] * 10)
+        start = time.perf_counter()
+        assert math_reward([rf"\boxed{{{hostile}}}"], answer=[gold]) == [0.0]
+        assert time.perf_counter() - start < 40  # one limit of 3 seconds of CPU time, on a machine however busy
+
+    def test_a_child_that_others_kill_has_no_verdict(self):
+        judge = Judge("math_verify")
+        judge.ask("parse", ["1"])
+        asked = threading.Thread(target=lambda: failures.append(failure(judge, "10^{10^{10}}")))
+        failures = []
+        (child,) = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children").read_text().split()
+        asked.start()
+        time.sleep(0.3)
+        os.kill(int(child), signal.SIGKILL)
+        asked.join(60)
+        assert "out of memory" in failures[0]
+        assert judge.ask("compare", [["9^{9^{9^9}}", "1"]]) is None  # its own fault is a verdict
+        judge.stop()
+
     def test_a_dead_helper_is_replaced(self):
         judge = Judge("math_verify")
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") is True
+        assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         (child,) = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") in (True, None)  # None if the line went to the dead child
+        with contextlib.suppress(Unjudged):  # no answer if the line went to the dead child
+            assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         os.kill(judge._process.pid, signal.SIGKILL)
         judge._process.wait()
-        assert judge.ask("equal", r"\frac{1}{2}", "0.5") is True
+        assert judge.ask("compare", [[r"\frac{1}{2}", "0.5"]]) == [True]
         judge.stop()
 
     def test_an_interruption_does_not_mix_up_answers(self, monkeypatch):
         judge = Judge("math_verify")
-        judge.ask("parses", "1")
+        judge.ask("parse", ["1"])
 
         def interrupt():
             raise KeyboardInterrupt
 
         monkeypatch.setattr(judge._process.stdout, "readline", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
-            judge.ask("equal", "1/2", "0.5")
-        assert judge.ask("equal", "1/3", "0.5") is False
+            judge.ask("compare", [["1/2", "0.5"]])
+        assert judge.ask("compare", [["1/3", "0.5"]]) == [False]
         judge.stop()
 
     def test_a_helper_that_does_not_start(self):
         with pytest.raises(RuntimeError, match="does not start"):
-            Judge("no_such_library").ask("parses", "1")
+            Judge("no_such_library").ask("parse", ["1"])
 
     def test_nothing_is_left_behind(self):
         code = (
@@ -373,6 +545,44 @@ class TestReasoningGym:
         columns = {"answer": rows["answer"][:] * 3, "metadata": rows["metadata"][:] * 3}
         assert max(reasoning_gym_reward([rf"\boxed{{{text}}}" for text in hostile], **columns)) < 1.0
         assert not flag.exists()
+
+    @pytest.mark.parametrize("task", ["string_insertion", "n_queens", "countdown", "polynomial_multiplication"])
+    def test_no_answer_makes_another_one_right(self, task):
+        rows = load_prompts(f"reasoning-gym:{task}:size=1")
+        poison = "setattr(__import__('builtins'), 'float', lambda *a: 1.0)"
+        texts = [poison, f"[{poison}]", f"sqrt('{poison}')", "(lambda: 1)()", "().__class__", "float('inf')", "zzz"]
+        columns = {"answer": rows["answer"][:] * len(texts), "metadata": rows["metadata"][:] * len(texts)}
+        assert max(reasoning_gym_reward([rf"\boxed{{{text}}}" for text in texts], **columns)) <= 0.05
+
+    def test_what_a_child_changes_is_gone_with_it(self):
+        judge = Judge("reasoning_gym")
+        task, entry = "chain_sum", {"answer": "5", "metadata": {}}
+        children = []
+        for answer in ("5", "6"):
+            judge.ask("reasoning_gym", task, answer, entry)
+            path = Path(f"/proc/{judge._process.pid}/task/{judge._process.pid}/children")
+            children += path.read_text().split()
+        assert children == []
+        judge.stop()
+
+    def test_verifiers_that_evaluate_answers_are_known(self):
+        folder = Path(importlib.util.find_spec("reasoning_gym").origin).parent
+        found = {path.stem for path in folder.rglob("*.py") if re.search(r"\beval\(answer", path.read_text())}
+        assert found == set(judge_module._EVALUATING)
+
+    def test_lists_and_arithmetic_are_still_read(self):
+        row = load_prompts("reasoning-gym:string_insertion:size=1")
+        listed = rf"\boxed{{{list(row['answer'][0])}}}"
+        assert reasoning_gym_reward([listed], row["answer"][:], row["metadata"][:]) == [0.1]
+        row = load_prompts("reasoning-gym:simple_integration:size=1")
+        answer = row["answer"][0].replace("C", "0 * sin(3) + C")
+        assert reasoning_gym_reward([rf"\boxed{{{answer}}}"], row["answer"][:], row["metadata"][:]) == [1.0]
+
+    def test_a_thinking_block_that_the_prompt_opens(self):
+        rows = load_prompts("reasoning-gym:chain_sum:size=1")
+        text = rf"\boxed{{{rows['answer'][0]}}}"
+        columns = {"answer": rows["answer"][:] * 2, "metadata": rows["metadata"][:] * 2, "prompts": ["?<think>"] * 2}
+        assert reasoning_gym_reward([text, f"</think>{text}"], **columns) == [0.0, 1.0]
 
     def test_unknown_task(self):
         with pytest.raises(ValueError, match="names the task `nothing`"):
@@ -408,6 +618,19 @@ class TestFormatAndLength:
 
 
 class TestLoad:
+    def test_references_that_cannot_be_read_are_reported(self, caplog):
+        answers = ["5", r"\frac{", None, r"\sqrt{2}", "", *["a=b where nothing holds"] * 5]
+        dataset = Dataset.from_dict({"prompt": ["?"] * len(answers), "answer": answers})
+        check_rows(dataset, [math_reward], "mine.jsonl")
+        assert len(caplog.messages) == 6 and "2 more" in caplog.messages[-1]
+        expected = "`mine.jsonl`, row 2: the answer '\\\\frac{' cannot be read, so its row is not scored."
+        assert caplog.messages[0] == expected and "row 5" in caplog.messages[1]
+        with pytest.raises(UserError, match=r"`mine.jsonl`: no `answer` can be read .* \(row 1 has"):
+            check_rows(dataset.select([1, 2, 4]), [length_reward], "mine.jsonl")
+        caplog.clear()
+        check_rows(dataset, [format_reward], "mine.jsonl")
+        assert not caplog.messages
+
     def test_by_name(self):
         names = ["math_reward", "accuracy_reward", "think_format_reward", "trl.rewards.think_format_reward"]
         assert load_reward_funcs(names) == [math_reward, accuracy_reward, think_format_reward, think_format_reward]

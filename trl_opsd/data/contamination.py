@@ -1,6 +1,7 @@
 """Which training problems are also in an evaluation set?"""
 
 import re
+from collections import defaultdict
 
 from datasets import Dataset
 
@@ -10,7 +11,11 @@ from .sources import SOURCES
 _WORDINGS = sorted({source.prompt for source in SOURCES.values()}, key=len, reverse=True)
 _LATEX_SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[,;:! ]")
 # Spaces and punctuation go, but not what tells 1.5 from 15 and `1 + 2` from `1 - 2`.
-_LAYOUT = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[\s$!?;:'\"`’‘“”*_~]")
+_LAYOUT = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[\s$!?;:'\"`’‘“”~]")
+# Markdown's emphasis: what stands on one side of a word. On both sides, or on neither, it is a product or an index.
+_EMPHASIS = re.compile(r"(?<![\w)\\*_])[*_]{1,3}(?=[^\s*_])|(?<=[^\s*_])[*_]{1,3}(?![\w(*_])")
+_WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/^=<>%|]")
+_RUN, _SHORT_RUN, _SHARE = 13, 8, 0.6
 
 
 def decontaminate(train: Dataset, evaluation: Dataset) -> tuple[Dataset, dict[str, int]]:
@@ -18,7 +23,11 @@ def decontaminate(train: Dataset, evaluation: Dataset) -> tuple[Dataset, dict[st
     Counts and drops the training problems that are also in an evaluation set.
 
     Compared is the problem: the user's messages without the wording that a named source puts around it, so that
-    sources with different wordings can be compared.
+    sources with different wordings can be compared. Beside equal problems, one counts that has more than 60% of the
+    words of an evaluation problem in runs of 13 or more that both have, which is what Qwen2.5-Math
+    (https://huggingface.co/papers/2409.12122) is cleaned by: a copy with a sentence more, or part of it. Problems of 8
+    to 12 words, in which runs of 8 are what s1 (https://huggingface.co/papers/2501.19393) looks for, have to be there
+    whole, since one other number makes another problem. Shorter ones have to be equal.
 
     Args:
         train ([`~datasets.Dataset`]):
@@ -29,8 +38,9 @@ def decontaminate(train: Dataset, evaluation: Dataset) -> tuple[Dataset, dict[st
     Returns:
         `tuple[Dataset, dict[str, int]]`: The training rows that are left, and the counts: `train` and `evaluation`
         (rows), `exact` (training rows whose problem is in the evaluation set to the letter), `normalized` (further
-        ones that differ only in case, spaces, punctuation or LaTeX spacing), `kept`, and `evaluation_seen` (evaluation
-        rows that the training set holds in either way).
+        ones that differ only in case, spaces, punctuation or LaTeX spacing), `overlapping` (further ones that share
+        long runs of words with one), `kept`, and `evaluation_seen` (evaluation rows that the training set holds in one
+        of these ways).
     """
     problems = [problem_text(prompt) for prompt in train["prompt"]]
     targets = [problem_text(prompt) for prompt in evaluation["prompt"]]
@@ -38,16 +48,51 @@ def decontaminate(train: Dataset, evaluation: Dataset) -> tuple[Dataset, dict[st
     same = [text in exact for text in problems]
     keys = [normalize(text) for text in problems]
     alike = [key in normalized for key in keys]
-    kept = [index for index, found in enumerate(alike) if not found]
-    seen = set(keys)
+    runs = _Runs(targets)
+    copied = [runs.found_in(text) for text in problems]
+    gone = [alike[index] or bool(copied[index]) for index in range(len(problems))]
+    kept = [index for index, found in enumerate(gone) if not found]
+    seen, seen_by_runs = set(keys), set().union(*copied)
     return train.select(kept), {
         "train": len(problems),
         "evaluation": len(targets),
         "exact": sum(same),
         "normalized": sum(alike) - sum(same),
+        "overlapping": sum(gone) - sum(alike),
         "kept": len(kept),
-        "evaluation_seen": sum(normalize(text) in seen for text in targets),
+        "evaluation_seen": sum(
+            normalize(text) in seen or number in seen_by_runs for number, text in enumerate(targets)
+        ),
     }
+
+
+class _Runs:
+    """Runs of words of some problems, by which they are found in others."""
+
+    def __init__(self, problems: list[str]):
+        self.needed: dict[int, float] = {}  # words of each problem that have to be found
+        self.places: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
+        for number, problem in enumerate(problems):
+            words = _words(problem)
+            if len(words) < _SHORT_RUN:
+                continue
+            size = _RUN if len(words) >= _RUN else _SHORT_RUN
+            self.needed[number] = _SHARE * len(words) if size == _RUN else len(words) - 0.5
+            for start in range(len(words) - size + 1):
+                self.places[tuple(words[start : start + size])].append((number, start))
+
+    def found_in(self, problem: str) -> set[int]:
+        """Returns which of the problems are in one."""
+        words, found = _words(problem), defaultdict(set)
+        for size in (_RUN, _SHORT_RUN):
+            for run in {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}:
+                for number, start in self.places.get(run, ()):
+                    found[number].update(range(start, start + size))
+        return {number for number, covered in found.items() if len(covered) > self.needed[number]}
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_EMPHASIS.sub("", text.replace(r"\*", "*")).lower())
 
 
 def problem_text(prompt: list[dict[str, str]] | str) -> str:
@@ -63,5 +108,5 @@ def problem_text(prompt: list[dict[str, str]] | str) -> str:
 
 def normalize(text: str) -> str:
     """Returns a text in lower case, without spaces, punctuation and LaTeX spacing."""
-    text = _LATEX_SPACING.sub("", text)
+    text = _EMPHASIS.sub("", _LATEX_SPACING.sub("", text.replace(r"\*", "*")))
     return _LAYOUT.sub("", re.sub(r"\\[dt]frac", r"\\frac", text).lower())

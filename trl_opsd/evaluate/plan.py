@@ -194,8 +194,7 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
         check_columns(dataset, required_columns(func), f"The verifier `{name}`")
     if config.max_samples is not None:
         dataset = dataset.select(_first(dataset, config.max_samples))
-    for func in reward_funcs:
-        check_rows(func, dataset, config.dataset_name)
+    check_rows(dataset, reward_funcs, config.dataset_name)
     context = config.context()
     if context is not None:
         context.check_columns(dataset.column_names)

@@ -256,7 +256,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
-                check_rows(func, dataset, script_args.dataset_name)
+            check_rows(dataset, reward_funcs, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,

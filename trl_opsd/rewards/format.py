@@ -3,10 +3,14 @@
 import json
 from collections import defaultdict
 
-from .math import extract_answer, math_reward, text_of
+from .math import extract_answer, math_reward, texts_of
 
 
-def format_reward(completions: list[list[dict[str, str]]] | list[str], **kwargs) -> list[float]:
+def format_reward(
+    completions: list[list[dict[str, str]]] | list[str],
+    prompts: list[list[dict[str, str]]] | list[str] | None = None,
+    **kwargs,
+) -> list[float]:
     r"""
     Reward function that is 1.0 where a completion gives its answer where the prompt asks for it: in a `\boxed{}` that
     is complete and not empty, after the thinking trace if there is one, and the trace is closed once.
@@ -17,8 +21,10 @@ def format_reward(completions: list[list[dict[str, str]]] | list[str], **kwargs)
     Args:
         completions (`list[list[dict[str, str]]]` or `list[str]`):
             Completions, conversational (the last message is read) or plain.
+        prompts (`list[list[dict[str, str]]]` or `list[str]`, *optional*):
+            Prompts. Where one ends in an open think tag, the completion has to close it.
         **kwargs:
-            Columns and what trainers add, none of which is used.
+            Other columns and what trainers add, none of which is used.
 
     Returns:
         `list[float]`: One score per completion.
@@ -31,7 +37,7 @@ def format_reward(completions: list[list[dict[str, str]]] | list[str], **kwargs)
     [1.0, 0.0, 0.0]
     ```
     """
-    texts = [text_of(completion) for completion in completions]
+    texts = texts_of(completions, prompts)
     return [
         float(bool(extract_answer(text)) and text.count("</think>") <= 1 and text.count("<think>") <= 1)
         for text in texts
@@ -74,7 +80,7 @@ def length_reward(
     for key, length in zip(keys, lengths, strict=True):
         groups[key].append(length)
     rewards = []
-    for key, length, correct in zip(keys, lengths, math_reward(completions, answer), strict=True):
+    for key, length, correct in zip(keys, lengths, math_reward(completions, answer, prompts), strict=True):
         shortest, longest = min(groups[key]), max(groups[key])
         reward = 0.5 - (length - shortest) / (longest - shortest) if longest > shortest else 0.0
         rewards.append(reward if correct == 1.0 else min(0.0, reward))

@@ -4,12 +4,15 @@ Judges text that a model wrote in a helper process, because it can cost any amou
 `9**9**9` blocks an interpreter inside one C call, where no Python timeout reaches it, and `signal.alarm` needs the main
 thread. So the helper sets itself limits that the kernel keeps, and what is over them is killed and judged wrong: the
 trainer waits for one line on a pipe, from any thread and any process. The helper imports the libraries once and forks
-a child that answers; a killed child is replaced by another fork, in milliseconds.
+a child that answers, in milliseconds; a killed child is replaced by another. Where an answer is more than LaTeX that is
+read, the child is replaced each time, so that no answer finds what another one has left behind.
 
 This file is also the helper's program (run by path, so it must import nothing of this package).
 """
 
+import ast
 import atexit
+import dataclasses
 import functools
 import importlib
 import json
@@ -34,6 +37,10 @@ _MEMORY = 2 << 30
 _START = "import runpy, sys; sys.path[:] = filter(None, sys.path); runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
+class Unjudged(Exception):
+    """The machine failed, and not the text: out of memory, stalled, or the helper process killed from outside."""
+
+
 class Judge:
     """
     The helper process as this process sees it: started when first asked, and again if it is gone.
@@ -47,8 +54,8 @@ class Judge:
     >>> from trl_opsd.rewards.judge import Judge
 
     >>> judge = Judge("math_verify")
-    >>> judge.ask("equal", r"\\frac{1}{2}", "0.5"), judge.ask("equal", "9^{9^{9^9}}", "0.5")
-    (True, None)
+    >>> judge.ask("compare", [[r"\\frac{1}{2}", "0.5"]]), judge.ask("compare", [["9^{9^{9^9}}", "0.5"]])
+    ([True], None)
     ```
     """
 
@@ -73,31 +80,40 @@ class Judge:
                 Its arguments, as JSON.
 
         Returns:
-            `Any`: Its answer, or `None` where it took more than 3 seconds of CPU time, 30 of wall time or 2 GiB, or
-            died otherwise.
+            `Any`: Its answer, or `None` where it took more than 3 seconds of CPU time or 2 GiB, or crashed.
 
         Raises:
             RuntimeError: If the helper process does not start.
+            Unjudged: If the helper process was killed twice, or took more than 30 seconds of wall time and yet not
+                3 of CPU time: the verdict is unknown.
         """
         line = json.dumps([question, *args]) + "\n"
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            try:
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
-                reply = self._process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            except BaseException:  # Ctrl-C: the next question must not be given this one's answer
-                self.stop()
-                raise
-            if not reply:  # not the child alone but the helper is gone
-                self.stop()
-        verdict, error = json.loads(reply) if reply else (None, None)
+            reply = self._exchange(line) or self._exchange(line)  # one that was killed is replaced once
+        if not reply:
+            raise Unjudged("the helper process of the verifiers was killed twice at one question")
+        verdict, error, failure = json.loads(reply)
+        if failure:
+            raise Unjudged(failure)
         if error:
             logger.warning("A verifier failed, and its verdict is `wrong`: %s", error)
         return verdict
+
+    def _exchange(self, line: str) -> str:
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        except BaseException:  # Ctrl-C: the next question must not be given this one's answer
+            self.stop()
+            raise
+        if not reply:  # not the child alone but the helper is gone
+            self.stop()
+        return reply
 
     def _start(self) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
@@ -123,18 +139,58 @@ class Judge:
             self._process = None
 
 
-def equal(answer: str, gold: str) -> bool:
-    """Whether math-verify takes two LaTeX texts for the same."""
-    from math_verify import verify
+def compare(pairs: list[list[str]]) -> list[bool]:
+    """Whether math-verify takes the two LaTeX texts of each pair, answer and reference answer, for the same."""
+    return [_equal(answer, gold) for answer, gold in pairs]
 
-    gold_parsed = _parse(gold)
+
+def _equal(answer: str, gold: str) -> bool:
+    from math_verify import verify
+    from sympy import Integer
+
+    expected, found = _parse(gold), _parse(answer)
+    if not expected or not found:
+        return False
+    equations = _equation(expected[0]), _equation(found[0])
+    if None not in equations:
+        return _same_equation(*equations)
+    exact = isinstance(expected[0], Integer)  # six decimals would take 0.9999999 for 1
     return verify(
-        gold_parsed,
-        _parse(answer),
-        float_rounding=6 + _leading_zeros(gold_parsed[0]),
+        expected,
+        found,
+        float_rounding=12 if exact else 6 + _leading_zeros(expected[0]),
         allow_set_relation_comp=True,  # `-2 < x < 7` is an interval
         timeout_seconds=None,
     )
+
+
+def _equation(expression) -> Any:
+    """Returns the difference of the two sides of an equation; of a chain, of its first and last part."""
+    from math_verify.grader import And
+    from sympy import Eq, Expr
+
+    if isinstance(expression, Eq) and isinstance(expression.lhs, Expr) and isinstance(expression.rhs, Expr):
+        return expression.lhs - expression.rhs
+    if isinstance(expression, And) and all(isinstance(part, Eq) for part in expression.args):
+        first, last = expression._unsorted_args[0].lhs, expression._unsorted_args[-1].rhs
+        return first - last if isinstance(first, Expr) and isinstance(last, Expr) else None
+    return None
+
+
+def _same_equation(gold, answer) -> bool:
+    """
+    Whether one difference is a multiple of the other. math-verify compares what sympy solves the equations for, and
+    takes any two that it solves for nothing, such as differential equations, for the same.
+    """
+    from sympy import Derivative, Dummy, nsimplify, simplify
+
+    # sympy takes the derivative of a mere letter for zero
+    names = {part: Dummy() for part in gold.atoms(Derivative) | answer.atoms(Derivative)}
+    gold, answer = (nsimplify(side.xreplace(names).doit(), rational=True) for side in (gold, answer))
+    if gold == 0 or answer == 0:
+        return gold == answer
+    factor = simplify(gold / answer)
+    return bool(factor.is_number and factor.is_finite and factor != 0)
 
 
 def _leading_zeros(expression) -> int:
@@ -145,9 +201,9 @@ def _leading_zeros(expression) -> int:
     return max(0, -math.floor(math.log10(abs(value))) - 1) if value is not None and value.is_Float and value else 0
 
 
-def parses(gold: str) -> bool:
-    """Whether math-verify understands a LaTeX text."""
-    return bool(_parse(gold))
+def parse(texts: list[str]) -> list[bool]:
+    """Whether math-verify understands each of some LaTeX texts."""
+    return [bool(_parse(text)) for text in texts]
 
 
 def reasoning_gym(task: str, answer: str, entry: dict) -> float:
@@ -161,23 +217,62 @@ def reasoning_gym(task: str, answer: str, entry: dict) -> float:
         return 0.0  # not even of the form that the verifier expects
 
 
+# Tasks whose verifiers hand the answer to `eval` for a list
+_EVALUATING = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
+# What an answer that sympy reads may call: sympy turns a text into Python source and evaluates it.
+_CONSTRUCTORS = {"Symbol", "Integer", "Float", "Rational", "Function", "factorial"}
+_FUNCTIONS = {
+    *("Abs", "E", "I", "Pow", "abs", "acos", "acosh", "acot", "asin", "asinh", "atan", "atanh", "cbrt", "cos", "cosh"),
+    *("cot", "csc", "erf", "exp", "expint", "gamma", "li", "ln", "log", "root", "sec", "sign", "sin", "sinh", "sqrt"),
+    *("tan", "tanh", "Ei", "Si", "Ci", "Shi", "Chi", "fresnelc", "fresnels"),
+}
+_ARITHMETIC = (
+    *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Constant, ast.Name, ast.Load),
+    *(ast.Call, ast.Tuple, ast.keyword),
+)
+
+
 @functools.cache
 def _verifier(task: str) -> Callable[[str, dict], float]:
     from reasoning_gym import get_score_answer_fn
+    from sympy.parsing import sympy_parser
 
-    return get_score_answer_fn(task)
+    verifier = get_score_answer_fn(task)
+    if task in _EVALUATING:
+        sys.modules[verifier.__module__].eval = ast.literal_eval
+    if sympy_parser.eval_expr is not _eval_arithmetic:
+        _eval_arithmetic.trusting = sympy_parser.eval_expr
+        sympy_parser.eval_expr = _eval_arithmetic
+    return verifier
 
 
-_QUESTIONS = {function.__name__: function for function in (equal, parses, reasoning_gym)}
+def _eval_arithmetic(code: str, local_dict: dict, global_dict: dict) -> Any:
+    """In place of sympy's `eval_expr`: an answer is arithmetic, and whatever else it is, is not evaluated."""
+    for node in ast.walk(ast.parse(code.strip(), mode="eval")):
+        if not isinstance(node, _ARITHMETIC):
+            raise ValueError(f"an answer has a {type(node).__name__}")
+        if isinstance(node, ast.Call):
+            function = node.func.func if isinstance(node.func, ast.Call) else node.func  # Function('f')(x)
+            name = function.id if isinstance(function, ast.Name) else None
+            if name not in _CONSTRUCTORS | _FUNCTIONS:
+                raise ValueError(f"an answer calls {name}")
+    return _eval_arithmetic.trusting(code, local_dict, global_dict)
+
+
+_QUESTIONS = {function.__name__: function for function in (compare, parse, reasoning_gym)}
 
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list:
     # LaTeX only: math-verify hands plain expressions to Python's eval
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import LatexExtractionConfig
+    from math_verify import parse as parse_latex
 
-    extraction = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
-    return parse(f"\\boxed{{{text}}}", extraction_config=extraction, fallback_mode="no_fallback", parsing_timeout=None)
+    normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # `6m` is not 6
+    extraction = (LatexExtractionConfig(False, boxed_match_priority=0, normalization_config=normalization),)
+    return parse_latex(
+        f"\\boxed{{{text}}}", extraction_config=extraction, fallback_mode="no_fallback", parsing_timeout=None
+    )
 
 
 def _serve() -> None:
@@ -186,27 +281,74 @@ def _serve() -> None:
     logging.disable()  # math-verify warns that its own timeouts are off
     importlib.import_module(sys.argv[2])
 
-    for name in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT, signal.SIGPIPE):  # the parent may have ignored them
+    for name in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT):  # the parent may have ignored them
         signal.signal(name, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     output.write("ready\n")
-    while True:
-        child = os.fork()
-        if child == 0:
-            _answer(output)
+    child = None
+    for line in sys.stdin:  # until the trainer is gone, or has closed the pipe
+        question, *args = json.loads(line)
+        if question == "reasoning_gym":
+            _verifier(args[0])  # once, and not in each child: some take seconds
+        child = child or _Child(output)
+        reply = child.answer(line)
+        if question == "reasoning_gym" or child.gone:
+            child.end()  # no answer is scored where another one has been
+            child = None
+        output.write(reply)
+
+
+class _Child:
+    """A fork of the helper that answers questions, over pipes of its own: it cannot write what others are told."""
+
+    def __init__(self, output: TextIO):
+        asked, asks = os.pipe()
+        replies, replied = os.pipe()
+        self.pid, self.gone = os.fork(), False
+        if self.pid == 0:
+            for number in (asks, replies, output.fileno()):
+                os.close(number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            _answer(os.fdopen(asked), os.fdopen(replied, "w", buffering=1))
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if status == 0:  # the trainer is gone, or has closed the pipe
-            return
-        output.write("[null, null]\n")
+        os.close(asked)
+        os.close(replied)
+        self.asks, self.replies = os.fdopen(asks, "w", buffering=1), os.fdopen(replies)
+
+    def answer(self, line: str) -> str:
+        try:
+            self.asks.write(line)
+        except BrokenPipeError:
+            pass
+        reply = self.replies.readline()
+        if reply.endswith("\n"):
+            return reply
+        self.gone = True
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        # What a text brings on itself is a verdict; what only somebody else does to a process is none.
+        outside = {-signal.SIGKILL: "killed, as where a machine is out of memory", -signal.SIGTERM: "terminated"}
+        outside[-signal.SIGALRM] = f"stalled for {_WALL_SECONDS} seconds"
+        return json.dumps([None, None, outside.get(status)]) + "\n"
+
+    def end(self) -> None:
+        if not self.gone:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        try:
+            self.asks.close()
+        except BrokenPipeError:
+            pass
+        self.replies.close()
 
 
-def _answer(output: TextIO) -> None:
+def _answer(lines: TextIO, output: TextIO) -> None:
     sys.dont_write_bytecode = True
     sys.addaudithook(_refuse)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
+    for line in lines:
         question, *args = json.loads(line)
         signal.alarm(_WALL_SECONDS)
         signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
@@ -219,11 +361,11 @@ def _answer(output: TextIO) -> None:
             error = repr(exception)[:500]
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        output.write(json.dumps([verdict, error]) + "\n")
+        output.write(json.dumps([verdict, error, None]) + "\n")
 
 
 def _refuse(event: str, args: tuple) -> None:
-    """Some verifiers of reasoning-gym hand the answer to `eval`. This is no sandbox, but it ends the obvious."""
+    """Answers are data, and no verifier runs them. Were one to, this is no sandbox, but it ends the obvious."""
     harmless = ("os.listdir", "os.scandir", "os.walk")  # importing looks into folders
     writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     kinds = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "signal.", "tempfile.", "pty.")

@@ -2,19 +2,24 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 
 import trl.rewards
+from datasets import Dataset
 
 from ..cli import UserError
 from .code import check_tests, code_reward
 from .format import format_reward, length_reward
 from .logic import logic_reward
-from .math import math_reward
+from .math import is_readable, math_reward, reference
 from .reasoning_gym import reasoning_gym_reward
 from .sandbox import require_isolation
 
 
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
 _OWN = {
     "math_reward": math_reward,
     "format_reward": format_reward,
@@ -75,26 +80,6 @@ def _load(name: str) -> Callable:
     return function
 
 
-def check_rows(func: Callable, dataset, name: str) -> None:
-    """
-    Checks the rows that a reward function is to judge, beyond that its columns are there.
-
-    Args:
-        func (`Callable`):
-            Reward function in TRL's form.
-        dataset ([`~datasets.Dataset`]):
-            Rows.
-        name (`str`):
-            Name of the data set, for the message.
-
-    Raises:
-        UserError: If the tests of a row would be passed by any program, naming the row.
-    """
-    if func is code_reward:
-        columns = (dataset[column] if column in dataset.column_names else None for column in ("entry_point", "setup"))
-        check_tests(dataset["tests"], *columns, name)
-
-
 def required_columns(func: Callable) -> set[str]:
     """
     Returns the data set columns without which a reward function cannot be called: its parameters that have no default
@@ -113,3 +98,41 @@ def required_columns(func: Callable) -> set[str]:
         for name, parameter in inspect.signature(func).parameters.items()
         if parameter.default is inspect.Parameter.empty and parameter.kind not in variable and name not in _GIVEN
     }
+
+
+def check_rows(dataset: Dataset, reward_funcs: list[Callable], name: str) -> None:
+    """
+    Checks the rows that reward functions are to judge, beyond that their columns are there: tests that any program passes
+    are refused, and references that no answer can be compared with are reported, because nothing is scored there.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows.
+        reward_funcs (`list[Callable]`):
+            Reward functions. [`code_reward`] reads the tests, [`math_reward`] and those that are made of it the answers.
+        name (`str`):
+            Name of the data set, for the message.
+
+    Raises:
+        UserError: If the tests of a row would be passed by any program, naming the row, or if not one answer can be read.
+    """
+    if code_reward in reward_funcs:
+        columns = (dataset[column] if column in dataset.column_names else None for column in ("entry_point", "setup"))
+        check_tests(dataset["tests"], *columns, name)
+    if {math_reward, logic_reward, length_reward}.intersection(reward_funcs):
+        _check_answers(dataset["answer"], name)
+
+
+def _check_answers(answers: list[str | None], name: str) -> None:
+    # A row without an answer is somebody else's, such as one with tests
+    answers = [(number, answer) for number, answer in enumerate(answers, start=1) if answer is not None]
+    unread = [(number, answer) for number, answer in answers if not is_readable(reference(answer))]
+    if len(unread) == len(answers):
+        first = f" (row {unread[0][0]} has {unread[0][1]!r:.80})" if unread else ""
+        raise UserError(f"`{name}`: no `answer` can be read as mathematics or words{first}: check that column.")
+    for number, answer in unread[:_SHOWN]:
+        logger.warning(
+            "`%s`, row %d: the answer %.80r cannot be read, so its row is not scored.", name, number, answer
+        )
+    if len(unread) > _SHOWN:
+        logger.warning("`%s`: %d more answers cannot be read.", name, len(unread) - _SHOWN)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from .math import extract_answer, math_reward, text_of
+from .math import extract_answer, math_reward, text_of, texts_of
 
 
 _GOLD = re.compile(r"\(([A-R])\)")
@@ -47,12 +47,12 @@ def logic_reward(
     Returns:
         `list[float | None]`: One score per completion, `None` where the reference answer cannot be parsed.
     """
-    texts = [text_of(completion) for completion in completions]
+    texts = texts_of(completions, prompts)
     found = [extract_answer(text, flexible) for text in texts]
     if log_extra is not None:
         log_extra("answer", list(answer))
         log_extra("answer_extracted", [text or "[none]" for text in found])
-    scores = math_reward(completions, answer, flexible=flexible)
+    scores = math_reward(completions, answer, prompts, flexible=flexible)
     for index, (gold, prompt) in enumerate(zip(answer, prompts, strict=True)):
         if scores[index] == 0 and (wanted := _GOLD.fullmatch(str(gold).strip())):
             options = {letter: _plain(text) for letter, text in _OPTION.findall(text_of(prompt))}

@@ -1,25 +1,32 @@
 """The verifier of reasoning-gym's tasks: each task's own, asked in a helper process."""
 
 import json
+import logging
 
-from .judge import Judge
-from .math import _WRAPPED, extract_answer, text_of
+from .judge import Judge, Unjudged
+from .math import _WRAPPED, extract_answer, texts_of
 
+
+logger = logging.getLogger(__name__)
 
 _JUDGE = Judge("reasoning_gym")
 
 
 def reasoning_gym_reward(
-    completions: list[list[dict[str, str]]] | list[str], answer: list[str], metadata: list[str], **kwargs
-) -> list[float]:
+    completions: list[list[dict[str, str]]] | list[str],
+    answer: list[str],
+    metadata: list[str],
+    prompts: list[list[dict[str, str]]] | list[str] | None = None,
+    **kwargs,
+) -> list[float | None]:
     r"""
     Reward function that gives the score of the reasoning-gym task that a problem comes from (0.0 to 1.0; many tasks
     give part of it to an answer that is partly right). The answer is read from the last `\boxed{}`, after the thinking
     trace.
 
-    Some of the tasks' verifiers evaluate the answer as Python. They do so in a helper process without the trainer's
-    environment variables, which is killed after 3 seconds of CPU time and cannot write files or start programs by
-    ordinary means; that stops accidents, not an attacker.
+    Some of the tasks' verifiers evaluate the answer as Python. Here they get no further than lists of literals and
+    arithmetic with elementary functions: an answer that is more is not evaluated. Each answer is scored in a process
+    of its own, without the trainer's environment variables, which is killed after 3 seconds of CPU time.
 
     Args:
         completions (`list[list[dict[str, str]]]` or `list[str]`):
@@ -29,11 +36,13 @@ def reasoning_gym_reward(
         metadata (`list[str]`):
             What the task's verifier needs to know about the problem, as JSON; among it `source_dataset`, the name of
             the task.
+        prompts (`list[list[dict[str, str]]]` or `list[str]`, *optional*):
+            Prompts. Where one ends in an open think tag, a completion that does not close it has no answer.
         **kwargs:
             Other columns and what trainers add, none of which is used.
 
     Returns:
-        `list[float]`: One score per completion.
+        `list[float | None]`: One score per completion, `None` where the machine failed to give one.
 
     Raises:
         ImportError: If reasoning-gym is not installed.
@@ -42,8 +51,8 @@ def reasoning_gym_reward(
     from reasoning_gym.factory import DATASETS  # optional, and the helper process could only answer "wrong"
 
     scores = []
-    for completion, gold, text in zip(completions, answer, metadata, strict=True):
-        found = extract_answer(text_of(completion))
+    for completion, gold, text in zip(texts_of(completions, prompts), answer, metadata, strict=True):
+        found = extract_answer(completion)
         entry = {"answer": gold, "metadata": json.loads(text)}
         task = entry["metadata"]["source_dataset"]
         if task not in DATASETS:
@@ -53,5 +62,9 @@ def reasoning_gym_reward(
             continue
         wrapped = _WRAPPED.fullmatch(found)
         found = wrapped[1] if wrapped else found
-        scores.append(_JUDGE.ask("reasoning_gym", task, found, entry) or 0.0)
+        try:
+            scores.append(_JUDGE.ask("reasoning_gym", task, found, entry) or 0.0)
+        except Unjudged as error:
+            logger.warning("An answer was not judged: %s.", error)
+            scores.append(None)
     return scores

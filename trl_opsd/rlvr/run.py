@@ -65,7 +65,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
-                check_rows(func, dataset, script_args.dataset_name)
+            check_rows(dataset, reward_funcs, script_args.dataset_name)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
