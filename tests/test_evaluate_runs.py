@@ -207,6 +207,49 @@ class TestCache:
         self.rows(checkpoint, problems, tmp_path)
         assert self.rows(checkpoint, problems, tmp_path, **change)[0]["cached"] == 0
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"vllm_kwargs": {"quantization": "fp8"}},
+            {"vllm_kwargs": {"max_model_len": 64}},
+            {"trust_remote_code": True},
+        ],
+    )
+    def test_what_vllm_is_told_is_in_the_key(self, checkpoint, problems, tmp_path, adder, change):
+        adder()
+        first = {"backend": "vllm", "vllm_kwargs": {"max_model_len": 128}}
+        assert [self.rows(checkpoint, problems, tmp_path, **first)[0]["cached"] for _ in range(2)] == [0, 12]
+        assert self.rows(checkpoint, problems, tmp_path, **(first | change))[0]["cached"] == 0
+
+    def test_what_a_server_has_is_in_the_key(self, checkpoint, problems, tmp_path, server):
+        asked = {"backend": "server", "server_url": server}
+        FakeServer.models = {"quantised": "runs/fp8", "adapter": "runs/lora"}
+        for name in FakeServer.models:
+            assert self.rows(checkpoint, problems, tmp_path, server_model=name, **asked)[0]["cached"] == 0
+        again = self.rows(checkpoint, problems, tmp_path, server_model="adapter", **asked)
+        assert again[0]["cached"] == 12
+        FakeServer.models = {"adapter": "runs/lora"}
+        assert self.rows(checkpoint, problems, tmp_path, **asked)[0]["cached"] == 12  # the only one, not named
+        FakeServer.models = {"adapter": "runs/other"}  # started again, with other weights under the same name
+        assert self.rows(checkpoint, problems, tmp_path, **asked)[0]["cached"] == 0
+        same_place = server.replace("127.0.0.1", "localhost")  # may be another server for all that is known
+        assert self.rows(checkpoint, problems, tmp_path, backend="server", server_url=same_place)[0]["cached"] == 0
+
+    @pytest.mark.parametrize("name", ["modeling_own.py", "hf_quant_config.json"])
+    def test_files_that_change_what_a_folder_is(self, checkpoint, name):
+        before = open_checkpoint(checkpoint).hash
+        Path(checkpoint, name).write_text("{}")
+        assert open_checkpoint(checkpoint).hash != before
+
+    def test_an_adapter_on_the_hub_is_its_own_commit(self, checkpoint, monkeypatch):
+        base, found = open_checkpoint(checkpoint), set()
+        for commit in ("a" * 40, "b" * 40):
+            file = f"/cache/models--me--adapter/snapshots/{commit}/adapter_config.json"
+            monkeypatch.setattr(checkpoints, "find_adapter_config_file", lambda path, file=file: file)
+            adapter = checkpoints.Checkpoint("me/adapter", base.generation_config, 9, 9, 9, base=base)
+            found.add(adapter.hash)
+        assert len(found) == 2
+
     def test_another_checkpoint_in_the_same_place(self, checkpoint, problems, tmp_path):
         self.rows(checkpoint, problems, tmp_path)
         before = open_checkpoint(checkpoint).hash
@@ -488,9 +531,9 @@ class FakeServer(BaseHTTPRequestHandler):
     under_way, most, bodies = 0, 0, []
 
     def do_GET(self):
-        self.reply(json.dumps({"data": [{"id": name} for name in self.models]}))
+        self.reply(json.dumps({"data": [{"id": name, "root": root} for name, root in self.models.items()]}))
 
-    models = ["served"]
+    models = {"served": "runs/served"}
 
     def do_POST(self):
         cls = type(self)
@@ -541,7 +584,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, ["served"]
+    FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, {"served": "runs/served"}
     FakeServer.under_way, FakeServer.most, FakeServer.bodies = 0, 0, []
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -587,7 +630,7 @@ class TestServer:
     def test_which_model(self, server):
         with pytest.raises(UserError, match="has no model `other`: it lists served"):
             ServerEngine(server, "other", 2)
-        FakeServer.models = ["a", "b"]
+        FakeServer.models = {"a": "x", "b": "x"}
         with pytest.raises(UserError, match="lists a, b: name one"):
             ServerEngine(server, None, 2)
         with pytest.raises(UserError, match="There is no server at http://127.0.0.1:9"):

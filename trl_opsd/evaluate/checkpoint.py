@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
 
@@ -22,7 +22,7 @@ from ..cli import UserError, check_checkpoint
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _DAMAGE += (StrictDataclassError,)
 _WEIGHTS = ("*.safetensors", "*.bin")
-_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "hf_quant_config.json", "*.py")
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 24  # bytes, whole numbers of each type
 
@@ -80,7 +80,9 @@ class Checkpoint:
         if Path(self.path).is_dir():
             read_folder(Path(self.path), self.path, digest)
         else:
-            digest.update(f"{self.path}@{AutoConfig.from_pretrained(self.path)._commit_hash}".encode())
+            # an adapter's own commit, which is not that of the configuration that its base has
+            file = find_adapter_config_file(self.path) or cached_file(self.path, "config.json")
+            digest.update(f"{self.path}@{extract_commit_hash(file, None)}".encode())
         return digest.hexdigest()
 
     def check_loadable(self) -> None:
@@ -245,7 +247,7 @@ def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
     Raises:
         UserError: If a weight is not finite, naming it.
     """
-    files = [folder / name for name in _CONFIGS] + [file for kind in _WEIGHTS for file in folder.glob(kind)]
+    files = [file for kind in (*_CONFIGS, *_WEIGHTS) for file in folder.glob(kind)]
     has_safetensors = any(folder.glob("*.safetensors"))
     for file in sorted(file for file in files if file.is_file()):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())

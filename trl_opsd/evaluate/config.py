@@ -111,7 +111,8 @@ class EvaluateConfig:
             Folder in which generations are kept, so that an interrupted run goes on. Defaults to `generations` beside
             `output`; without either nothing is kept.
         rescore (`bool`, *optional*, defaults to `False`):
-            Whether to generate nothing: score what is in the cache, and stop if something is not.
+            Whether to generate nothing: score what is in the cache, and stop if something is not. Of `backend:
+            server` the server must be there, to say whose generations they are.
         stage (`str`, *optional*):
             Label of the checkpoint in the results, for instance `"rlvr"`.
         task (`str`, *optional*):

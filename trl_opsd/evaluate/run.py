@@ -99,7 +99,11 @@ class Runner:
         cache = GenerationCache(_cache_file(job))
         # Everything that decides a completion
         origin = {"checkpoint": job.checkpoint.hash, "task": config.task, "version": config.task_version}
-        origin |= {"backend": config.backend, "dtype": config.dtype}
+        origin |= {"backend": config.backend, "dtype": config.dtype, "own_code": config.trust_remote_code}
+        if config.backend == "vllm":
+            origin["vllm_kwargs"] = config.vllm_kwargs  # a quantisation, for instance
+        elif config.backend == "server":
+            origin["served"] = self._engine(job).served  # the name alone may be given to other weights
         for decoding in config.decoding:
             started = time.perf_counter()
             sampling, width = job.sampling(decoding), job.samples(decoding)

@@ -23,6 +23,11 @@ class ServerEngine:
         concurrency (`int`):
             Number of requests under way at a time.
 
+    Attributes:
+        served (`dict[str, Any]`):
+            What the server says of the model, as far as it decides what is generated: `url`, `id`, and `root` and
+            `parent` (the weights behind the name) where the server tells them.
+
     Raises:
         UserError: If there is no server, or it lists several models and none is named.
     """
@@ -31,12 +36,14 @@ class ServerEngine:
 
     def __init__(self, url: str, model: str | None, concurrency: int):
         self.url, self.concurrency = url.rstrip("/").removesuffix("/v1"), concurrency
-        listed = [entry["id"] for entry in self._ask("GET", "/v1/models").json()["data"]]
+        listed = {entry["id"]: entry for entry in self._ask("GET", "/v1/models").json()["data"]}
         if model is None and len(listed) != 1:
             raise UserError(f"The server at {self.url} lists {', '.join(listed)}: name one with `server_model`.")
-        self.model = model or listed[0]
+        self.model = model or next(iter(listed))
         if self.model not in listed:
             raise UserError(f"The server at {self.url} has no model `{model}`: it lists {', '.join(listed)}.")
+        told = {name: listed[self.model][name] for name in ("root", "parent") if name in listed[self.model]}
+        self.served = {"url": self.url, "id": self.model, **told}
 
     def generate(
         self, requests: list[Request], sampling: Sampling, done: Container[int] = ()
