@@ -51,6 +51,7 @@ def line(row: "ResultRow") -> str:
     name = f"{row.stage}, " if row.stage else ""
     flexible = f", flexible {row.accuracy_flexible:.1%}" if row.accuracy_flexible is not None else ""
     unverified = f", {row.unverified} not verifiable" if row.unverified else ""
+    unverified += f", {row.too_long} prompts too long" if row.too_long else ""
     skipped = f", {row.cache_lines_skipped} damaged lines of the cache skipped" if row.cache_lines_skipped else ""
     return (
         f"{name}{row.task}, {row.decoding}: {row.estimator} {row.accuracy:.1%} "

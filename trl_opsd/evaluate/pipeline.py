@@ -76,7 +76,7 @@ def evaluate_jobs(jobs: Sequence[Job], progress: Callable[[int, int], None] | No
 def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> ResultRow:
     config, checkpoint, sampling = job.config, job.checkpoint, generated.sampling
     try:
-        summary = summarize(Samples.from_records(records), same_answer(job.reward_funcs))
+        summary = summarize(Samples.from_records(records), same_answer(job.reward_funcs), config.pass_at_k)
     except ValueError as error:
         raise UserError(f"`{config.task}`: {error}") from None
     return ResultRow(
@@ -85,19 +85,24 @@ def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> Res
         backend=config.backend,
         parameters=checkpoint.parameters,
         non_embedding_parameters=checkpoint.non_embedding_parameters,
+        active_parameters=checkpoint.active_parameters,
         weights_bytes=checkpoint.weights_bytes,
         peak_memory_bytes=generated.peak_memory_bytes,
         generation_s=generated.generation_s,
         serving=generated.serving,
         cached=generated.cached,
         cache_lines_skipped=generated.cache_lines_skipped,
+        too_long=job.too_long,
         checkpoint_hash=checkpoint.hash,
         seed=config.seed,
         task_version=config.task_version,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p or None,
+        stop=config.stop,
         max_completion_length=config.max_completion_length,
+        thinking_budget=config.thinking_budget,
         reward_funcs=config.reward_funcs,
         wall_s=round(time.perf_counter() - generated.started, 3),
     )

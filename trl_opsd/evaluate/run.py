@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from ..cli import UserError
 from .backends import Engine, Request, Sampling, load_engine
+from .budget import generate_within_budget
 from .cache import GenerationCache, cache_key
-from .memory import peak_memory, reset_peak_memory
 from .plan import Job
 from .schema import Serving
 from .serving import measure_serving
+from .thinking import is_opened, read_thinking
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Generated:
             What was asked, with the seed of each completion.
         completion_ids (`list[list[int]]`):
             Token ids, one list for each request.
-        generation_s (`float`):
-            Seconds that they took, in an earlier run too.
+        generation_s (`float`, *optional*):
+            Seconds that they took, if all of them were generated now.
         cached (`int`):
             Number of them that an earlier run had generated.
         cache_lines_skipped (`int`):
@@ -43,7 +44,7 @@ class Generated:
         serving (`list[Serving]`):
             Latency and throughput, if asked for.
         peak_memory_bytes (`int`, *optional*):
-            Most memory held, if anything was generated in this process.
+            Most memory held meanwhile, if all of them were generated now.
         started (`float`):
             When this way of decoding began, by `time.perf_counter`.
     """
@@ -53,7 +54,7 @@ class Generated:
     sampling: Sampling
     requests: list[Request]
     completion_ids: list[list[int]]
-    generation_s: float
+    generation_s: float | None
     cached: int
     cache_lines_skipped: int
     serving: list[Serving]
@@ -103,46 +104,52 @@ class Runner:
         if config.backend == "vllm":
             origin["vllm_kwargs"] = config.vllm_kwargs  # a quantisation, for instance
         elif config.backend == "server":
-            origin["served"] = self._engine(job).served  # the name alone may be given to other weights
+            # The name alone may be given to other weights; how much room there is, each limit says
+            origin["served"] = {name: value for name, value in job.served.items() if name != "max_model_len"}
+        if config.thinking_budget is not None:
+            origin["thinking"] = [config.thinking_budget, job.tags.start, job.tags.end]
         for decoding in config.decoding:
             started = time.perf_counter()
             sampling, width = job.sampling(decoding), job.samples(decoding)
             requests, keys = [], []
-            for name, ids in zip(job.names, job.prompt_ids, strict=True):
+            for name, ids, limit in zip(job.names, job.prompt_ids, job.limits, strict=True):
                 for sample in range(width):
                     seed = int(hashlib.sha256(f"{config.seed} {name} {sample}".encode()).hexdigest()[:8], 16)
                     drawn = {"seed": config.seed, "sample": sample} if decoding == "sampled" else {}
-                    keys.append(cache_key(**origin, prompt_ids=ids, sampling=vars(sampling), **drawn))
-                    requests.append(Request(ids, seed))
+                    keys.append(cache_key(**origin, prompt_ids=ids, limit=limit, sampling=vars(sampling), **drawn))
+                    requests.append(Request(ids, seed, limit))
             found = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
             if config.rescore and len(found) < len(keys):
                 raise UserError(
                     f"`rescore`: {len(keys) - len(found)} of {len(keys)} completions of `{config.task}` ({decoding}) "
                     f"are not in `{config.cache_dir}`: run without `rescore`, with the same configuration."
                 )
-            cached = len(found)
+            cached, peak = len(found), None
             self._tick(cached)
             if cached < len(requests):
-                for index, ids, seconds in _timed(self._engine(job).generate(requests, sampling, set(found))):
+                engine = self._engine(job)
+                engine.reset_peak_memory()
+                for index, ids, seconds in _timed(_generate(engine, job, requests, sampling, set(found))):
                     cache.add(keys[index], ids, seconds)
                     found[index] = (ids, seconds)
                     self._tick(1)
+                # of some of the completions, it would depend on which ones were left
+                peak = None if cached else engine.peak_memory()
             serving = []
             if config.concurrency and decoding == config.decoding[0] and not config.rescore:
                 first = requests[::width][: config.serving_requests]
                 serving = [measure_serving(self._engine(job), first, sampling, level) for level in config.concurrency]
-            generated = cached < len(requests) or serving
             yield Generated(
                 decoding=decoding,
                 samples=width,
                 sampling=sampling,
                 requests=requests,
                 completion_ids=[found[index][0] for index in range(len(requests))],
-                generation_s=round(sum(seconds for _, seconds in found.values()), 3),
+                generation_s=None if cached else round(sum(seconds for _, seconds in found.values()), 3),
                 cached=cached,
                 cache_lines_skipped=cache.damaged,
                 serving=serving,
-                peak_memory_bytes=peak_memory() if generated and config.backend != "server" else None,
+                peak_memory_bytes=peak,
                 started=started,
             )
 
@@ -158,7 +165,6 @@ class Runner:
 
     def _engine(self, job: Job) -> Engine:
         if self.engine is None:
-            reset_peak_memory()
             self.engine = load_engine(job.config, job.checkpoint, job.tokenizer)
         return self.engine
 
@@ -167,6 +173,27 @@ class Runner:
         self.bar.update(number)
         if self.progress is not None and number:
             self.progress(self.done, self.total)
+
+
+def _generate(
+    engine: Engine, job: Job, requests: list[Request], sampling: Sampling, done: set[int]
+) -> Iterator[tuple[int, list[int]]]:
+    if job.config.thinking_budget is None:
+        yield from engine.generate(requests, sampling, done)
+        return
+    tokenizer, tags = job.tokenizer, job.tags
+
+    def is_open(index: int, ids: list[int]) -> bool:
+        opened = is_opened(requests[index].prompt_ids, tokenizer, tags)
+        return read_thinking(ids, tokenizer, tags, opened).is_open
+
+    def has_ended(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return ids[-1] in sampling.eos_ids or any(mark in text for mark in sampling.stop)
+
+    closing = tokenizer(f"\n{tags.end}\n\n", add_special_tokens=False)["input_ids"]
+    budget = job.config.thinking_budget
+    yield from generate_within_budget(engine, requests, sampling, budget, closing, is_open, has_ended, done)
 
 
 def _timed(generated: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int], float]]:

@@ -3,6 +3,7 @@ The benchmarks that have a name: what each is asked, judged by and decoded with.
 question is worded is in [`trl_opsd.data.SOURCES`], under the same name.
 """
 
+import re
 from dataclasses import dataclass
 
 from ..cli import UserError
@@ -32,6 +33,10 @@ class Task:
             Share of the probability mass when sampled.
         top_k (`int`, *optional*, defaults to `20`):
             Number of tokens to draw from when sampled.
+        min_p (`float`, *optional*):
+            Least probability to draw when sampled, as a share of the most probable token's.
+        stop (`tuple[str, ...]`, *optional*):
+            Texts that end a completion.
         version (`str`, *optional*, defaults to `"1"`):
             Raised when a change here, in the wording or in the scoring, makes numbers incomparable with older ones.
     """
@@ -44,6 +49,8 @@ class Task:
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 20
+    min_p: float | None = None
+    stop: tuple[str, ...] | None = None
     version: str = "1"
 
 
@@ -64,6 +71,12 @@ TASKS = {
 
 # A file, a folder or a data set on the Hub
 OTHER = Task("test", ("math_reward",), 1024, decoding=("greedy",), temperature=1.0, top_p=1.0, top_k=0)
+
+
+def task_name(text: str) -> tuple[str, int | None]:
+    """Takes `NAME[:N]` apart: the name, and the number of problems if one is given."""
+    name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", text).groups()
+    return name, int(number) if number else None
 
 
 def find_task(name: str) -> tuple[str, Task]:

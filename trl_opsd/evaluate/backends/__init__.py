@@ -5,12 +5,13 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import Checkpoint
 from ..config import EvaluateConfig
 from .engine import Engine, Request, Sampling
-from .server import ServerEngine
+from .server import ServerEngine, served_model
 from .transformers import TransformersEngine, load_model
 from .vllm import VllmEngine
 
 
 __all__ = ["Engine", "Request", "Sampling", "ServerEngine", "TransformersEngine", "VllmEngine", "load_engine"]
+__all__ += ["served_model"]
 
 
 def load_engine(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -32,10 +33,10 @@ def load_engine(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer: PreTr
         UserError: If the weights are not those of the model or not finite, or the backend is not there.
     """
     if checkpoint.model is not None:
-        return TransformersEngine(checkpoint.model, tokenizer.pad_token_id, config.batch_size)
+        return TransformersEngine(checkpoint.model, tokenizer.pad_token_id, config.batch_size, tokenizer)
     if config.backend == "server":
         return ServerEngine(config.server_url, config.server_model, config.batch_size)
     checkpoint.check_loadable()
     if config.backend == "vllm":
         return VllmEngine(config)
-    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size)
+    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size, tokenizer)

@@ -2,13 +2,48 @@
 
 import json
 import threading
+import uuid
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import requests
 
 from ...cli import UserError
 from .engine import Request, Sampling
+
+
+_TIMEOUT = (10, 600)  # seconds to connect, and between two pieces of an answer
+
+
+def served_model(url: str, model: str | None = None) -> dict[str, Any]:
+    """
+    Asks a server what it has.
+
+    Args:
+        url (`str`):
+            Address, for instance `http://localhost:8000`.
+        model (`str`, *optional*):
+            Name of the model, or of the adapter, there. Defaults to the only one that the server lists.
+
+    Returns:
+        `dict[str, Any]`: `url` and `id`, and where the server tells them `root` and `parent` (the weights behind the
+        name) and `max_model_len`.
+
+    Raises:
+        UserError: If there is no server, or it lists several models and none is named.
+    """
+    url = url.rstrip("/").removesuffix("/v1")
+    listed = {entry["id"]: entry for entry in _ask(url, "GET", "/v1/models").json()["data"]}
+    if model is None and len(listed) != 1:
+        raise UserError(f"The server at {url} lists {', '.join(listed)}: name one with `server_model`.")
+    model = model or next(iter(listed))
+    if model not in listed:
+        raise UserError(f"The server at {url} has no model `{model}`: it lists {', '.join(listed)}.")
+    told = listed[model]
+    return {"url": url, "id": model} | {
+        name: told[name] for name in ("root", "parent", "max_model_len") if name in told
+    }
 
 
 class ServerEngine:
@@ -23,27 +58,13 @@ class ServerEngine:
         concurrency (`int`):
             Number of requests under way at a time.
 
-    Attributes:
-        served (`dict[str, Any]`):
-            What the server says of the model, as far as it decides what is generated: `url`, `id`, and `root` and
-            `parent` (the weights behind the name) where the server tells them.
-
     Raises:
         UserError: If there is no server, or it lists several models and none is named.
     """
 
-    _TIMEOUT = (10, 600)  # seconds to connect, and between two pieces of an answer
-
     def __init__(self, url: str, model: str | None, concurrency: int):
-        self.url, self.concurrency = url.rstrip("/").removesuffix("/v1"), concurrency
-        listed = {entry["id"]: entry for entry in self._ask("GET", "/v1/models").json()["data"]}
-        if model is None and len(listed) != 1:
-            raise UserError(f"The server at {self.url} lists {', '.join(listed)}: name one with `server_model`.")
-        self.model = model or next(iter(listed))
-        if self.model not in listed:
-            raise UserError(f"The server at {self.url} has no model `{model}`: it lists {', '.join(listed)}.")
-        told = {name: listed[self.model][name] for name in ("root", "parent") if name in listed[self.model]}
-        self.served = {"url": self.url, "id": self.model, **told}
+        served = served_model(url, model)
+        self.url, self.model, self.concurrency = served["url"], served["id"], concurrency
 
     def generate(
         self, requests: list[Request], sampling: Sampling, done: Container[int] = ()
@@ -62,38 +83,48 @@ class ServerEngine:
 
     def serve(self, requests, sampling, concurrency, on_start, on_token) -> None:
         lock = threading.Lock()
+        salt = uuid.uuid4().hex  # what was cached without it is not found
 
         def answer(index: int) -> None:
             with lock:
                 on_start(index)
-            for _ in self._stream(requests[index], sampling):
+            for _ in self._stream(requests[index], sampling, cache_salt=salt):
                 with lock:
                     on_token(index)
 
         with ThreadPoolExecutor(concurrency) as pool:
             list(pool.map(answer, range(len(requests))))
 
+    def reset_peak_memory(self) -> None:
+        pass
+
+    def peak_memory(self) -> None:
+        return None  # it is not on this machine, for all that is known
+
     def close(self) -> None:
         pass
 
-    def _stream(self, request: Request, sampling: Sampling) -> Iterator[int]:
+    def _stream(self, request: Request, sampling: Sampling, **extra: Any) -> Iterator[int]:
         # All that decides the tokens: what is left out, the server may take from the checkpoint's generation config
         body = {
             "model": self.model,
             "prompt": request.prompt_ids,
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": sampling.limit(request),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "min_p": 0.0,
+            "min_p": sampling.min_p,
             "repetition_penalty": 1.0,
             "seed": request.seed,
             "stop_token_ids": list(sampling.eos_ids),
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
             "stream": True,
             "return_token_ids": True,
+            **extra,
         }
         reason = None
-        with self._ask("POST", "/v1/completions", json=body, stream=True) as response:
+        with _ask(self.url, "POST", "/v1/completions", json=body, stream=True) as response:
             try:
                 for line in response.iter_lines():
                     data = line.removeprefix(b"data: ")
@@ -119,15 +150,14 @@ class ServerEngine:
                 f"The server at {self.url} broke off an answer (finish_reason {reason}): run the same again."
             )
 
-    def _ask(self, method: str, path: str, **kwargs) -> requests.Response:
-        try:
-            response = requests.request(method, self.url + path, timeout=self._TIMEOUT, **kwargs)
-        except requests.RequestException as error:
-            raise UserError(
-                f"There is no server at {self.url} ({type(error).__name__}): start it, or correct `server_url`."
-            ) from None
-        if not response.ok:
-            raise UserError(
-                f"The server at {self.url} refuses a request ({response.status_code}): {response.text:.300}"
-            )
-        return response
+
+def _ask(url: str, method: str, path: str, **kwargs) -> requests.Response:
+    try:
+        response = requests.request(method, url + path, timeout=_TIMEOUT, **kwargs)
+    except requests.RequestException as error:
+        raise UserError(
+            f"There is no server at {url} ({type(error).__name__}): start it, or correct `server_url`."
+        ) from None
+    if not response.ok:
+        raise UserError(f"The server at {url} refuses a request ({response.status_code}): {response.text:.300}")
+    return response
