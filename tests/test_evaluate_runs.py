@@ -21,11 +21,13 @@ from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate import checkpoint as checkpoints
 from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine, load_engine
+from trl_opsd.evaluate.backends.server import ChatFormat, base_url, served_model
 from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
 from trl_opsd.evaluate.memory import WorkerMemory, peak_memory, reset_peak_memory
 from trl_opsd.evaluate.plan import expand, plan, problem_ids
-from trl_opsd.evaluate.serving import measure_serving
+from trl_opsd.evaluate.serving import bench_serving, measure_serving
 from trl_opsd.evaluate.tasks import TASKS, find_task
+from trl_opsd.evaluate.thinking import ThinkingTags
 from trl_opsd.rewards import logic_reward
 
 
@@ -489,6 +491,7 @@ class TestMeter:
             "total_p95_s": pytest.approx(1.4),
             "tokens_per_s": pytest.approx(80 / (rounds * 1.4)),
             "requests_per_s": pytest.approx(8 / (rounds * 1.4)),
+            "meter": None,
         }
 
     def test_percentiles(self):
@@ -588,14 +591,20 @@ class TestMeter:
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """A vLLM server that repeats the last token of the prompt `repeat` times and ends with token 1."""
+    """
+    A vLLM server that repeats the last token of the prompt `repeat` times and ends with token 1. Asked by messages, it
+    says `says`, piece by piece, after `thinks`, which it sends apart.
+    """
 
     protocol_version = "HTTP/1.1"
     mode, repeat, delay, lock = "good", 3, 0.0, threading.Lock()
-    under_way, most, bodies = 0, 0, []
+    under_way, most, bodies, keys, failures = 0, 0, [], [], 0
+    thinks, says, counts = "", "", None
 
     def do_GET(self):
-        self.reply(json.dumps({"data": [{"id": name, "root": root} for name, root in self.models.items()]}))
+        self.keys.append(self.headers["Authorization"])
+        models = [{"id": name, "root": root, "object": "model"} for name, root in self.models.items()]
+        self.reply(json.dumps({"object": "list", "data": models}))
 
     models = {"served": "runs/served"}
 
@@ -606,27 +615,51 @@ class FakeServer(BaseHTTPRequestHandler):
             cls.under_way += 1
             cls.most = max(cls.most, cls.under_way)
             cls.bodies.append(body)
-        if self.mode == "refuses":
+            busy, cls.failures = cls.failures > 0, cls.failures - 1
+        if busy:
+            self.leave()
+            self.reply("busy", {"busy": 503, "limited": 429}[self.mode])
+        elif self.mode == "refuses":
             self.leave()
             self.reply("too long", 400)
         else:
             self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            tokens = [body["prompt"][-1]] * self.repeat + [1]
-            for position, token in enumerate(tokens):
+            events = self.completion(body) if self.path == "/v1/completions" else self.answer()
+            for position, event in enumerate(events):
                 time.sleep(self.delay)
-                last = position == len(tokens) - 1
+                last = position == len(events) - 1
                 if last:
                     self.leave()
-                choice = {"text": "x", "token_ids": [token], "finish_reason": "stop" if last else None}
                 if self.mode == "text only":
-                    del choice["token_ids"]
+                    del event["choices"][0]["token_ids"]
                 if self.mode == "breaks off" and last:
                     break
-                self.chunk(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+                if self.mode == "hangs up" and last:
+                    self.close_connection = True
+                    return
+                if self.mode == "errs" and last:
+                    event = {"error": {"message": "out of memory", "code": 500}}
+                self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
+
+    def completion(self, body):
+        tokens = [body["prompt"][-1]] * self.repeat + [1]
+        ends = [None] * self.repeat + ["stop"]
+        return [
+            {"choices": [{"text": "x", "token_ids": [token], "finish_reason": end}]}
+            for token, end in zip(tokens, ends, strict=True)
+        ]
+
+    def answer(self):
+        deltas = [{"reasoning_content": self.thinks}] * bool(self.thinks) + [{"content": c} for c in self.says]
+        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        usage = {"completion_tokens": self.counts, "prompt_tokens": 1, "total_tokens": 1}
+        return [*events, {"choices": [], "usage": usage}] if self.counts is not None else events
 
     def leave(self):
         # Before the client is told the last token: it may come back at once
@@ -638,6 +671,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
     def reply(self, text, status=200):
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -647,9 +681,12 @@ class FakeServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, {"served": "runs/served"}
-    FakeServer.under_way, FakeServer.most, FakeServer.bodies = 0, 0, []
+    FakeServer.under_way, FakeServer.most, FakeServer.bodies, FakeServer.keys = 0, 0, [], []
+    FakeServer.failures, FakeServer.thinks, FakeServer.says, FakeServer.counts = 0, "", "", None
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -682,8 +719,10 @@ class TestServer:
         ("mode", "message"),
         [
             ("refuses", r"refuses a request \(400\): too long"),
-            ("text only", "gives text and no token ids"),
-            ("breaks off", "broke off an answer"),
+            ("text only", "gives text and no token ids: ask it by `server_api: chat`"),
+            ("breaks off", r"broke off an answer 3 times \(finish_reason None\)"),
+            ("hangs up", r"broke off an answer 3 times"),
+            ("errs", r"broke off an answer 3 times \(.*out of memory"),
         ],
     )
     def test_what_goes_wrong_is_told(self, server, mode, message):
@@ -691,14 +730,72 @@ class TestServer:
         with pytest.raises(UserError, match=message):
             list(ServerEngine(server, None, 2).generate([Request([5], 0)], self.sampling))
 
-    def test_which_model(self, server):
+    def test_which_model(self, server, monkeypatch):
         with pytest.raises(UserError, match="has no model `other`: it lists served"):
             ServerEngine(server, "other", 2)
         FakeServer.models = {"a": "x", "b": "x"}
         with pytest.raises(UserError, match="lists a, b: name one"):
             ServerEngine(server, None, 2)
+        monkeypatch.setattr("trl_opsd.evaluate.backends.server._RETRIES", 0)
         with pytest.raises(UserError, match="There is no server at http://127.0.0.1:9"):
             ServerEngine("http://127.0.0.1:9", None, 2)
+
+    @pytest.mark.parametrize("mode", ["busy", "limited"])
+    def test_what_is_refused_for_now_is_asked_again(self, server, mode):
+        FakeServer.mode, FakeServer.failures = mode, 3
+        assert dict(ServerEngine(server, None, 1).generate([Request([5], 0)], self.sampling)) == {0: [5, 5, 5, 1]}
+        assert len(FakeServer.bodies) == 4
+
+    def test_the_key_is_that_of_the_environment(self, server, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        served_model(server)
+        assert FakeServer.keys == ["Bearer secret"]
+
+    def test_addresses(self):
+        for url, base in (
+            ("http://localhost:8000", "http://localhost:8000/v1"),
+            ("http://localhost:8000/", "http://localhost:8000/v1"),
+            ("https://api.example.com/v1/", "https://api.example.com/v1"),
+            ("https://api.example.com/v1beta/openai", "https://api.example.com/v1beta/openai"),
+        ):
+            assert base_url(url) == base
+
+    @pytest.mark.parametrize("thinks", ["", "1+2"])
+    def test_any_server_by_messages(self, server, checkpoint, problems, tmp_path, thinks):
+        FakeServer.thinks, FakeServer.says = thinks, [r"\boxed{7", "}"]
+        FakeServer.counts = 4 + len(thinks)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            backend="server",
+            server_url=server,
+            server_api="chat",
+            system_prompt="x",
+            stop=["?"],
+            decoding=["sampled"],
+            top_k=5,
+            chat_template_kwargs={"terse": True},
+            concurrency=[2],
+            output=str(tmp_path / "r.json"),
+        )
+        (row,) = evaluate(config, progress=lambda done, total: None)
+        # `\boxed{`, 7, `}` and the end, and thinking in its tags
+        tokens = 4 + (2 + len(thinks) if thinks else 0)
+        assert (row["accuracy"], row["truncated"], row["mean_tokens"]) == (0.25, 0.0, tokens)
+        assert row["mean_thinking_tokens"] == (tokens - 4 if thinks else 0)
+        body = next(body for body in FakeServer.bodies if body["messages"][1]["content"] == "12+5")
+        assert body["messages"][0] == {"role": "system", "content": "x"} and body["stop"] == ["?"]
+        assert body["top_k"] == 5 and "min_p" not in body and body["chat_template_kwargs"] == {"terse": True}
+        # tokens as the server counts them, of four requests after an unmeasured two
+        assert (row["serving"][0]["tokens"], len(FakeServer.bodies)) == (4 * FakeServer.counts, 4 + 2 + 4)
+
+    def test_thinking_that_a_server_keeps_to_itself(self, server):
+        FakeServer.says, FakeServer.counts = "7", 500
+        chat = ChatFormat(make_tokenizer(), ThinkingTags())
+        engine = ServerEngine(server, None, 1, chat)
+        request = Request([5], 0, None, [{"role": "user", "content": "3+4"}])
+        with pytest.raises(UserError, match="says that an answer has 500 tokens, and its text has 2"):
+            list(engine.generate([request], self.sampling))
 
     def test_whole_evaluation(self, server, checkpoint, problems):
         FakeServer.repeat = 1
@@ -708,6 +805,81 @@ class TestServer:
         (row,) = evaluate(config, progress=lambda done, total: None)
         assert (row["backend"], row["mean_tokens"], row["truncated"]) == ("server", 2.0, 0.0)
         assert row["peak_memory_bytes"] is None and row["parameters"] > 0
+
+
+class TestVllmBench:
+    """The load that `vllm bench serve` makes, where vLLM is installed; here its command is a script that notes its options."""
+
+    def test_measured_by_it(self, server, checkpoint, problems, tmp_path, monkeypatch):
+        FakeServer.repeat = 1
+        told = tmp_path / "told.json"
+        script = tmp_path / "bench.py"
+        script.write_text(BENCH.replace("TOLD", repr(str(told))))
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(script)])
+        monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: True)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            backend="server",
+            server_url=server,
+            concurrency=[2, 4],
+            decoding=["sampled"],
+            top_p=0.5,
+        )
+        (row,) = evaluate(config, progress=lambda done, total: None)
+        assert [level["concurrency"] for level in row["serving"]] == [2, 4]
+        assert row["serving"][0] == {
+            "concurrency": 2,
+            "requests": 4,
+            "tokens": 40,
+            "first_token_p50_s": 0.05,
+            "first_token_p95_s": 0.06,
+            "total_p50_s": 0.5,
+            "total_p95_s": 0.6,
+            "tokens_per_s": 80.0,
+            "requests_per_s": 8.0,
+            "meter": "vllm bench serve",
+        }
+        calls = [json.loads(line) for line in told.read_text().splitlines()]
+        options, prompts = calls[-1]
+        assert prompts[0] == {"prompt": "3+4=", "output_tokens": 1024} and len(prompts) == 4
+        assert options["--max-concurrency"] == "4" and options["--model"] == "served"
+        assert options["--tokenizer"] == checkpoint and options["--base-url"] == server
+        assert (options["--temperature"], options["--top-p"], options["--num-prompts"]) == ("1.0", "0.5", "4")
+        body = json.loads(options["--extra-body"])
+        assert body["stop_token_ids"] == [1] and body["cache_salt"]
+        assert len({json.loads(call[0]["--extra-body"])["cache_salt"] for call in calls}) == 2  # cold, each
+
+    def test_a_benchmark_that_fails_says_why(self, server, checkpoint, problems, tmp_path, monkeypatch):
+        FakeServer.repeat = 1
+        (tmp_path / "bench.py").write_text("raise SystemExit('no such tokenizer')")
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(tmp_path / "bench.py")])
+        monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: True)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint, dataset_name=problems, backend="server", server_url=server, concurrency=[1]
+        )
+        with pytest.raises(UserError, match="`vllm bench serve` failed: no such tokenizer"):
+            evaluate(config, progress=lambda done, total: None)
+
+    def test_requests_that_failed_are_no_measurement(self, monkeypatch, tmp_path):
+        (tmp_path / "bench.py").write_text(
+            BENCH.replace("TOLD", "'/dev/null'").replace('"completed": 4', '"completed": 3')
+        )
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(tmp_path / "bench.py")])
+        with pytest.raises(UserError, match="answered 3 of 4 requests"):
+            bench_serving("http://x/v1", "m", make_tokenizer(), "t", [Request([5], 0)] * 4, TestServer.sampling, 2)
+
+
+BENCH = """
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+prompts = [json.loads(line) for line in open(options["--dataset-path"])]
+with open(TOLD, "a") as file:
+    file.write(json.dumps([options, prompts]) + "\\n")
+with open(options["--result-dir"] + "/" + options["--result-filename"], "w") as file:
+    json.dump({"completed": 4, "total_output_tokens": 40, "p50_ttft_ms": 50.0, "p95_ttft_ms": 60.0, "p50_e2el_ms": 500.0,
+        "p95_e2el_ms": 600.0, "output_throughput": 80.0, "request_throughput": 8.0}, file)
+"""
 
 
 class TestVerifiers:

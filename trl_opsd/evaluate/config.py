@@ -11,6 +11,7 @@ from .tasks import OTHER, Task, find_task, task_name
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _BACKENDS = ("transformers", "vllm", "server")
+_SERVER_APIS = ("tokens", "chat")
 #: Options that a task may have for itself
 TASK_OPTIONS = ("dataset_split", "max_samples", "reward_funcs", "prompt_template", "system_prompt", "decoding")
 TASK_OPTIONS += ("num_samples", "temperature", "top_p", "top_k", "min_p", "stop", "max_completion_length")
@@ -102,9 +103,14 @@ class EvaluateConfig:
         > Parameters that control the model
 
         backend (`str`, *optional*, defaults to `"transformers"`):
-            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running vLLM).
+            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running one).
         server_url (`str`, *optional*):
-            Address of the server, for instance `http://localhost:8000`. The tokenizer is that of the checkpoint.
+            Address of the server, for instance `http://localhost:8000` or `https://api.example.com/v1`. The tokenizer is
+            that of the checkpoint; the key that of the environment variable `OPENAI_API_KEY`.
+        server_api (`str`, *optional*, defaults to `"tokens"`):
+            How the server is asked: by `"tokens"` for tokens, exactly as other backends, which vLLM's can, or by `"chat"`
+            messages for text, as any with OpenAI's API can. It then applies a chat template and end tokens of its own, and
+            its text is tokenised here to count tokens.
         server_model (`str`, *optional*):
             Name of the model or the adapter at the server. Defaults to the only one it has.
         vllm_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -269,6 +275,13 @@ class EvaluateConfig:
     # Parameters that control the model
     backend: str = field(default="transformers", metadata={"help": "What generates.", "choices": list(_BACKENDS)})
     server_url: str | None = field(default=None, metadata={"help": "Address of the server: http://localhost:8000."})
+    server_api: str = field(
+        default="tokens",
+        metadata={
+            "help": "How the server is asked: by token ids for token ids, or by messages for text.",
+            "choices": list(_SERVER_APIS),
+        },
+    )
     server_model: str | None = field(
         default=None, metadata={"help": "Name of the model at the server. Defaults to the only one it has."}
     )
@@ -407,6 +420,12 @@ class EvaluateConfig:
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, and is {self.dtype!r}.")
         if self.backend not in _BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(_BACKENDS)}, and is {self.backend!r}.")
+        if self.server_api not in _SERVER_APIS:
+            raise ValueError(f"`server_api` must be one of {', '.join(_SERVER_APIS)}, and is {self.server_api!r}.")
+        if self.server_api == "chat" and self.thinking_budget is not None:
+            raise ValueError(
+                "`thinking_budget` goes on from what was written, which `server_api: chat` cannot: leave one out."
+            )
         if (self.backend == "server") != (self.server_url is not None):
             raise ValueError("`backend: server` and `server_url` belong together: give both.")
         if self.backend == "server" and len(self.checkpoints or ()) > 1:

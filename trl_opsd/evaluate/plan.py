@@ -88,6 +88,10 @@ class Job:
 
     def _prompts(self) -> list:
         config, context = self.config, self.config.context()
+        if config.backend == "server" and config.server_api == "chat" and isinstance(self.dataset["prompt"][0], str):
+            raise UserError(
+                f"`server_api: chat` takes conversations, and the prompts of `{config.task}` are plain text."
+            )
         prompts = list(self.dataset["prompt"]) if context is None else [context.prompt(row) for row in self.dataset]
         if config.system_prompt is None:
             return prompts

@@ -15,7 +15,7 @@ from .budget import generate_within_budget
 from .cache import GenerationCache, cache_key
 from .plan import Job
 from .schema import Serving
-from .serving import measure_serving
+from .serving import bench_serving, has_vllm, measure_serving
 from .thinking import is_opened, read_thinking
 
 
@@ -106,18 +106,23 @@ class Runner:
         elif config.backend == "server":
             # The name alone may be given to other weights; how much room there is, each limit says
             origin["served"] = {name: value for name, value in job.served.items() if name != "max_model_len"}
+            origin["server_api"] = config.server_api
+            if config.server_api == "chat":
+                origin["chat_template_kwargs"] = config.chat_template_kwargs
         if config.thinking_budget is not None:
             origin["thinking"] = [config.thinking_budget, job.tags.start, job.tags.end]
         for decoding in config.decoding:
             started = time.perf_counter()
             sampling, width = job.sampling(decoding), job.samples(decoding)
             requests, keys = [], []
-            for name, ids, limit in zip(job.names, job.prompt_ids, job.limits, strict=True):
+            problems = zip(job.names, job.prompts, job.prompt_ids, job.limits, strict=True)
+            by_messages = config.backend == "server" and config.server_api == "chat"
+            for name, prompt, ids, limit in problems:
                 for sample in range(width):
                     seed = int(hashlib.sha256(f"{config.seed} {name} {sample}".encode()).hexdigest()[:8], 16)
                     drawn = {"seed": config.seed, "sample": sample} if decoding == "sampled" else {}
                     keys.append(cache_key(**origin, prompt_ids=ids, limit=limit, sampling=vars(sampling), **drawn))
-                    requests.append(Request(ids, seed, limit))
+                    requests.append(Request(ids, seed, limit, prompt if by_messages else None))
             found = {index: entry for index, key in enumerate(keys) if (entry := cache.get(key)) is not None}
             if config.rescore and len(found) < len(keys):
                 raise UserError(
@@ -138,7 +143,7 @@ class Runner:
             serving = []
             if config.concurrency and decoding == config.decoding[0] and not config.rescore:
                 first = requests[::width][: config.serving_requests]
-                serving = [measure_serving(self._engine(job), first, sampling, level) for level in config.concurrency]
+                serving = [self._measure(job, first, sampling, level) for level in config.concurrency]
             yield Generated(
                 decoding=decoding,
                 samples=width,
@@ -167,6 +172,13 @@ class Runner:
         if self.engine is None:
             self.engine = load_engine(job.config, job.checkpoint, job.tokenizer)
         return self.engine
+
+    def _measure(self, job: Job, requests: list[Request], sampling: Sampling, concurrency: int) -> Serving:
+        config = job.config
+        if config.backend == "server" and config.server_api == "tokens" and has_vllm():
+            url, model, path = job.served["url"], job.served["id"], job.tokenizer.name_or_path
+            return bench_serving(url, model, job.tokenizer, path, requests, sampling, concurrency)
+        return measure_serving(self._engine(job), requests, sampling, concurrency)
 
     def _tick(self, number: int) -> None:
         self.done += number

@@ -182,6 +182,8 @@ class Serving:
             The same to its last; the second is optional.
         tokens_per_s, requests_per_s (`float`):
             From the first request to the last token; the second is optional.
+        meter (`str`, *optional*):
+            What measured it, if not [`~trl_opsd.evaluate.serving.measure_serving`].
     """
 
     concurrency: int = number(above_zero=True)
@@ -193,6 +195,7 @@ class Serving:
     total_p95_s: float | None = number(default=None)
     tokens_per_s: float = number()
     requests_per_s: float | None = number(default=None)
+    meter: str | None = None
 
 
 @dataclass(kw_only=True)

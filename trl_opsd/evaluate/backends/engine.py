@@ -57,11 +57,14 @@ class Request:
             Seed of its random numbers, which it shares with no other completion.
         max_tokens (`int`, *optional*):
             Maximum number of its tokens, where the model has room for fewer than others may have.
+        messages (`list[dict[str, str]]`, *optional*):
+            The conversation that `prompt_ids` are made of, for a server that is asked by messages.
     """
 
     prompt_ids: list[int]
     seed: int
     max_tokens: int | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 class Engine(Protocol):
