@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cli import UserError
 from .config import EvaluateConfig
 from .estimate import Samples, summarize
+from .parallel import Processes
 from .plan import Job, plan
 from .results_file import write_completions
 from .run import Generated, Runner
@@ -59,18 +60,20 @@ def evaluate_jobs(jobs: Sequence[Job], progress: Callable[[int, int], None] | No
             Called with the number of completions done and their total. Defaults to a progress bar with the time left.
 
     Returns:
-        `list[ResultRow]`: One for each job and way of decoding.
+        `list[ResultRow]`: One for each job and way of decoding, in every process.
     """
-    rows, completions = [], []
-    with closing(Runner(jobs, progress)) as runner:
+    rows, completions, processes = [], [], Processes(jobs)
+    with closing(Runner(jobs, processes, progress)) as runner:
         for job in jobs:
             for generated in runner.run(job):
+                if not processes.is_first:
+                    continue
                 records = score(job, generated.decoding, generated.requests, generated.completion_ids)
                 rows.append(_row(job, generated, records))
                 completions += records
-    if jobs[0].config.output is not None and jobs[0].config.save_completions:
+    if processes.is_first and jobs[0].config.output is not None and jobs[0].config.save_completions:
         write_completions(jobs[0].config.output, completions)
-    return rows
+    return processes.tell([rows])[0]
 
 
 def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> ResultRow:

@@ -13,6 +13,7 @@ from ..cli import UserError
 from .backends import Engine, Request, Sampling, load_engine
 from .budget import generate_within_budget
 from .cache import GenerationCache, cache_key
+from .parallel import Processes
 from .plan import Job
 from .schema import Serving
 from .serving import bench_serving, has_vllm, measure_serving
@@ -69,14 +70,22 @@ class Runner:
     Args:
         jobs (`Sequence[Job]`):
             What there is to do.
+        processes ([`~trl_opsd.evaluate.parallel.Processes`]):
+            Those that share the work.
         progress (`Callable[[int, int], None]`, *optional*):
             Called with the number of completions done and their total. Defaults to a progress bar with the time left.
     """
 
-    def __init__(self, jobs: Sequence[Job], progress: Callable[[int, int], None] | None = None):
+    def __init__(self, jobs: Sequence[Job], processes: Processes, progress: Callable[[int, int], None] | None = None):
+        self.processes = processes
         self.total = sum(len(job.dataset) * job.samples(name) for job in jobs for name in job.config.decoding)
         self.done, self.progress = 0, progress
-        self.bar = tqdm(total=self.total, unit="completion", desc="evaluate", disable=progress is not None)
+        self.bar = tqdm(
+            total=self.total,
+            unit="completion",
+            desc="evaluate",
+            disable=progress is not None or not processes.is_first,
+        )
         self.checkpoint, self.engine = None, None
 
     def run(self, job: Job) -> Iterator[Generated]:
@@ -97,7 +106,8 @@ class Runner:
             self._unload()  # before the next one is loaded
             self.checkpoint = job.checkpoint
         config = job.config
-        cache = GenerationCache(_cache_file(job))
+        cache = GenerationCache(_cache_file(job), self.processes.index)
+        self.processes.wait()  # until all have read what none writes yet
         # Everything that decides a completion
         origin = {"checkpoint": job.checkpoint.hash, "task": config.task, "version": config.task_version}
         origin |= {"backend": config.backend, "dtype": config.dtype, "own_code": config.trust_remote_code}
@@ -129,19 +139,26 @@ class Runner:
                     f"`rescore`: {len(keys) - len(found)} of {len(keys)} completions of `{config.task}` ({decoding}) "
                     f"are not in `{config.cache_dir}`: run without `rescore`, with the same configuration."
                 )
-            cached, peak = len(found), None
-            self._tick(cached)
-            if cached < len(requests):
+            mine = self.processes.mine(len(requests))
+            cached, peak = sum(index in found for index in mine), None
+            done = set(range(len(requests))).difference(mine).union(found)
+            self._tick(len(found))
+            if len(done) < len(requests):
                 engine = self._engine(job)
                 engine.reset_peak_memory()
-                for index, ids, seconds in _timed(_generate(engine, job, requests, sampling, set(found))):
+                for index, ids, seconds in _timed(_generate(engine, job, requests, sampling, done)):
                     cache.add(keys[index], ids, seconds)
                     found[index] = (ids, seconds)
                     self._tick(1)
-                # of some of the completions, it would depend on which ones were left
-                peak = None if cached else engine.peak_memory()
+                peak = engine.peak_memory()
+            ticked = len(found)
+            found, cached, peak = self.processes.join(found, cached, peak)
+            self._tick(len(found) - ticked)
+            if cached:  # of some of the completions, it would depend on which ones were left
+                peak = None
             serving = []
-            if config.concurrency and decoding == config.decoding[0] and not config.rescore:
+            measured = config.concurrency and decoding == config.decoding[0] and not config.rescore
+            if measured and self.processes.is_first:
                 first = requests[::width][: config.serving_requests]
                 serving = [self._measure(job, first, sampling, level) for level in config.concurrency]
             yield Generated(

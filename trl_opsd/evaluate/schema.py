@@ -276,7 +276,8 @@ class ResultRow(Summary, Labels):
             Those of them that a token passes: fewer in a mixture of experts.
         peak_memory_bytes (`int`, *optional*):
             While this row was generated, of all processes that held the model (see
-            [`~trl_opsd.evaluate.memory.peak_memory`]); `None` if not all of it was in this run, and of a server.
+            [`~trl_opsd.evaluate.memory.peak_memory`]); `None` if not all of it was in this run, and of a server. Where
+            several processes have a model each, the largest of theirs.
         weights_bytes (`int`, *optional*):
             Size of its weight files.
         generation_s (`float`, *optional*):

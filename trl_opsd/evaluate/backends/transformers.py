@@ -38,11 +38,14 @@ def load_model(config: EvaluateConfig) -> PreTrainedModel:
     Raises:
         UserError: If the weights cannot be read, or are not those of the model.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = config.device or "cpu"
+    if config.device is None and torch.accelerator.is_available():
+        # of several processes each has its own
+        device = f"{torch.accelerator.current_accelerator()}:{torch.accelerator.current_device_index()}"
     return load_weights(
         config.model_name_or_path,
         dtype=config.dtype,
-        device_map={"": config.device or str(accelerator)},
+        device_map={"": device},
         trust_remote_code=config.trust_remote_code,
     )
 

@@ -5,6 +5,8 @@ import os
 import uuid
 from collections.abc import Container, Iterator
 
+from accelerate import PartialState
+
 from ...cli import UserError
 from ..checkpoint import base_of
 from ..config import EvaluateConfig
@@ -41,18 +43,20 @@ class VllmEngine:
             raise UserError(
                 "`vllm_kwargs` has `worker_extension_cls`, by which memory is measured here: leave it out."
             )
-        lora = {}
+        options = {}
         if base != path:
             with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
-                lora = {"enable_lora": True, "max_lora_rank": json.load(file)["r"]}
-        self.lora = LoRARequest("adapter", 1, path) if lora else None
+                options = {"enable_lora": True, "max_lora_rank": json.load(file)["r"]}
+        if PartialState().num_processes > 1:  # each with an engine of its own, which starts no processes
+            options["distributed_executor_backend"] = "external_launcher"
+        self.lora = LoRARequest("adapter", 1, path) if base != path else None
         self.engine = LLM(
             model=base,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
             max_num_seqs=config.batch_size,
             worker_extension_cls="trl_opsd.evaluate.memory.WorkerMemory",
-            **{**lora, **(config.vllm_kwargs or {})},
+            **{**options, **(config.vllm_kwargs or {})},
         ).llm_engine
         self.count = 0
 
