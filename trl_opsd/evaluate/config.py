@@ -37,7 +37,8 @@ class EvaluateConfig:
         tasks (`list[str]`, *optional*):
             Benchmarks by name (see `trl_opsd/evaluate/tasks.py`), alone or with what
             [`~trl_opsd.data.load_prompts`] takes after a colon (`gsm8k:test.jsonl`, `bbh:word_sorting`,
-            `reasoning-gym:chain_sum`), or other data sets, as in `dataset_name`. With `[:N]` at the end, N problems of
+            `reasoning-gym:chain_sum`), tasks of lm-evaluation-harness that generate (`lm_eval:NAME` or
+            `lm_eval:FILE.yaml`), or other data sets, as in `dataset_name`. With `[:N]` at the end, N problems of
             it. A task brings values for all options below that are not set.
         dataset_name (`str`, *optional*):
             One data set in place of `tasks`: a file, a folder, a named source or a data set on the Hub (see

@@ -20,7 +20,8 @@ from ..rewards import load_reward_funcs, required_columns
 from .backends import Sampling, served_model
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
-from .tasks import find_task, task_name
+from .lm_eval import load_lm_eval
+from .tasks import LM_EVAL, find_task, task_name
 from .thinking import find_tags
 
 
@@ -254,8 +255,14 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
     Raises:
         ValueError: If a file, a column or a reward function is missing.
     """
-    reward_funcs = load_reward_funcs(config.reward_funcs)
-    dataset = load_prompts(config.dataset_name, config.dataset_split)
+    head, _, name = config.dataset_name.partition(":")
+    if head == LM_EVAL and name:
+        if config.reward_funcs != [LM_EVAL]:
+            raise UserError(f"`{config.dataset_name}` is scored by lm-evaluation-harness: leave `reward_funcs` out.")
+        dataset, reward_funcs = load_lm_eval(name)
+    else:
+        reward_funcs = load_reward_funcs(config.reward_funcs)
+        dataset = load_prompts(config.dataset_name, config.dataset_split)
     for name, func in zip(config.reward_funcs, reward_funcs, strict=True):
         check_columns(dataset, required_columns(func), f"The verifier `{name}`")
     if config.max_samples is not None:
