@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ if args.output_dir:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_text("half")
-if args.fail:
-    print(f"error: {args.fail}", file=sys.stderr)
+fail = args.fail or os.environ.get(f"FAIL_{Path(args.output_dir or args.output).name}")
+if fail:
+    print(f"error: {fail}", file=sys.stderr)
     print("and a last line that says nothing", file=sys.stderr)
     raise SystemExit(2)
 if args.output_dir:

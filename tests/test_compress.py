@@ -91,10 +91,64 @@ def test_half_an_output_is_not_finished(chain, tmp_path):
     assert chain.run() == ["opsd"]
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(chain, tmp_path):
+@pytest.fixture
+def interrupted(chain, tmp_path, monkeypatch):
+    """A chain that ended within its stage `opsd`, which has left a checkpoint."""
+    monkeypatch.setenv("FAIL_opsd", "power cut")
+    with pytest.raises(UserError, match="power cut"):
+        chain.run()
+    monkeypatch.delenv("FAIL_opsd")
     checkpoint = tmp_path / "opsd" / "checkpoint-10"
-    checkpoint.mkdir(parents=True)
-    assert chain.run() == ["rlvr", "rlvr.json", f"opsd {checkpoint}", "opsd.json"]
+    checkpoint.mkdir()
+    return checkpoint
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(chain, interrupted):
+    assert chain.run() == [f"opsd {interrupted}", "opsd.json"]
+
+
+def test_another_recipe_does_not_go_on_from_the_checkpoint(chain, interrupted, tmp_path, caplog):
+    chain.recipes["opsd"].write_text("a: 3")
+    assert chain.run() == ["opsd", "opsd.json"]
+    aside = tmp_path / "opsd-old-1"
+    assert (aside / "checkpoint-10").is_dir() and not interrupted.exists()
+    assert f"`{tmp_path / 'opsd'}` was made by another configuration" in caplog.text and str(aside) in caplog.text
+    chain.recipes["opsd"].write_text("a: 2")
+    assert chain.run() == ["opsd", "opsd.json"]  # finished before, and kept too
+    assert (tmp_path / "opsd-old-2" / "config.json").is_file() and (aside / "checkpoint-10").is_dir()
+    assert chain.run() == []
+
+
+def test_a_folder_that_nobody_is_known_to_have_started_is_not_resumed(chain, interrupted, tmp_path):
+    (tmp_path / ".opsd.started").unlink()
+    assert chain.run() == ["opsd", "opsd.json"] and (tmp_path / "opsd-old-1" / "checkpoint-10").is_dir()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_local_data_count_by_their_content(chain, tmp_path, folder):
+    data = tmp_path / "data" / "train.jsonl"
+    data.parent.mkdir()
+    data.write_text("1")
+    chain.recipes["opsd"].write_text(f"dataset_name: {data.parent if folder else f'gsm8k:{data}'}")
+    assert chain.run() == EVERYTHING and chain.run() == []
+    data.touch()
+    (data.parent / "cache-0123.arrow").write_text("what `datasets` keeps beside what it has read")
+    assert chain.run() == []
+    data.write_text("2")
+    assert chain.run() == ["opsd", "opsd.json"]
+
+
+def test_the_checkpoint_to_start_from_counts_by_its_content_and_those_of_the_chain_do_not(chain, tmp_path):
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "model.safetensors").write_text("1")
+    chain.recipes["rlvr"].write_text(f"model_name_or_path: {start}")
+    chain.recipes["opsd"].write_text(f"model_name_or_path: {tmp_path / 'rlvr'}")
+    assert chain.run() == EVERYTHING
+    (tmp_path / "rlvr" / "README.md").write_text("a card")
+    assert chain.run() == []
+    (start / "model.safetensors").write_text("2")
+    assert chain.run() == EVERYTHING
 
 
 def test_time_left_follows_the_pace_of_this_machine(chain):

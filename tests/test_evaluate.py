@@ -24,7 +24,7 @@ class Scripted(Qwen3ForCausalLM):
 
     script: dict[str, str] = {}
 
-    def generate(self, input_ids, attention_mask, generation_config, streamer=None):
+    def generate(self, input_ids, attention_mask, generation_config, **kwargs):
         tokenizer = make_tokenizer()
         completions = []
         for row, mask in zip(input_ids, attention_mask, strict=True):
@@ -121,16 +121,22 @@ class TestScripted:
             "weights_bytes": None,
             "parameters": total,
             "non_embedding_parameters": total - 2 * len(tokenizer) * 16,
+            "active_parameters": total - 2 * len(tokenizer) * 16,
             "serving": [],
             "cached": 0,
             "cache_lines_skipped": 0,
+            "too_long": 0,
+            "at_k_bounds": {},
             "checkpoint_hash": None,
             "task_version": "1",
             "seed": 42,
             "temperature": 0.0,
             "top_p": 1.0,
             "top_k": 0,
+            "min_p": None,
+            "stop": None,
             "max_completion_length": 1024,
+            "thinking_budget": None,
             "reward_funcs": ["math_reward"],
         }
 
@@ -227,6 +233,9 @@ class TestGeneration:
             self.completions(model, tokenizer, self.texts, greedy=False, seed=seed, batch_size=2) for seed in (1, 1, 2)
         )
         assert first == again != other
+        # of each completion by itself
+        assert first == self.completions(model, tokenizer, self.texts, greedy=False, seed=1, batch_size=5)
+        assert first[2:] == self.completions(model, tokenizer, self.texts[2:], greedy=False, seed=3)
 
     def test_what_is_done_changes_nothing_about_the_rest(self, tokenizer):
         model = make_model(tokenizer)
@@ -291,6 +300,17 @@ class TestCommandLine:
             (["--temperature", "0"], "`temperature` must be above 0"),
             (["--top_p", "1.5"], "`top_p` must be above 0 and at most 1"),
             (["--top_k", "-1"], "`top_k` must be at least 0"),
+            (["--min_p", "1"], "`min_p` must be at least 0, which is no limit, and below 1"),
+            (["--stop", ""], "`stop` has an empty text"),
+            (["--thinking_tags", "<think>"], "`thinking_tags` are what opens and what closes thinking"),
+            (["--thinking_budget", "1024"], "leaves nothing of `max_completion_length` 1024"),
+            (
+                ["--thinking_budget", "9", "--concurrency", "1"],
+                "`thinking_budget` and `concurrency` exclude each other",
+            ),
+            (["--decoding", "sampled", "--pass_at_k", "3"], "`pass_at_k` 3 needs as many samples of a problem"),
+            (["--task_options", '{"gsm8k": {}}'], "`task_options` are for single ones of `tasks`"),
+            (["--concurrency", "64"], "`concurrency` 64 needs at least as many requests"),
             (["--chat_template_kwargs", "{a"], "`chat_template_kwargs` is not valid JSON"),
             (["--chat_template_kwargs", "[1]"], "`chat_template_kwargs` must be a mapping"),
             (["--rescore", "true"], "`rescore` needs the generations of an earlier run"),

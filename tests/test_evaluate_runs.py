@@ -14,18 +14,20 @@ import torch
 from evaluation_world import Adder, make_model, make_tokenizer, save_checkpoint, sum_rows, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate import checkpoint as checkpoints
-from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, load_engine
+from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine, load_engine
+from trl_opsd.evaluate.backends.server import ChatFormat, base_url, served_model
 from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
-from trl_opsd.evaluate.memory import peak_memory, reset_peak_memory
+from trl_opsd.evaluate.memory import WorkerMemory, peak_memory, reset_peak_memory
 from trl_opsd.evaluate.plan import expand, plan, problem_ids
-from trl_opsd.evaluate.serving import measure_serving
+from trl_opsd.evaluate.serving import bench_serving, measure_serving
 from trl_opsd.evaluate.tasks import TASKS, find_task
+from trl_opsd.evaluate.thinking import ThinkingTags
 from trl_opsd.rewards import logic_reward
 
 
@@ -130,7 +132,7 @@ class TestRuns:
         )
         sampled, greedy = evaluate(config, progress=lambda done, total: None)
         assert (sampled["samples"], greedy["samples"], sampled["n"]) == (4, 1, 4)
-        assert {"pass@2", "pass@4", "maj@4"} <= set(sampled)
+        assert {"pass@2", "pass@4"} <= set(sampled) and "maj@4" not in sampled  # nothing was boxed
         records = [json.loads(line) for line in (tmp_path / "a" / "r.completions.jsonl").open()]
         drawn = [record for record in records if record["decoding"] == "sampled"]
         assert [record["sample"] for record in drawn] == [0, 1, 2, 3] * 4
@@ -178,8 +180,8 @@ class TestCache:
         again = self.rows(checkpoint, problems, tmp_path)
         assert loaded == [] and again[0]["cached"] == 12 and first[0]["cached"] == 0
         assert same(first) == same(again)
-        assert again[0]["generation_s"] == pytest.approx(first[0]["generation_s"], abs=2e-3) != 0
-        assert again[0]["peak_memory_bytes"] is None
+        assert first[0]["generation_s"] > 0 and first[0]["peak_memory_bytes"] > 0
+        assert (again[0]["generation_s"], again[0]["peak_memory_bytes"]) == (None, None)  # no speed of this run
 
     def test_an_interrupted_run_goes_on_to_the_same_end(self, checkpoint, problems, tmp_path, monkeypatch):
         whole = self.rows(checkpoint, problems, tmp_path / "whole")
@@ -206,6 +208,49 @@ class TestCache:
     def test_what_decides_a_completion_is_in_the_key(self, checkpoint, problems, tmp_path, change):
         self.rows(checkpoint, problems, tmp_path)
         assert self.rows(checkpoint, problems, tmp_path, **change)[0]["cached"] == 0
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"vllm_kwargs": {"quantization": "fp8"}},
+            {"vllm_kwargs": {"max_model_len": 64}},
+            {"trust_remote_code": True},
+        ],
+    )
+    def test_what_vllm_is_told_is_in_the_key(self, checkpoint, problems, tmp_path, adder, change):
+        adder()
+        first = {"backend": "vllm", "vllm_kwargs": {"max_model_len": 128}}
+        assert [self.rows(checkpoint, problems, tmp_path, **first)[0]["cached"] for _ in range(2)] == [0, 12]
+        assert self.rows(checkpoint, problems, tmp_path, **(first | change))[0]["cached"] == 0
+
+    def test_what_a_server_has_is_in_the_key(self, checkpoint, problems, tmp_path, server):
+        asked = {"backend": "server", "server_url": server}
+        FakeServer.models = {"quantised": "runs/fp8", "adapter": "runs/lora"}
+        for name in FakeServer.models:
+            assert self.rows(checkpoint, problems, tmp_path, server_model=name, **asked)[0]["cached"] == 0
+        again = self.rows(checkpoint, problems, tmp_path, server_model="adapter", **asked)
+        assert again[0]["cached"] == 12
+        FakeServer.models = {"adapter": "runs/lora"}
+        assert self.rows(checkpoint, problems, tmp_path, **asked)[0]["cached"] == 12  # the only one, not named
+        FakeServer.models = {"adapter": "runs/other"}  # started again, with other weights under the same name
+        assert self.rows(checkpoint, problems, tmp_path, **asked)[0]["cached"] == 0
+        same_place = server.replace("127.0.0.1", "localhost")  # may be another server for all that is known
+        assert self.rows(checkpoint, problems, tmp_path, backend="server", server_url=same_place)[0]["cached"] == 0
+
+    @pytest.mark.parametrize("name", ["modeling_own.py", "hf_quant_config.json"])
+    def test_files_that_change_what_a_folder_is(self, checkpoint, name):
+        before = open_checkpoint(checkpoint).hash
+        Path(checkpoint, name).write_text("{}")
+        assert open_checkpoint(checkpoint).hash != before
+
+    def test_an_adapter_on_the_hub_is_its_own_commit(self, checkpoint, monkeypatch):
+        base, found = open_checkpoint(checkpoint), set()
+        for commit in ("a" * 40, "b" * 40):
+            file = f"/cache/models--me--adapter/snapshots/{commit}/adapter_config.json"
+            monkeypatch.setattr(checkpoints, "find_adapter_config_file", lambda path, file=file: file)
+            adapter = checkpoints.Checkpoint("me/adapter", base.generation_config, 9, 9, 9, 9, base=base)
+            found.add(adapter.hash)
+        assert len(found) == 2
 
     def test_another_checkpoint_in_the_same_place(self, checkpoint, problems, tmp_path):
         self.rows(checkpoint, problems, tmp_path)
@@ -282,8 +327,22 @@ class TestCheckpoints:
         model = make_model(make_tokenizer())
         total = sum(parameter.numel() for parameter in model.parameters())
         outer = model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
-        assert count_checkpoint(checkpoint) == {"parameters": total, "non_embedding_parameters": total - outer}
+        assert count_checkpoint(checkpoint) == {
+            "parameters": total,
+            "non_embedding_parameters": total - outer,
+            "active_parameters": total - outer,
+        }
         assert 4 * total < weights_bytes(checkpoint) < 4 * total + 4096
+
+    @pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
+    def test_of_experts_those_that_a_token_is_sent_to_are_active(self, tmp_path, config_class):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+        experts = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+        inner = {"intermediate_size": 24, "moe_intermediate_size": 24}
+        config_class(vocab_size=32, **sizes, **experts, **inner).save_pretrained(tmp_path)
+        counts = count_checkpoint(str(tmp_path))
+        # gate, up and down of six of eight experts in each of three layers
+        assert counts["non_embedding_parameters"] - counts["active_parameters"] == 3 * 6 * 3 * 16 * 24
 
     def test_tied_embeddings_count_once(self, tmp_path):
         model = make_model(make_tokenizer())
@@ -345,6 +404,7 @@ class TestStored:
         if damage is None or (damaged == "adapter" and loaded == "checkpoint"):
             load_engine(config, job.checkpoint, job.tokenizer)
             assert [kwargs["model"] for kwargs in fake_vllm] == [checkpoint] * (backend == "vllm")
+            assert all(kwargs["worker_extension_cls"].endswith(".memory.WorkerMemory") for kwargs in fake_vllm)
         else:
             with pytest.raises(UserError, match=f"`{path}` .*{message}"):
                 load_engine(config, job.checkpoint, job.tokenizer)
@@ -431,6 +491,7 @@ class TestMeter:
             "total_p95_s": pytest.approx(1.4),
             "tokens_per_s": pytest.approx(80 / (rounds * 1.4)),
             "requests_per_s": pytest.approx(8 / (rounds * 1.4)),
+            "meter": None,
         }
 
     def test_percentiles(self):
@@ -455,6 +516,55 @@ class TestMeter:
         starts = [position for position, event in enumerate(events) if event[0] == "start"]
         assert [events[p][1] for p in starts] == [0, 1, 2, 3, 4]
         assert starts[1] == 1 and events[2][0] == "token" and starts[3] == starts[2] + 1
+
+    def test_nothing_is_answered_from_the_cache_of_an_earlier_measurement(self, server):
+        engine = ServerEngine(server, None, 2)
+        for level in (1, 2):
+            measure_serving(engine, [Request([5], 0)] * 3, self.sampling, level)
+        list(engine.generate([Request([5], 0)], self.sampling))
+        salts = [body.get("cache_salt") for body in FakeServer.bodies]
+        # a warm-up of one and of two, each followed by three: alike within, and new for each
+        parts = [salts[:1], salts[1:4], salts[4:6], salts[6:9], salts[9:]]
+        assert [len(set(part)) for part in parts] == [1] * 5 == [len(parts[n]) > 0 for n in range(5)]
+        assert len({part[0] for part in parts}) == 5 and salts[9:] == [None]
+
+    def test_memory_is_that_of_the_processes_that_hold_the_model(self):
+        engine, asked = object.__new__(VllmEngine), []
+        workers = {"reset_worker_memory": [None, None], "worker_memory": [3, 4]}
+        engine.engine = types.SimpleNamespace(collective_rpc=lambda name: asked.append(name) or workers[name])
+        engine.reset_peak_memory()
+        assert engine.peak_memory() == 7 and asked == list(workers)
+        assert all(hasattr(WorkerMemory, name) for name in workers)
+
+    def test_memory_of_a_row_is_its_own(self, checkpoint, problems, tmp_path, monkeypatch):
+        held = {"greedy": 5, "sampled": 50}
+
+        class Holds(Adder):
+            peak = 0
+
+            def generate(self, requests, sampling, done=()):
+                self.peak = max(self.peak, held["sampled" if sampling.temperature else "greedy"])
+                return super().generate(requests, sampling, done)
+
+            def serve(self, requests, sampling, concurrency, on_start, on_token):
+                self.peak = 1000
+                for index in range(len(requests)):
+                    on_start(index)
+                    on_token(index)
+
+            def reset_peak_memory(self):
+                self.peak = 0
+
+            def peak_memory(self):
+                return self.peak
+
+        monkeypatch.setattr("trl_opsd.evaluate.run.load_engine", lambda *args: Holds())
+        for order in (["greedy", "sampled"], ["sampled", "greedy"]):
+            config = EvaluateConfig(
+                model_name_or_path=checkpoint, dataset_name=problems, decoding=order, concurrency=[2]
+            )
+            rows = evaluate(config, progress=lambda done, total: None)
+            assert {row["decoding"]: row["peak_memory_bytes"] for row in rows} == held
 
     def test_in_the_results(self, checkpoint, problems):
         config = EvaluateConfig(
@@ -481,16 +591,22 @@ class TestMeter:
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """A vLLM server that repeats the last token of the prompt `repeat` times and ends with token 1."""
+    """
+    A vLLM server that repeats the last token of the prompt `repeat` times and ends with token 1. Asked by messages, it
+    says `says`, piece by piece, after `thinks`, which it sends apart.
+    """
 
     protocol_version = "HTTP/1.1"
     mode, repeat, delay, lock = "good", 3, 0.0, threading.Lock()
-    under_way, most, bodies = 0, 0, []
+    under_way, most, bodies, keys, failures = 0, 0, [], [], 0
+    thinks, says, counts = "", "", None
 
     def do_GET(self):
-        self.reply(json.dumps({"data": [{"id": name} for name in self.models]}))
+        self.keys.append(self.headers["Authorization"])
+        models = [{"id": name, "root": root, "object": "model"} for name, root in self.models.items()]
+        self.reply(json.dumps({"object": "list", "data": models}))
 
-    models = ["served"]
+    models = {"served": "runs/served"}
 
     def do_POST(self):
         cls = type(self)
@@ -499,27 +615,51 @@ class FakeServer(BaseHTTPRequestHandler):
             cls.under_way += 1
             cls.most = max(cls.most, cls.under_way)
             cls.bodies.append(body)
-        if self.mode == "refuses":
+            busy, cls.failures = cls.failures > 0, cls.failures - 1
+        if busy:
+            self.leave()
+            self.reply("busy", {"busy": 503, "limited": 429}[self.mode])
+        elif self.mode == "refuses":
             self.leave()
             self.reply("too long", 400)
         else:
             self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            tokens = [body["prompt"][-1]] * self.repeat + [1]
-            for position, token in enumerate(tokens):
+            events = self.completion(body) if self.path == "/v1/completions" else self.answer()
+            for position, event in enumerate(events):
                 time.sleep(self.delay)
-                last = position == len(tokens) - 1
+                last = position == len(events) - 1
                 if last:
                     self.leave()
-                choice = {"text": "x", "token_ids": [token], "finish_reason": "stop" if last else None}
                 if self.mode == "text only":
-                    del choice["token_ids"]
+                    del event["choices"][0]["token_ids"]
                 if self.mode == "breaks off" and last:
                     break
-                self.chunk(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+                if self.mode == "hangs up" and last:
+                    self.close_connection = True
+                    return
+                if self.mode == "errs" and last:
+                    event = {"error": {"message": "out of memory", "code": 500}}
+                self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
+
+    def completion(self, body):
+        tokens = [body["prompt"][-1]] * self.repeat + [1]
+        ends = [None] * self.repeat + ["stop"]
+        return [
+            {"choices": [{"text": "x", "token_ids": [token], "finish_reason": end}]}
+            for token, end in zip(tokens, ends, strict=True)
+        ]
+
+    def answer(self):
+        deltas = [{"reasoning_content": self.thinks}] * bool(self.thinks) + [{"content": c} for c in self.says]
+        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        usage = {"completion_tokens": self.counts, "prompt_tokens": 1, "total_tokens": 1}
+        return [*events, {"choices": [], "usage": usage}] if self.counts is not None else events
 
     def leave(self):
         # Before the client is told the last token: it may come back at once
@@ -531,6 +671,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
     def reply(self, text, status=200):
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -540,9 +681,12 @@ class FakeServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
-    FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, ["served"]
-    FakeServer.under_way, FakeServer.most, FakeServer.bodies = 0, 0, []
+def server(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    FakeServer.mode, FakeServer.repeat, FakeServer.delay, FakeServer.models = "good", 3, 0.0, {"served": "runs/served"}
+    FakeServer.under_way, FakeServer.most, FakeServer.bodies, FakeServer.keys = 0, 0, [], []
+    FakeServer.failures, FakeServer.thinks, FakeServer.says, FakeServer.counts = 0, "", "", None
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -575,8 +719,10 @@ class TestServer:
         ("mode", "message"),
         [
             ("refuses", r"refuses a request \(400\): too long"),
-            ("text only", "gives text and no token ids"),
-            ("breaks off", "broke off an answer"),
+            ("text only", "gives text and no token ids: ask it by `server_api: chat`"),
+            ("breaks off", r"broke off an answer 3 times \(finish_reason None\)"),
+            ("hangs up", r"broke off an answer 3 times"),
+            ("errs", r"broke off an answer 3 times \(.*out of memory"),
         ],
     )
     def test_what_goes_wrong_is_told(self, server, mode, message):
@@ -584,14 +730,72 @@ class TestServer:
         with pytest.raises(UserError, match=message):
             list(ServerEngine(server, None, 2).generate([Request([5], 0)], self.sampling))
 
-    def test_which_model(self, server):
+    def test_which_model(self, server, monkeypatch):
         with pytest.raises(UserError, match="has no model `other`: it lists served"):
             ServerEngine(server, "other", 2)
-        FakeServer.models = ["a", "b"]
+        FakeServer.models = {"a": "x", "b": "x"}
         with pytest.raises(UserError, match="lists a, b: name one"):
             ServerEngine(server, None, 2)
+        monkeypatch.setattr("trl_opsd.evaluate.backends.server._RETRIES", 0)
         with pytest.raises(UserError, match="There is no server at http://127.0.0.1:9"):
             ServerEngine("http://127.0.0.1:9", None, 2)
+
+    @pytest.mark.parametrize("mode", ["busy", "limited"])
+    def test_what_is_refused_for_now_is_asked_again(self, server, mode):
+        FakeServer.mode, FakeServer.failures = mode, 3
+        assert dict(ServerEngine(server, None, 1).generate([Request([5], 0)], self.sampling)) == {0: [5, 5, 5, 1]}
+        assert len(FakeServer.bodies) == 4
+
+    def test_the_key_is_that_of_the_environment(self, server, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        served_model(server)
+        assert FakeServer.keys == ["Bearer secret"]
+
+    def test_addresses(self):
+        for url, base in (
+            ("http://localhost:8000", "http://localhost:8000/v1"),
+            ("http://localhost:8000/", "http://localhost:8000/v1"),
+            ("https://api.example.com/v1/", "https://api.example.com/v1"),
+            ("https://api.example.com/v1beta/openai", "https://api.example.com/v1beta/openai"),
+        ):
+            assert base_url(url) == base
+
+    @pytest.mark.parametrize("thinks", ["", "1+2"])
+    def test_any_server_by_messages(self, server, checkpoint, problems, tmp_path, thinks):
+        FakeServer.thinks, FakeServer.says = thinks, [r"\boxed{7", "}"]
+        FakeServer.counts = 4 + len(thinks)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            backend="server",
+            server_url=server,
+            server_api="chat",
+            system_prompt="x",
+            stop=["?"],
+            decoding=["sampled"],
+            top_k=5,
+            chat_template_kwargs={"terse": True},
+            concurrency=[2],
+            output=str(tmp_path / "r.json"),
+        )
+        (row,) = evaluate(config, progress=lambda done, total: None)
+        # `\boxed{`, 7, `}` and the end, and thinking in its tags
+        tokens = 4 + (2 + len(thinks) if thinks else 0)
+        assert (row["accuracy"], row["truncated"], row["mean_tokens"]) == (0.25, 0.0, tokens)
+        assert row["mean_thinking_tokens"] == (tokens - 4 if thinks else 0)
+        body = next(body for body in FakeServer.bodies if body["messages"][1]["content"] == "12+5")
+        assert body["messages"][0] == {"role": "system", "content": "x"} and body["stop"] == ["?"]
+        assert body["top_k"] == 5 and "min_p" not in body and body["chat_template_kwargs"] == {"terse": True}
+        # tokens as the server counts them, of four requests after an unmeasured two
+        assert (row["serving"][0]["tokens"], len(FakeServer.bodies)) == (4 * FakeServer.counts, 4 + 2 + 4)
+
+    def test_thinking_that_a_server_keeps_to_itself(self, server):
+        FakeServer.says, FakeServer.counts = "7", 500
+        chat = ChatFormat(make_tokenizer(), ThinkingTags())
+        engine = ServerEngine(server, None, 1, chat)
+        request = Request([5], 0, None, [{"role": "user", "content": "3+4"}])
+        with pytest.raises(UserError, match="says that an answer has 500 tokens, and its text has 2"):
+            list(engine.generate([request], self.sampling))
 
     def test_whole_evaluation(self, server, checkpoint, problems):
         FakeServer.repeat = 1
@@ -601,6 +805,81 @@ class TestServer:
         (row,) = evaluate(config, progress=lambda done, total: None)
         assert (row["backend"], row["mean_tokens"], row["truncated"]) == ("server", 2.0, 0.0)
         assert row["peak_memory_bytes"] is None and row["parameters"] > 0
+
+
+class TestVllmBench:
+    """The load that `vllm bench serve` makes, where vLLM is installed; here its command is a script that notes its options."""
+
+    def test_measured_by_it(self, server, checkpoint, problems, tmp_path, monkeypatch):
+        FakeServer.repeat = 1
+        told = tmp_path / "told.json"
+        script = tmp_path / "bench.py"
+        script.write_text(BENCH.replace("TOLD", repr(str(told))))
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(script)])
+        monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: True)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint,
+            dataset_name=problems,
+            backend="server",
+            server_url=server,
+            concurrency=[2, 4],
+            decoding=["sampled"],
+            top_p=0.5,
+        )
+        (row,) = evaluate(config, progress=lambda done, total: None)
+        assert [level["concurrency"] for level in row["serving"]] == [2, 4]
+        assert row["serving"][0] == {
+            "concurrency": 2,
+            "requests": 4,
+            "tokens": 40,
+            "first_token_p50_s": 0.05,
+            "first_token_p95_s": 0.06,
+            "total_p50_s": 0.5,
+            "total_p95_s": 0.6,
+            "tokens_per_s": 80.0,
+            "requests_per_s": 8.0,
+            "meter": "vllm bench serve",
+        }
+        calls = [json.loads(line) for line in told.read_text().splitlines()]
+        options, prompts = calls[-1]
+        assert prompts[0] == {"prompt": "3+4=", "output_tokens": 1024} and len(prompts) == 4
+        assert options["--max-concurrency"] == "4" and options["--model"] == "served"
+        assert options["--tokenizer"] == checkpoint and options["--base-url"] == server
+        assert (options["--temperature"], options["--top-p"], options["--num-prompts"]) == ("1.0", "0.5", "4")
+        body = json.loads(options["--extra-body"])
+        assert body["stop_token_ids"] == [1] and body["cache_salt"]
+        assert len({json.loads(call[0]["--extra-body"])["cache_salt"] for call in calls}) == 2  # cold, each
+
+    def test_a_benchmark_that_fails_says_why(self, server, checkpoint, problems, tmp_path, monkeypatch):
+        FakeServer.repeat = 1
+        (tmp_path / "bench.py").write_text("raise SystemExit('no such tokenizer')")
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(tmp_path / "bench.py")])
+        monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: True)
+        config = EvaluateConfig(
+            model_name_or_path=checkpoint, dataset_name=problems, backend="server", server_url=server, concurrency=[1]
+        )
+        with pytest.raises(UserError, match="`vllm bench serve` failed: no such tokenizer"):
+            evaluate(config, progress=lambda done, total: None)
+
+    def test_requests_that_failed_are_no_measurement(self, monkeypatch, tmp_path):
+        (tmp_path / "bench.py").write_text(
+            BENCH.replace("TOLD", "'/dev/null'").replace('"completed": 4', '"completed": 3')
+        )
+        monkeypatch.setattr("trl_opsd.evaluate.serving.VLLM_BENCH", [sys.executable, str(tmp_path / "bench.py")])
+        with pytest.raises(UserError, match="answered 3 of 4 requests"):
+            bench_serving("http://x/v1", "m", make_tokenizer(), "t", [Request([5], 0)] * 4, TestServer.sampling, 2)
+
+
+BENCH = """
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+prompts = [json.loads(line) for line in open(options["--dataset-path"])]
+with open(TOLD, "a") as file:
+    file.write(json.dumps([options, prompts]) + "\\n")
+with open(options["--result-dir"] + "/" + options["--result-filename"], "w") as file:
+    json.dump({"completed": 4, "total_output_tokens": 40, "p50_ttft_ms": 50.0, "p95_ttft_ms": 60.0, "p50_e2el_ms": 500.0,
+        "p95_e2el_ms": 600.0, "output_throughput": 80.0, "request_throughput": 8.0}, file)
+"""
 
 
 class TestVerifiers:

@@ -1,18 +1,21 @@
 """The chain of stages: what runs, what is finished already, and how long is left."""
 
+import functools
 import hashlib
 import json
+import logging
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cli import UserError
@@ -21,6 +24,11 @@ from ..results import write_text
 
 # What every progress bar of a stage prints: `3/30 [00:12<...`
 _STEP = re.compile(r"(\d+)/(\d+) \[")
+# Options that name what a stage reads: data sets, and checkpoints
+_DATA = ("dataset_name", "calibration_dataset", "tasks")
+_MODELS = ("model_name_or_path", "teacher_model_name_or_path")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,11 +87,37 @@ class Stage:
 
     @property
     def marker(self) -> Path:
+        """The fingerprint that it was finished with."""
         return self.output.parent / f".{self.output.name}.done"
 
-    def fingerprint(self, previous: str) -> str:
-        """Changes whenever the recipe, an option or a stage that it depends on does."""
-        what = json.dumps([previous, self.module, Path(self.recipe).read_text(), self.arguments], sort_keys=True)
+    @property
+    def started(self) -> Path:
+        """The fingerprint that it was started with: whose work lies in its folder, finished or not."""
+        return self.output.parent / f".{self.output.name}.started"
+
+    def fingerprint(self, previous: str, made: Iterable[Path] = ()) -> str:
+        """
+        Changes whenever the recipe, an option, a stage that it depends on, a local data set or a local checkpoint does.
+
+        Args:
+            previous (`str`):
+                Fingerprints of the stages that it depends on.
+            made (`Iterable[Path]`, *optional*):
+                Checkpoints that stages of the chain make, which `previous` speaks for.
+
+        Returns:
+            `str`: 64 hexadecimal digits.
+        """
+        recipe = Path(self.recipe).read_text()
+        options = {**(yaml.safe_load(recipe) or {}), **self.arguments}
+        read = []
+        for name in (*_DATA, *_MODELS):
+            values = options.get(name) or []
+            for value in [values] if isinstance(values, str) else values:
+                path = _local(value)
+                if path is not None and not (name in _MODELS and path in map(Path, made)):
+                    read.append([value, _content(path)])
+        what = json.dumps([previous, self.module, recipe, self.arguments, read], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()
 
     def is_finished(self, fingerprint: str) -> bool:
@@ -92,13 +126,43 @@ class Stage:
         return whole and self.marker.is_file() and self.marker.read_text() == fingerprint
 
 
+def _local(value: str) -> Path | None:
+    """What an option names on this disk: `PATH`, or `NAME:PATH`, with or without `[:N]`; `None` for anything else."""
+    value = re.sub(r"\[:\d+\]$", "", value)
+    for text in (value, value.partition(":")[2]):
+        path = Path(text).expanduser()
+        if text and path.exists():
+            return path
+    return None
+
+
+def _content(path: Path) -> str:
+    """Hash of a file, or of all in a folder but what `datasets` keeps there for itself."""
+    digest = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.is_file() and not re.match(r"cache-.*\.arrow$|tmp", file.name):
+            status = file.stat()
+            name = file.relative_to(path).as_posix()
+            digest.update(f"{name} {_file_hash(file, status.st_size, status.st_mtime_ns)} ".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _file_hash(file: Path, size: int, changed: int) -> str:
+    """Hash of a file, read once in a process as long as its size and time stay."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def run_chain(
     stages: list[Stage], logs: Path, launcher: list[str], on_progress: Callable[[Stage, int, int, float], None]
 ) -> None:
     """
     Runs the stages that are not finished yet, one after the other.
 
-    A training stage that was interrupted goes on from its last checkpoint if it left one, and begins anew if not.
+    A training stage that was interrupted goes on from its last checkpoint if it left one, and begins anew if not. What
+    another configuration has left in its folder is moved aside, to `NAME-old-1` and so on.
 
     Args:
         stages (`list[Stage]`):
@@ -118,7 +182,8 @@ def run_chain(
     fingerprints, expected_done, seconds_done = {}, 0.0, 0.0
     for index, stage in enumerate(stages):
         after = stages[max(index - 1, 0) : index] if stage.after is None else stage.after
-        fingerprint = stage.fingerprint(" ".join(fingerprints[id(other)] for other in after))
+        made = [other.output for other in stages[:index]]
+        fingerprint = stage.fingerprint(" ".join(fingerprints[id(other)] for other in after), made)
         fingerprints[id(stage)] = fingerprint
         later = sum(other.minutes for other in stages[index + 1 :]) * 60
         if stage.is_finished(fingerprint):
@@ -127,12 +192,14 @@ def run_chain(
         stage.marker.unlink(missing_ok=True)
         command = stage.command(launcher)
         if stage.is_training and stage.output.is_dir():
-            checkpoint = get_last_checkpoint(str(stage.output))
-            if checkpoint is None:
-                shutil.rmtree(stage.output)
-            else:
+            if not stage.started.is_file() or stage.started.read_text() != fingerprint:
+                _move_aside(stage.output)
+            elif (checkpoint := get_last_checkpoint(str(stage.output))) is not None:
                 command += ["--resume_from_checkpoint", checkpoint]
+            else:
+                shutil.rmtree(stage.output)
         stage.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(stage.started, fingerprint)  # before there is anything that a later run could take for its own
 
         start = time.monotonic()
         # How much slower or faster than expected this machine has been
@@ -148,6 +215,14 @@ def run_chain(
         _run(stage, command, logs / f"{kind}-{stage.name}.log", report)
         seconds_done, expected_done = seconds_done + time.monotonic() - start, expected_done + stage.minutes
         write_text(stage.marker, fingerprint)
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.warning("`%s` was made by another configuration, data or checkpoint: it is now `%s`.", folder, aside)
 
 
 def _run(stage: Stage, command: list[str], log: Path, report: Callable[[int, int], None]) -> None:

@@ -48,7 +48,7 @@ class SweepRow(ResultRow):
         kept (`float`):
             Accuracy as a share of the teacher's.
         answer_flops (`float`):
-            Two for each parameter and token of a mean answer.
+            Two for each parameter and token of a mean answer; of experts, for those that the token is sent to.
         updates (`int`):
             Optimizer steps since pruning.
         rollouts (`int`):
@@ -111,10 +111,15 @@ def sweep_measurements(config: CompressConfig, stages: list[Stage]) -> list[Meas
                 rollouts=rollouts,
                 generated_tokens=generated,
                 kept=item.row.accuracy / accuracy[item.row.decoding],
-                answer_flops=2 * item.row.parameters * item.row.mean_tokens,
+                answer_flops=2 * _passed(item.row) * item.row.mean_tokens,
             )
             found.append(dataclasses.replace(item, row=row))
     return found
+
+
+def _passed(row: ResultRow) -> int:
+    idle = 0 if row.active_parameters is None else row.non_embedding_parameters - row.active_parameters
+    return row.parameters - idle
 
 
 def conditions(config: CompressConfig) -> str:

@@ -3,7 +3,7 @@ Command line of evaluation: `python -m trl_opsd.evaluate --config recipes/evalua
 
 `--compare A B`, `--report A B …` and `--card A B …` take results that are there (each has a `--help`). Otherwise every
 field of [`EvaluateConfig`] is a key of the YAML file and an option of the command line, which overrides it.
-Interrupted and run again, it goes on where it was.
+Interrupted and run again, it goes on where it was. Under `accelerate launch` each process has a model of its own.
 """
 
 import sys
@@ -30,6 +30,8 @@ def main(args: list[str] | None = None) -> None:
     with user_errors():
         (config,) = parse(ARGUMENTS, args, prog="trl_opsd.evaluate")
         # What takes seconds to import comes after the answer to a wrong option
+        from accelerate import PartialState
+
         from .pipeline import evaluate_jobs
         from .plan import plan
         from .results_file import write_rows
@@ -40,6 +42,8 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:  # such as weights that do not load, or a server that stops
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if not PartialState().is_main_process:
+        return
     if config.output is not None:
         write_rows(config.output, rows, config)
     for row in rows:
@@ -51,6 +55,7 @@ def line(row: "ResultRow") -> str:
     name = f"{row.stage}, " if row.stage else ""
     flexible = f", flexible {row.accuracy_flexible:.1%}" if row.accuracy_flexible is not None else ""
     unverified = f", {row.unverified} not verifiable" if row.unverified else ""
+    unverified += f", {row.too_long} prompts too long" if row.too_long else ""
     skipped = f", {row.cache_lines_skipped} damaged lines of the cache skipped" if row.cache_lines_skipped else ""
     return (
         f"{name}{row.task}, {row.decoding}: {row.estimator} {row.accuracy:.1%} "

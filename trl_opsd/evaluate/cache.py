@@ -25,16 +25,24 @@ class GenerationCache:
     Args:
         path (`Path`, *optional*):
             JSON Lines file, which need not exist. If not set nothing is kept.
+        process (`int`, *optional*, defaults to `0`):
+            Number of this process among those that evaluate together. Each writes a file of its own, and reads all.
 
     Attributes:
         damaged (`int`):
             Number of lines that were skipped.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, process: int = 0):
         self.path, self.damaged, self._entries = path, 0, {}
-        if path is None or not path.is_file():
+        if path is None:
             return
+        self.path = path.with_suffix(f".{process}.jsonl") if process else path
+        for part in (path, *sorted(path.parent.glob(f"{path.stem}.*.jsonl"))):
+            if part.is_file():
+                self._load(part)
+
+    def _load(self, path: Path) -> None:
         with path.open("rb") as file:
             for line in file:
                 entry = self._read(line)

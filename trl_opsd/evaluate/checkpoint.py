@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from torch.nn import ModuleList
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
 
@@ -22,7 +23,7 @@ from ..cli import UserError, check_checkpoint
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _DAMAGE += (StrictDataclassError,)
 _WEIGHTS = ("*.safetensors", "*.bin")
-_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "hf_quant_config.json", "*.py")
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 24  # bytes, whole numbers of each type
 
@@ -37,12 +38,14 @@ class Checkpoint:
             Folder, or id on the Hub.
         generation_config ([`~transformers.GenerationConfig`]):
             As loading the model would read it.
-        positions (`int`):
-            Positions that the model has.
+        positions (`int`, *optional*):
+            Positions that the model has; `None` where its architecture sets no limit.
         parameters (`int`):
             Number of its parameters, of an adapter with its base.
         non_embedding_parameters (`int`):
             Those of them that are neither the table of input embeddings nor the output layer.
+        active_parameters (`int`):
+            Those of the latter that a token passes: of a mixture of experts without the experts that it is not sent to.
         weights_bytes (`int`, *optional*):
             Size of the weight files, of an adapter with its base; `None` where they are on the Hub, or there are none.
         base ([`Checkpoint`], *optional*):
@@ -55,9 +58,10 @@ class Checkpoint:
 
     path: str | None
     generation_config: GenerationConfig
-    positions: int
+    positions: int | None
     parameters: int
     non_embedding_parameters: int
+    active_parameters: int
     weights_bytes: int | None = None
     base: "Checkpoint | None" = None
     trust_remote_code: bool = False
@@ -80,7 +84,9 @@ class Checkpoint:
         if Path(self.path).is_dir():
             read_folder(Path(self.path), self.path, digest)
         else:
-            digest.update(f"{self.path}@{AutoConfig.from_pretrained(self.path)._commit_hash}".encode())
+            # an adapter's own commit, which is not that of the configuration that its base has
+            file = find_adapter_config_file(self.path) or cached_file(self.path, "config.json")
+            digest.update(f"{self.path}@{extract_commit_hash(file, None)}".encode())
         return digest.hexdigest()
 
     def check_loadable(self) -> None:
@@ -148,7 +154,7 @@ def open_checkpoint(
         opened[path] = Checkpoint(
             path,
             load_generation_config(base, trust_remote_code),
-            architecture.get_text_config().max_position_embeddings,
+            positions_of(architecture),
             **count_checkpoint(path, trust_remote_code),
             weights_bytes=weights_bytes(path),
             base=below,
@@ -166,8 +172,15 @@ def open_checkpoint(
 
 def wrap_model(model: PreTrainedModel, path: str | None) -> Checkpoint:
     """Returns a model in memory as a checkpoint; `path` is its label."""
-    positions = model.config.get_text_config().max_position_embeddings
-    return Checkpoint(path, model.generation_config, positions, **count_parameters(model), model=model)
+    return Checkpoint(
+        path, model.generation_config, positions_of(model.config), **count_parameters(model), model=model
+    )
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Returns how many positions a model has, or `None` where nothing limits them, as of state space models and ALiBi."""
+    # An attribute and not a key, because configurations have it under other names too (`n_positions`)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def base_of(path: str) -> str:
@@ -245,7 +258,7 @@ def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
     Raises:
         UserError: If a weight is not finite, naming it.
     """
-    files = [folder / name for name in _CONFIGS] + [file for kind in _WEIGHTS for file in folder.glob(kind)]
+    files = [file for kind in (*_CONFIGS, *_WEIGHTS) for file in folder.glob(kind)]
     has_safetensors = any(folder.glob("*.safetensors"))
     for file in sorted(file for file in files if file.is_file()):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
@@ -340,8 +353,9 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
             Model.
 
     Returns:
-        `dict[str, int]`: `parameters`, and `non_embedding_parameters` of them: those that are neither the table of
-        input embeddings nor the output layer.
+        `dict[str, int]`: `parameters`; `non_embedding_parameters` of them: those that are neither the table of input
+        embeddings nor the output layer; and `active_parameters` of these: those that a token passes, of a mixture of
+        experts (whose configuration says `num_experts_per_tok`) without the experts that it is not sent to.
     """
     outer = {
         id(parameter)
@@ -350,9 +364,18 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
         for parameter in layer.parameters()
     }
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    inner = sum(size for key, size in sizes.items() if key not in outer)
+    chosen = model.config.get_text_config().to_dict().get("num_experts_per_tok")
+    idle = 0
+    for name, module in model.named_modules():
+        if chosen is not None and name.rpartition(".")[2] == "experts":
+            # one module for each expert, or all of them in tensors whose first dimension they are
+            number = len(module) if isinstance(module, ModuleList) else next(module.parameters()).size(0)
+            idle += sum(parameter.numel() for parameter in module.parameters()) * (number - chosen) // number
     return {
         "parameters": sum(sizes.values()),
-        "non_embedding_parameters": sum(size for key, size in sizes.items() if key not in outer),
+        "non_embedding_parameters": inner,
+        "active_parameters": inner - idle,
     }
 
 

@@ -6,11 +6,16 @@ from pathlib import Path
 import torch
 
 from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
-from .tasks import OTHER, Task, find_task
+from .tasks import OTHER, Task, find_task, task_name
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _BACKENDS = ("transformers", "vllm", "server")
+_SERVER_APIS = ("tokens", "chat")
+#: Options that a task may have for itself
+TASK_OPTIONS = ("dataset_split", "max_samples", "reward_funcs", "prompt_template", "system_prompt", "decoding")
+TASK_OPTIONS += ("num_samples", "temperature", "top_p", "top_k", "min_p", "stop", "max_completion_length")
+TASK_OPTIONS += ("thinking_budget", "pass_at_k")
 
 
 @dataclass
@@ -32,7 +37,8 @@ class EvaluateConfig:
         tasks (`list[str]`, *optional*):
             Benchmarks by name (see `trl_opsd/evaluate/tasks.py`), alone or with what
             [`~trl_opsd.data.load_prompts`] takes after a colon (`gsm8k:test.jsonl`, `bbh:word_sorting`,
-            `reasoning-gym:chain_sum`), or other data sets, as in `dataset_name`. With `[:N]` at the end, N problems of
+            `reasoning-gym:chain_sum`), tasks of lm-evaluation-harness that generate (`lm_eval:NAME` or
+            `lm_eval:FILE.yaml`), or other data sets, as in `dataset_name`. With `[:N]` at the end, N problems of
             it. A task brings values for all options below that are not set.
         dataset_name (`str`, *optional*):
             One data set in place of `tasks`: a file, a folder, a named source or a data set on the Hub (see
@@ -50,8 +56,18 @@ class EvaluateConfig:
             Context to put each prompt in: one of `"solution"`, `"answer"` and `"concise"` (the teacher contexts of
             [`OPSDConfig`]), or a text with `{prompt}` and any of `{solution}`, `{answer}`; a literal brace is written
             twice. `"concise"` is the prompt-only baseline of compaction.
+        system_prompt (`str`, *optional*):
+            System message to begin every conversation with.
         chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template, for instance `{"enable_thinking": true}`.
+        thinking_tags (`list[str]`, *optional*):
+            What opens and what closes the thinking block, for instance `["<reasoning>", "</reasoning>"]`. Defaults to
+            the pair in the chat template (`<think>`, `[THINK]`, `<seed:think>` and the like), or `<think>`.
+        pass_at_k (`list[int]`, *optional*):
+            The k of `pass@k`, each at most `num_samples`. Defaults to powers of two.
+        task_options (`dict[str, dict]` or `str`, *optional*):
+            Options for single ones of `tasks`, which come before those for all, for instance
+            `{"math-500": {"max_completion_length": 8192, "num_samples": 4}}`.
 
         > Parameters that control generation
 
@@ -67,20 +83,35 @@ class EvaluateConfig:
             1.0.
         top_k (`int`, *optional*):
             Number of tokens that `"sampled"` draws from; `0` is the whole vocabulary. Defaults to the task's, or 0.
+        min_p (`float`, *optional*):
+            Least probability that `"sampled"` draws, as a share of the most probable token's. Defaults to the task's,
+            or to no limit.
+        stop (`list[str]`, *optional*):
+            Texts that end a completion, beside the model's own end tokens. They are no part of what is judged.
+            Defaults to the task's, or none.
         max_completion_length (`int`, *optional*):
-            Maximum number of tokens of a completion. One that has not ended by then is truncated, and never correct.
-            Defaults to the task's, or 1024.
+            Maximum number of tokens of a completion. One that has not ended by then is truncated, and never correct;
+            so is one for which the model has fewer positions left. A prompt that leaves none is not asked, and counted
+            as `too_long`. Defaults to the task's, or 1024.
+        thinking_budget (`int`, *optional*):
+            Number of tokens after which a thinking block is closed by force, and the answer written from there (the
+            upper bound of [budget forcing](https://huggingface.co/papers/2501.19393)).
         batch_size (`int`, *optional*, defaults to `64`):
             Number of completions generated at a time.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of `"sampled"`. The same completions need the same batch size too.
+            Seed of `"sampled"`: of each completion by itself, whatever is generated beside it.
 
         > Parameters that control the model
 
         backend (`str`, *optional*, defaults to `"transformers"`):
-            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running vLLM).
+            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running one).
         server_url (`str`, *optional*):
-            Address of the server, for instance `http://localhost:8000`. The tokenizer is that of the checkpoint.
+            Address of the server, for instance `http://localhost:8000` or `https://api.example.com/v1`. The tokenizer is
+            that of the checkpoint; the key that of the environment variable `OPENAI_API_KEY`.
+        server_api (`str`, *optional*, defaults to `"tokens"`):
+            How the server is asked: by `"tokens"` for tokens, exactly as other backends, which vLLM's can, or by `"chat"`
+            messages for text, as any with OpenAI's API can. It then applies a chat template and end tokens of its own, and
+            its text is tokenised here to count tokens.
         server_model (`str`, *optional*):
             Name of the model or the adapter at the server. Defaults to the only one it has.
         vllm_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -111,7 +142,8 @@ class EvaluateConfig:
             Folder in which generations are kept, so that an interrupted run goes on. Defaults to `generations` beside
             `output`; without either nothing is kept.
         rescore (`bool`, *optional*, defaults to `False`):
-            Whether to generate nothing: score what is in the cache, and stop if something is not.
+            Whether to generate nothing: score what is in the cache, and stop if something is not. Of `backend:
+            server` the server must be there, to say whose generations they are.
         stage (`str`, *optional*):
             Label of the checkpoint in the results, for instance `"rlvr"`.
         task (`str`, *optional*):
@@ -165,8 +197,28 @@ class EvaluateConfig:
             "of {solution}, {answer}; a literal brace is written twice."
         },
     )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message to begin every conversation with."}
+    )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments for the chat template, as JSON on the command line."}
+    )
+    thinking_tags: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What opens and what closes the thinking block. Defaults to the pair in the chat template, or <think>."
+        },
+    )
+    pass_at_k: list[int] | None = field(
+        default=None,
+        metadata={"help": "The k of pass@k, each at most `num_samples`. Defaults to powers of two."},
+    )
+    task_options: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options for single ones of `tasks`, by name, which come before those for all; as JSON on the command "
+            "line."
+        },
     )
 
     # Parameters that control generation
@@ -196,6 +248,17 @@ class EvaluateConfig:
             "help": "Number of tokens that 'sampled' draws from; 0 is the whole vocabulary. Defaults to the task's, or 0."
         },
     )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Least probability that 'sampled' draws, as a share of the most probable token's. Defaults to the "
+            "task's, or to no limit."
+        },
+    )
+    stop: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts that end a completion, beside end tokens. Defaults to the task's, or none."},
+    )
     max_completion_length: int | None = field(
         default=None,
         metadata={
@@ -203,12 +266,23 @@ class EvaluateConfig:
             "Defaults to the task's, or 1024."
         },
     )
+    thinking_budget: int | None = field(
+        default=None,
+        metadata={"help": "Number of tokens after which a thinking block is closed by force, and the answer written."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Number of completions generated at a time."})
     seed: int = field(default=42, metadata={"help": "Seed of 'sampled'."})
 
     # Parameters that control the model
     backend: str = field(default="transformers", metadata={"help": "What generates.", "choices": list(_BACKENDS)})
     server_url: str | None = field(default=None, metadata={"help": "Address of the server: http://localhost:8000."})
+    server_api: str = field(
+        default="tokens",
+        metadata={
+            "help": "How the server is asked: by token ids for token ids, or by messages for text.",
+            "choices": list(_SERVER_APIS),
+        },
+    )
     server_model: str | None = field(
         default=None, metadata={"help": "Name of the model at the server. Defaults to the only one it has."}
     )
@@ -257,7 +331,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self):
-        for name in ("chat_template_kwargs", "vllm_kwargs"):
+        for name in ("chat_template_kwargs", "vllm_kwargs", "task_options"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
@@ -267,7 +341,17 @@ class EvaluateConfig:
                 setattr(self, name, value)
             if not isinstance(value, dict | None):
                 raise ValueError(f"`{name}` must be a mapping, and is {value!r}.")
-        for name in ("checkpoints", "tasks", "decoding", "reward_funcs", "concurrency"):
+        lists = (
+            "checkpoints",
+            "tasks",
+            "decoding",
+            "reward_funcs",
+            "concurrency",
+            "thinking_tags",
+            "pass_at_k",
+            "stop",
+        )
+        for name in lists:
             value = getattr(self, name)
             if not isinstance(value, list | None):  # YAML makes a word a string, and a string is a list of letters
                 raise ValueError(f"`{name}` must be a list, and is {value!r}: write `{name}: [{value}]`.")
@@ -292,22 +376,57 @@ class EvaluateConfig:
             self.fill(OTHER)
         if self.decoding is not None and not set(self.decoding) <= {"greedy", "sampled"}:
             raise ValueError(f"`decoding` must list 'greedy', 'sampled' or both, and is {self.decoding}.")
-        for name in ("max_samples", "max_completion_length", "batch_size", "num_samples", "serving_requests"):
+        counts = ("max_samples", "max_completion_length", "batch_size", "num_samples", "serving_requests")
+        for name in (*counts, "thinking_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, and is {value}.")
-        if self.concurrency and min(self.concurrency) < 1:
-            raise ValueError(f"`concurrency` must list numbers of at least 1, and is {self.concurrency}.")
+        for name in ("concurrency", "pass_at_k"):
+            if getattr(self, name) and min(getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must list numbers of at least 1, and is {getattr(self, name)}.")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"`temperature` must be above 0, and is {self.temperature}: for none, use 'greedy'.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and at most 1, and is {self.top_p}.")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"`top_k` must be at least 0, which is no limit, and is {self.top_k}.")
+        if self.min_p is not None and not 0 <= self.min_p < 1:
+            raise ValueError(f"`min_p` must be at least 0, which is no limit, and below 1, and is {self.min_p}.")
+        if self.stop and not all(self.stop):
+            raise ValueError("`stop` has an empty text, which ends every completion at once: remove it.")
+        if self.thinking_tags is not None and (
+            len(self.thinking_tags) != 2 or not all(self.thinking_tags) or len(set(self.thinking_tags)) < 2
+        ):
+            raise ValueError(f"`thinking_tags` are what opens and what closes thinking, and are {self.thinking_tags}.")
+        if self.thinking_budget is not None:
+            if self.concurrency:
+                raise ValueError(
+                    "`thinking_budget` and `concurrency` exclude each other: the latency of an answer that is interrupted "
+                    "is not measured. Leave one of them out."
+                )
+            if self.tasks is None and self.thinking_budget >= self.max_completion_length:
+                raise ValueError(
+                    f"`thinking_budget` {self.thinking_budget} leaves nothing of `max_completion_length` "
+                    f"{self.max_completion_length} for the answer: lower it."
+                )
+        # Of several `tasks`, each is looked at when it has its own values
+        sampled = self.tasks is None and "sampled" in self.decoding
+        if self.pass_at_k and sampled and max(self.pass_at_k) > self.num_samples:
+            raise ValueError(
+                f"`pass_at_k` {max(self.pass_at_k)} needs as many samples of a problem, and `num_samples` is "
+                f"{self.num_samples}: raise it."
+            )
+        self._check_task_options()
         if self.dtype not in _DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, and is {self.dtype!r}.")
         if self.backend not in _BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(_BACKENDS)}, and is {self.backend!r}.")
+        if self.server_api not in _SERVER_APIS:
+            raise ValueError(f"`server_api` must be one of {', '.join(_SERVER_APIS)}, and is {self.server_api!r}.")
+        if self.server_api == "chat" and self.thinking_budget is not None:
+            raise ValueError(
+                "`thinking_budget` goes on from what was written, which `server_api: chat` cannot: leave one out."
+            )
         if (self.backend == "server") != (self.server_url is not None):
             raise ValueError("`backend: server` and `server_url` belong together: give both.")
         if self.backend == "server" and len(self.checkpoints or ()) > 1:
@@ -325,6 +444,25 @@ class EvaluateConfig:
         if self.rescore and self.cache_dir is None:
             raise ValueError("`rescore` needs the generations of an earlier run: give its `output` or `cache_dir`.")
         self.context()
+
+    def _check_task_options(self) -> None:
+        if self.task_options is None:
+            return
+        if self.tasks is None:
+            raise ValueError(
+                "`task_options` are for single ones of `tasks`: give options of one `dataset_name` as such."
+            )
+        names = {task_name(task)[0] for task in self.tasks}
+        for name, options in self.task_options.items():
+            if name not in names:
+                raise ValueError(f"`task_options` has `{name}`, and `tasks` are {', '.join(sorted(names))}.")
+            if not isinstance(options, dict):
+                raise ValueError(f"`task_options` of `{name}` must be a mapping, and is {options!r}.")
+            for option in options:
+                if option not in TASK_OPTIONS:
+                    raise ValueError(
+                        f"`task_options` of `{name}` has `{option}`, and can have {', '.join(TASK_OPTIONS)}."
+                    )
 
     def fill(self, task: Task) -> None:
         """Takes the values of a task for options that are not set."""

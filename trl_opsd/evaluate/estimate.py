@@ -123,7 +123,11 @@ class Samples:
         )
 
 
-def summarize(samples: Samples, same: Callable[[str, str, str], bool] | None = None) -> Summary:
+def summarize(
+    samples: Samples,
+    same: Callable[[str, str, str], bool] | None = None,
+    pass_at_k_of: Sequence[int] | None = None,
+) -> Summary:
     """
     Turns samples into the numbers of a row of results.
 
@@ -132,21 +136,26 @@ def summarize(samples: Samples, same: Callable[[str, str, str], bool] | None = N
             What was judged.
         same (`Callable[[str, str, str], bool]`, *optional*):
             Which answers are one, for [`majority`].
+        pass_at_k_of (`Sequence[int]`, *optional*):
+            The k of `pass@k`, at most the number n of samples of a problem. Defaults to powers of two.
 
     Returns:
-        [`~trl_opsd.evaluate.schema.Summary`]: Numbers. With several samples of a problem, `at_k` has `pass@k` for powers
-        of two up to their number n, and `maj@n`.
+        [`~trl_opsd.evaluate.schema.Summary`]: Numbers. With several samples of a problem, `at_k` has `pass@k`, and
+        `maj@n` where answers were extracted.
     """
     n, width = samples.correct.shape
     accuracy, low, high = share_interval(samples.correct.mean(axis=1), width)
     judged = ~np.isnan(samples.flexible)
     strict, flexible = samples.correct[judged], samples.flexible[judged] == 1
-    at_k = {}
+    at_k, at_k_bounds = {}, {}
     if width > 1:
         counts = samples.correct.sum(axis=1)
-        for k in (2**power for power in range(1, width.bit_length())):
-            at_k[f"pass@{k}"] = pass_at_k(counts, width, k).mean().item()
-        at_k[f"maj@{width}"] = majority(samples, same).mean().item()
+        for k in pass_at_k_of or [2**power for power in range(1, width.bit_length())]:
+            # n samples are n / k draws of k
+            at_k[f"pass@{k}"], *bounds = share_interval(pass_at_k(counts, width, k), width // k)
+            at_k_bounds[f"pass@{k}"] = bounds
+        if any(record.answer is not None for row in samples.records for record in row):
+            at_k[f"maj@{width}"] = majority(samples, same).mean().item()
     mean, mean_low, mean_high = mean_interval(samples.tokens.mean(axis=1))
     median, p90, p99 = np.percentile(samples.tokens, [50, 90, 99]).tolist()
     thinking = samples.thinking.mean().item()
@@ -163,6 +172,7 @@ def summarize(samples: Samples, same: Callable[[str, str, str], bool] | None = N
         strict_only=int((strict & ~flexible).sum()) if flexible.size else None,
         flexible_only=int((flexible & ~strict).sum()) if flexible.size else None,
         at_k=at_k,
+        at_k_bounds=at_k_bounds,
         mean_tokens=mean,
         mean_tokens_low=mean_low,
         mean_tokens_high=mean_high,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cli import UserError
 from .config import EvaluateConfig
 from .estimate import Samples, summarize
+from .parallel import Processes
 from .plan import Job, plan
 from .results_file import write_completions
 from .run import Generated, Runner
@@ -59,24 +60,26 @@ def evaluate_jobs(jobs: Sequence[Job], progress: Callable[[int, int], None] | No
             Called with the number of completions done and their total. Defaults to a progress bar with the time left.
 
     Returns:
-        `list[ResultRow]`: One for each job and way of decoding.
+        `list[ResultRow]`: One for each job and way of decoding, in every process.
     """
-    rows, completions = [], []
-    with closing(Runner(jobs, progress)) as runner:
+    rows, completions, processes = [], [], Processes(jobs)
+    with closing(Runner(jobs, processes, progress)) as runner:
         for job in jobs:
             for generated in runner.run(job):
+                if not processes.is_first:
+                    continue
                 records = score(job, generated.decoding, generated.requests, generated.completion_ids)
                 rows.append(_row(job, generated, records))
                 completions += records
-    if jobs[0].config.output is not None and jobs[0].config.save_completions:
+    if processes.is_first and jobs[0].config.output is not None and jobs[0].config.save_completions:
         write_completions(jobs[0].config.output, completions)
-    return rows
+    return processes.tell([rows])[0]
 
 
 def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> ResultRow:
     config, checkpoint, sampling = job.config, job.checkpoint, generated.sampling
     try:
-        summary = summarize(Samples.from_records(records), same_answer(job.reward_funcs))
+        summary = summarize(Samples.from_records(records), same_answer(job.reward_funcs), config.pass_at_k)
     except ValueError as error:
         raise UserError(f"`{config.task}`: {error}") from None
     return ResultRow(
@@ -85,19 +88,24 @@ def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> Res
         backend=config.backend,
         parameters=checkpoint.parameters,
         non_embedding_parameters=checkpoint.non_embedding_parameters,
+        active_parameters=checkpoint.active_parameters,
         weights_bytes=checkpoint.weights_bytes,
         peak_memory_bytes=generated.peak_memory_bytes,
         generation_s=generated.generation_s,
         serving=generated.serving,
         cached=generated.cached,
         cache_lines_skipped=generated.cache_lines_skipped,
+        too_long=job.too_long,
         checkpoint_hash=checkpoint.hash,
         seed=config.seed,
         task_version=config.task_version,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p or None,
+        stop=config.stop,
         max_completion_length=config.max_completion_length,
+        thinking_budget=config.thinking_budget,
         reward_funcs=config.reward_funcs,
         wall_s=round(time.perf_counter() - generated.started, 3),
     )

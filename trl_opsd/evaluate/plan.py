@@ -17,10 +17,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from ..cli import UserError
 from ..data import check_columns, load_prompts
 from ..rewards import check_rows, load_reward_funcs, required_columns
-from .backends import Sampling
+from .backends import Sampling, served_model
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
-from .tasks import find_task
+from .lm_eval import load_lm_eval
+from .tasks import LM_EVAL, find_task, task_name
+from .thinking import find_tags
 
 
 @dataclass
@@ -39,17 +41,26 @@ class Job:
             Verifiers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the checkpoint.
+        served (`dict[str, Any]`, *optional*):
+            What a server says of the model that it has; see [`~trl_opsd.evaluate.backends.served_model`].
 
     Attributes:
         names (`list[str]`):
             Name of each problem; see [`problem_ids`].
         prompt_ids (`list[list[int]]`):
             Token ids of the prompts, in the context of `config.prompt_template`.
+        limits (`list[int]`):
+            Maximum number of tokens of each problem's completion: what is asked for, or what the model has left.
+        too_long (`int`):
+            Number of problems left out because the prompt alone fills the model's positions.
         eos_ids (`tuple[int, ...]`):
             Tokens that end a completion.
+        tags ([`~trl_opsd.evaluate.thinking.ThinkingTags`]):
+            Tags of the thinking block.
 
     Raises:
-        UserError: If a prompt with its completion has more tokens than the model has positions.
+        UserError: If no prompt leaves as many positions as a completion may have tokens, or there are fewer problems
+            than requests that are to be under way.
         ValueError: If nothing ends a completion.
     """
 
@@ -58,28 +69,78 @@ class Job:
     dataset: Dataset
     reward_funcs: list[Callable]
     tokenizer: PreTrainedTokenizerBase
+    served: dict[str, Any] | None = None
 
     def __post_init__(self):
-        config, context = self.config, self.config.context()
+        config = self.config
         self.names = problem_ids(self.dataset)
         self.eos_ids = tuple(eos_token_ids(self.checkpoint.generation_config, self.tokenizer))
-        prompts = self.dataset["prompt"] if context is None else [context.prompt(row) for row in self.dataset]
-        self.prompt_ids = tokenize(prompts, self.tokenizer, config.chat_template_kwargs)
-        row = max(range(len(prompts)), key=lambda index: len(self.prompt_ids[index]))
-        longest, positions = len(self.prompt_ids[row]), self.checkpoint.positions
-        if longest + config.max_completion_length > positions:
+        self.tags = find_tags(self.tokenizer, config.thinking_tags)
+        self.prompts = self._prompts()
+        self.prompt_ids = tokenize(self.prompts, self.tokenizer, config.chat_template_kwargs)
+        self._fit()
+        requests = min(len(self.names), config.serving_requests)
+        if config.concurrency and max(config.concurrency) > requests:
             raise UserError(
-                f"The prompt of row {row + 1} of `{config.dataset_name}` has {longest} tokens, and with "
-                f"`max_completion_length` {config.max_completion_length} that is more than the {positions} "
-                "positions of the model: lower it, or remove the row."
+                f"`concurrency` {max(config.concurrency)} needs at least as many requests, and `{config.task}` has "
+                f"{len(self.names)} problems, with `serving_requests` {config.serving_requests}: lower it, or measure on "
+                "a larger task."
+            )
+
+    def _prompts(self) -> list:
+        config, context = self.config, self.config.context()
+        if config.backend == "server" and config.server_api == "chat" and isinstance(self.dataset["prompt"][0], str):
+            raise UserError(
+                f"`server_api: chat` takes conversations, and the prompts of `{config.task}` are plain text."
+            )
+        prompts = list(self.dataset["prompt"]) if context is None else [context.prompt(row) for row in self.dataset]
+        if config.system_prompt is None:
+            return prompts
+        if isinstance(prompts[0], str):
+            raise UserError(
+                f"`system_prompt` is for conversations, and the prompts of `{config.task}` are plain text."
+            )
+        if any(prompt[0]["role"] == "system" for prompt in prompts):
+            raise UserError(f"The prompts of `{config.task}` have a system message: leave `system_prompt` out.")
+        return [[{"role": "system", "content": config.system_prompt}, *prompt] for prompt in prompts]
+
+    def _fit(self) -> None:
+        """Gives each completion the positions that its prompt leaves, and leaves prompts out that leave none."""
+        config = self.config
+        told = [self.checkpoint.positions]
+        if config.backend == "vllm":
+            told.append((config.vllm_kwargs or {}).get("max_model_len"))
+        elif config.backend == "server":
+            told.append((self.served or {}).get("max_model_len"))
+        positions = min((limit for limit in told if limit is not None), default=None)
+        limit = config.max_completion_length
+        left = [limit if positions is None else positions - len(ids) for ids in self.prompt_ids]
+        if max(left) < limit:  # the limit is at fault, and not this or that prompt
+            shortest = min(map(len, self.prompt_ids))
+            raise UserError(
+                f"The shortest prompt of `{config.dataset_name}` has {shortest} tokens, and with "
+                f"`max_completion_length` {limit} that is more than the {positions} positions of the model: lower it."
+            )
+        kept = [index for index, room in enumerate(left) if room > 0]
+        self.too_long = len(left) - len(kept)
+        self.limits = [min(left[index], limit) for index in kept]
+        if self.too_long:
+            self.dataset = self.dataset.select(kept)
+            self.names, self.prompts, self.prompt_ids = (
+                [values[index] for index in kept] for values in (self.names, self.prompts, self.prompt_ids)
             )
 
     def sampling(self, decoding: str) -> Sampling:
         """How completions are drawn for `"greedy"` or `"sampled"`."""
         config = self.config
+        common = {
+            "max_tokens": config.max_completion_length,
+            "eos_ids": self.eos_ids,
+            "stop": tuple(config.stop or ()),
+        }
         if decoding == "greedy":
-            return Sampling(0.0, 1.0, 0, config.max_completion_length, self.eos_ids)
-        return Sampling(config.temperature, config.top_p, config.top_k, config.max_completion_length, self.eos_ids)
+            return Sampling(0.0, 1.0, 0, **common)
+        return Sampling(config.temperature, config.top_p, config.top_k, min_p=config.min_p or 0.0, **common)
 
     def samples(self, decoding: str) -> int:
         """Completions per problem."""
@@ -121,11 +182,12 @@ def plan(
         raise UserError("`checkpoints` are loaded from where they are: leave the list out where a model is given.")
     loaded = None if model is None else wrap_model(model, config.model_name_or_path)
     jobs, opened = [], {}
+    served = None if config.backend != "server" else served_model(config.server_url, config.server_model)
     for part in expand(config):
         checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
         dataset, reward_funcs = load_task(part)
         own = load_tokenizer(part, dataset) if tokenizer is None else tokenizer
-        jobs.append(Job(part, checkpoint, dataset, reward_funcs, own))
+        jobs.append(Job(part, checkpoint, dataset, reward_funcs, own, served))
     return jobs
 
 
@@ -165,12 +227,17 @@ def expand(config: EvaluateConfig) -> list[EvaluateConfig]:
             if name is None:
                 runs.append(dataclasses.replace(config, **common, task=config.task or config.dataset_name))
                 continue
-            name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", name).groups()
+            name, number = task_name(name)
             label, task = find_task(name)
+            own = (config.task_options or {}).get(name, {})
             run = copy.copy(config)
+            vars(run).update(own)
             run.fill(task)
-            samples = int(number) if number else config.max_samples
-            runs.append(dataclasses.replace(run, **common, dataset_name=name, task=label, max_samples=samples))
+            # A number in brackets says more than an option; and the baseline keeps its context
+            samples = {} if number is None else {"max_samples": number}
+            context = {"prompt_template": template or run.prompt_template}
+            changes = {**common, **samples, **context, "dataset_name": name, "task": label, "task_options": None}
+            runs.append(dataclasses.replace(run, **changes))
     return runs
 
 
@@ -188,8 +255,14 @@ def load_task(config: EvaluateConfig) -> tuple[Dataset, list[Callable]]:
     Raises:
         ValueError: If a file, a column or a reward function is missing.
     """
-    reward_funcs = load_reward_funcs(config.reward_funcs)
-    dataset = load_prompts(config.dataset_name, config.dataset_split)
+    head, _, name = config.dataset_name.partition(":")
+    if head == LM_EVAL and name:
+        if config.reward_funcs != [LM_EVAL]:
+            raise UserError(f"`{config.dataset_name}` is scored by lm-evaluation-harness: leave `reward_funcs` out.")
+        dataset, reward_funcs = load_lm_eval(name)
+    else:
+        reward_funcs = load_reward_funcs(config.reward_funcs)
+        dataset = load_prompts(config.dataset_name, config.dataset_split)
     for name, func in zip(config.reward_funcs, reward_funcs, strict=True):
         check_columns(dataset, required_columns(func), f"The verifier `{name}`")
     if config.max_samples is not None:

@@ -216,7 +216,9 @@ def _derived(price: float | None) -> list[Derived]:
 def _flops(row: ResultRow) -> float | None:
     if not row.non_embedding_parameters:
         return None
-    return flops_per_1000_correct(row.mean_tokens, row.accuracy, row.non_embedding_parameters)
+    # Results of an older version do not say which of the parameters a token passes
+    parameters = row.active_parameters or row.non_embedding_parameters
+    return flops_per_1000_correct(row.mean_tokens, row.accuracy, parameters)
 
 
 def traces(comparison: Comparison) -> list[dict[str, Any]]:
@@ -305,7 +307,7 @@ def _notes(measurements: Sequence[Measurement], margin: float, price: float | No
         notes.append(f"Markers are the words {', '.join(MARKERS)}.")
     if any(_flops(item.row) is not None for item in measurements):
         notes.append(
-            "FLOPs are 2 · non-embedding parameters · completion tokens, of right and wrong completions; attention and the "
+            "FLOPs are 2 · non-embedding parameters (of experts the active ones) · completion tokens, of right and wrong completions; attention and the "
             "output layer are left out."
         )
     if price is not None:

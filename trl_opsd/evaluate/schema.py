@@ -122,7 +122,7 @@ class Verdict:
         tokens (`int`):
             Its number of tokens, with the one that ends it.
         thinking_tokens (`int`):
-            Those of them up to `</think>`; all of them if it never comes.
+            Those of them up to the tag that closes the thinking block; all of them if it never comes.
         truncated (`bool`):
             Whether it had not ended at the limit.
         correct (`bool`, *optional*):
@@ -182,6 +182,8 @@ class Serving:
             The same to its last; the second is optional.
         tokens_per_s, requests_per_s (`float`):
             From the first request to the last token; the second is optional.
+        meter (`str`, *optional*):
+            What measured it, if not [`~trl_opsd.evaluate.serving.measure_serving`].
     """
 
     concurrency: int = number(above_zero=True)
@@ -193,6 +195,7 @@ class Serving:
     total_p95_s: float | None = number(default=None)
     tokens_per_s: float = number()
     requests_per_s: float | None = number(default=None)
+    meter: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -217,7 +220,10 @@ class Summary:
         strict_only, flexible_only (`int`, *optional*):
             Samples that only one of the scorers accepts.
         at_k (`dict[str, float]`, *optional*):
-            `pass@k` and `maj@n` by name. In a file each has a key of its own.
+            `pass@k` and `maj@n` by name. In a file each has a key of its own. `maj@n` is missing where no answer was
+            extracted, as of programs.
+        at_k_bounds (`dict[str, list[float]]`, *optional*):
+            95% interval of each `pass@k`, two bounds by name.
         mean_tokens, mean_tokens_low, mean_tokens_high (`float`):
             Mean completion tokens and its 95% interval.
         median_tokens, p90_tokens, p99_tokens (`float`):
@@ -241,6 +247,7 @@ class Summary:
     strict_only: int | None = number(Column("right by strict only", whole), default=None)
     flexible_only: int | None = number(Column("right by flexible only", whole), default=None)
     at_k: dict[str, float | None] = number(Column("", percent), most=1, default_factory=dict)
+    at_k_bounds: dict = field(default_factory=dict)
     mean_tokens: float = number(Column("tokens, mean", tenth, place=0), above_zero=True)
     mean_tokens_low: float | None = number(default=None)
     mean_tokens_high: float | None = number(default=None)
@@ -265,13 +272,17 @@ class ResultRow(Summary, Labels):
             Parameters of the checkpoint.
         non_embedding_parameters (`int`, *optional*):
             Those that are neither the table of input embeddings nor the output layer.
+        active_parameters (`int`, *optional*):
+            Those of them that a token passes: fewer in a mixture of experts.
         peak_memory_bytes (`int`, *optional*):
-            While the checkpoint was loaded and generated (see [`~trl_opsd.evaluate.memory.peak_memory`]); `None` if
-            it did not in this run, and of a server.
+            While this row was generated, of all processes that held the model (see
+            [`~trl_opsd.evaluate.memory.peak_memory`]); `None` if not all of it was in this run, and of a server. Where
+            several processes have a model each, the largest of theirs.
         weights_bytes (`int`, *optional*):
             Size of its weight files.
         generation_s (`float`, *optional*):
-            Seconds of generating, those of an earlier run included where cached completions are from it.
+            Seconds of generating; `None` if not all of it was in this run. What it cost, on a machine that may have
+            had other things to do: speed is what `serving` has.
         wall_s (`float`):
             Seconds of this run.
         serving (`list[Serving]`, *optional*):
@@ -280,31 +291,38 @@ class ResultRow(Summary, Labels):
             Completions that an earlier run had generated.
         cache_lines_skipped (`int`, *optional*):
             Damaged lines of the cache.
+        too_long (`int`, *optional*):
+            Problems left out because the prompt alone fills the model's positions.
         checkpoint_hash (`str`, *optional*):
             Which checkpoint exactly; `None` of a model that was given loaded.
         seed (`int`, *optional*):
             Seed.
-        task_version, temperature, top_p, top_k, max_completion_length, reward_funcs (*optional*):
+        task_version, temperature, top_p, top_k, min_p, stop, max_completion_length, thinking_budget, reward_funcs (*optional*):
             What two rows must share to be compared. A row without them was measured as its run's configuration says.
     """
 
     backend: str = "transformers"
     parameters: int = number(Column("parameters", whole, place=0), above_zero=True)
     non_embedding_parameters: int | None = number(default=None)
+    active_parameters: int | None = number(default=None)
     peak_memory_bytes: int | None = number(Column("peak memory, MiB", mebibytes, place=2), default=None)
     weights_bytes: int | None = number(Column("weights, MiB", mebibytes, place=2), default=None)
-    generation_s: float | None = number(Column("seconds of generating", whole, place=2), default=None)
+    generation_s: float | None = number(default=None)
     wall_s: float = number(Column("seconds in all", whole, place=2))
     serving: list[Serving] = field(default_factory=list)
     cached: int | None = number(default=None)
     cache_lines_skipped: int | None = number(default=None)
+    too_long: int | None = number(Column("prompt too long", whole, trivial=0), default=None)
     checkpoint_hash: str | None = None
     seed: int | None = None
     task_version: str | int | None = setting("task version")
     temperature: float | None = setting("decoding")
     top_p: float | None = setting("decoding")
     top_k: int | None = setting("decoding")
+    min_p: float | None = setting("decoding")
+    stop: list | None = setting("decoding")
     max_completion_length: int | None = setting("decoding")
+    thinking_budget: int | None = setting("decoding")
     reward_funcs: list | None = setting("scoring")
 
     @property
@@ -360,6 +378,15 @@ def from_json(cls: type, values: Any, where: str) -> Any:
             found[name] = {key: value for key, value in values.items() if "@" in key}
             for key, value in found[name].items():
                 _check(key, value, float | None, declared.metadata, where)
+        elif name == "at_k_bounds":
+            found[name] = values.get(name, {})
+            _check(name, found[name], dict, {}, where)
+            for key, bounds in found[name].items():
+                _check(f"{name}` of `{key}", bounds, list, {}, where)
+                for bound in bounds:
+                    _check(f"{name}` of `{key}", bound, float, number(most=1).metadata, where)
+                if len(bounds) != 2:
+                    raise UserError(f"{where}: `{name}` of `{key}` must be two bounds, and is {bounds!r:.80}.")
         elif name not in values:
             if declared.default is declared.default_factory is dataclasses.MISSING:
                 raise UserError(f"{where}: `{name}` is missing.")

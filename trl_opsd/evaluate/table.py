@@ -62,6 +62,9 @@ def _columns(rows: Sequence[ResultRow], only: Sequence[str] | None) -> list[tupl
     def at_k(name: str) -> Value:
         return lambda row: row.at_k.get(name)
 
+    def bound(name: str, place: int) -> Value:
+        return lambda row: row.at_k_bounds[name][place] if name in row.at_k_bounds else None
+
     found = []
     for declared in dataclasses.fields(type(rows[0])):
         name, column = declared.name, declared.metadata.get("column")
@@ -70,7 +73,7 @@ def _columns(rows: Sequence[ResultRow], only: Sequence[str] | None) -> list[tupl
         if name == "at_k":
             names = {key for row in rows for key in row.at_k}
             for key in sorted(names, key=lambda key: (key[0] != "p", len(key), key)):
-                found.append((dataclasses.replace(column, heading=key), at_k(key), None, None))
+                found.append((dataclasses.replace(column, heading=key), at_k(key), bound(key, 0), bound(key, 1)))
         else:
             found.append((column, value_of(name), value_of(f"{name}_low"), value_of(f"{name}_high")))
     return found

@@ -3,7 +3,9 @@ The benchmarks that have a name: what each is asked, judged by and decoded with.
 question is worded is in [`trl_opsd.data.SOURCES`], under the same name.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..cli import UserError
 from ..data import SOURCES
@@ -32,6 +34,10 @@ class Task:
             Share of the probability mass when sampled.
         top_k (`int`, *optional*, defaults to `20`):
             Number of tokens to draw from when sampled.
+        min_p (`float`, *optional*):
+            Least probability to draw when sampled, as a share of the most probable token's.
+        stop (`tuple[str, ...]`, *optional*):
+            Texts that end a completion.
         version (`str`, *optional*, defaults to `"1"`):
             Raised when a change here, in the wording or in the scoring, makes numbers incomparable with older ones.
     """
@@ -44,6 +50,8 @@ class Task:
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 20
+    min_p: float | None = None
+    stop: tuple[str, ...] | None = None
     version: str = "1"
 
 
@@ -62,8 +70,17 @@ TASKS = {
     REASONING_GYM: Task("test", ("reasoning_gym_reward",), 8192),
 }
 
+#: What stands before the name of a task of lm-evaluation-harness
+LM_EVAL = "lm_eval"
+
 # A file, a folder or a data set on the Hub
 OTHER = Task("test", ("math_reward",), 1024, decoding=("greedy",), temperature=1.0, top_p=1.0, top_k=0)
+
+
+def task_name(text: str) -> tuple[str, int | None]:
+    """Takes `NAME[:N]` apart: the name, and the number of problems if one is given."""
+    name, number = re.fullmatch(r"(.+?)(?:\[:(\d+)\])?", text).groups()
+    return name, int(number) if number else None
 
 
 def find_task(name: str) -> tuple[str, Task]:
@@ -72,8 +89,8 @@ def find_task(name: str) -> tuple[str, Task]:
 
     Args:
         name (`str`):
-            Name of a task, alone or with what [`~trl_opsd.data.load_prompts`] takes after a colon, or any other data
-            set that it loads.
+            Name of a task, alone or with what [`~trl_opsd.data.load_prompts`] takes after a colon, `lm_eval:` and the
+            name of a task of lm-evaluation-harness, or any other data set that `load_prompts` loads.
 
     Returns:
         `tuple[str, Task]`: Label for the results (the name without the path of a local copy), and the task.
@@ -82,6 +99,10 @@ def find_task(name: str) -> tuple[str, Task]:
         UserError: If it is the name of a source that is for training only.
     """
     head, _, rest = name.partition(":")
+    if head == LM_EVAL and rest:
+        from .lm_eval import find_lm_eval  # an extra, and a name is all that most runs need of it
+
+        return f"{LM_EVAL}:{Path(rest).stem}", find_lm_eval(rest)
     if head in TASKS:
         part = rest.partition(":")[0] if head == REASONING_GYM else rest if rest in SOURCES[head].tasks else ""
         return f"{head}:{part}" if part else head, TASKS[head]

@@ -4,13 +4,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import Checkpoint
 from ..config import EvaluateConfig
+from ..thinking import find_tags
 from .engine import Engine, Request, Sampling
-from .server import ServerEngine
+from .server import ChatFormat, ServerEngine, served_model
 from .transformers import TransformersEngine, load_model
 from .vllm import VllmEngine
 
 
 __all__ = ["Engine", "Request", "Sampling", "ServerEngine", "TransformersEngine", "VllmEngine", "load_engine"]
+__all__ += ["ChatFormat", "served_model"]
 
 
 def load_engine(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -32,10 +34,12 @@ def load_engine(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer: PreTr
         UserError: If the weights are not those of the model or not finite, or the backend is not there.
     """
     if checkpoint.model is not None:
-        return TransformersEngine(checkpoint.model, tokenizer.pad_token_id, config.batch_size)
+        return TransformersEngine(checkpoint.model, tokenizer.pad_token_id, config.batch_size, tokenizer)
     if config.backend == "server":
-        return ServerEngine(config.server_url, config.server_model, config.batch_size)
+        tags = find_tags(tokenizer, config.thinking_tags)
+        chat = ChatFormat(tokenizer, tags, config.chat_template_kwargs) if config.server_api == "chat" else None
+        return ServerEngine(config.server_url, config.server_model, config.batch_size, chat)
     checkpoint.check_loadable()
     if config.backend == "vllm":
         return VllmEngine(config)
-    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size)
+    return TransformersEngine(load_model(config), tokenizer.pad_token_id, config.batch_size, tokenizer)

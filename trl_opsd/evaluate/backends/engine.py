@@ -26,6 +26,10 @@ class Sampling:
             Maximum number of tokens of a completion.
         eos_ids (`tuple[int, ...]`):
             Tokens that end a completion, which keeps the one that ended it.
+        min_p (`float`, *optional*, defaults to `0.0`):
+            Least probability to draw, as a share of the most probable token's.
+        stop (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Texts that end a completion, which keeps the tokens that made one of them whole.
     """
 
     temperature: float
@@ -33,6 +37,12 @@ class Sampling:
     top_k: int
     max_tokens: int
     eos_ids: tuple[int, ...]
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def limit(self, request: "Request") -> int:
+        """Maximum number of tokens of one completion."""
+        return self.max_tokens if request.max_tokens is None else min(self.max_tokens, request.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,17 @@ class Request:
         prompt_ids (`list[int]`):
             Token ids of the prompt.
         seed (`int`):
-            Seed of its random numbers.
+            Seed of its random numbers, which it shares with no other completion.
+        max_tokens (`int`, *optional*):
+            Maximum number of its tokens, where the model has room for fewer than others may have.
+        messages (`list[dict[str, str]]`, *optional*):
+            The conversation that `prompt_ids` are made of, for a server that is asked by messages.
     """
 
     prompt_ids: list[int]
     seed: int
+    max_tokens: int | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 class Engine(Protocol):
@@ -66,7 +82,8 @@ class Engine(Protocol):
             sampling ([`Sampling`]):
                 How.
             done (`Container[int]`, *optional*):
-                Positions in `requests` that are not needed. What the others come out as does not depend on it.
+                Positions in `requests` that are not needed. What the others come out as does not depend on it, nor on
+                what else is generated, but for rounding.
 
         Yields:
             `tuple[int, list[int]]`: Position in `requests` and token ids, in the order in which they finish.
@@ -82,7 +99,7 @@ class Engine(Protocol):
     ) -> None:
         """
         Answers requests while `concurrency` of them are under way, and says when each starts and when each of its
-        tokens is there.
+        tokens is there. Nothing that was computed for an earlier call is made use of, such as a cached prefix.
 
         Args:
             requests (`list[Request]`):
@@ -95,6 +112,15 @@ class Engine(Protocol):
                 Called with the position of a request when it is handed over.
             on_token (`Callable[[int], None]`):
                 Called with it for each of its tokens.
+        """
+
+    def reset_peak_memory(self) -> None:
+        """Starts a new measurement of [`peak_memory`]."""
+
+    def peak_memory(self) -> int | None:
+        """
+        Returns the most memory held since [`reset_peak_memory`] by the processes that hold the model, together, in bytes;
+        `None` where that cannot be known.
         """
 
     def close(self) -> None:

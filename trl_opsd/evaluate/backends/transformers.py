@@ -1,14 +1,26 @@
 """A model in this process, through transformers."""
 
 import gc
+import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint import load_weights
 from ..config import EvaluateConfig
+from ..memory import peak_memory, reset_peak_memory
+from ..thinking import fewest
 from .engine import Request, Sampling
 
 
@@ -26,11 +38,14 @@ def load_model(config: EvaluateConfig) -> PreTrainedModel:
     Raises:
         UserError: If the weights cannot be read, or are not those of the model.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = config.device or "cpu"
+    if config.device is None and torch.accelerator.is_available():
+        # of several processes each has its own
+        device = f"{torch.accelerator.current_accelerator()}:{torch.accelerator.current_device_index()}"
     return load_weights(
         config.model_name_or_path,
         dtype=config.dtype,
-        device_map={"": config.device or str(accelerator)},
+        device_map={"": device},
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -56,6 +71,42 @@ class _Steps(BaseStreamer):
         pass
 
 
+class _Draw(LogitsProcessor):
+    """
+    Draws the next token of every row by random numbers of that row alone, and leaves nothing else to choose from, so that
+    a completion does not depend on those beside it. (`do_sample` draws all rows from one stream.)
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.cat([torch.rand(1, generator=stream) for stream in self.streams]).to(self.device)
+        # below the sum of all by more than rounding, so that no token of no probability comes last
+        target = drawn.unsqueeze(1) * cumulative[:, -1:] * (1 - 1e-6)
+        token = torch.searchsorted(cumulative, target, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class _StopTexts(StoppingCriteria):
+    """
+    Ends the rows whose completion has one of the texts. (`stop_strings` takes the vocabulary apart, which fails for some
+    tokenizers.)
+    """
+
+    def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int):
+        self.stop, self.tokenizer, self.width = stop, tokenizer, width
+        self.tail = 16 + max(len(mark.encode()) for mark in stop)  # a token has at least a byte
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        ends = input_ids[:, max(self.width, input_ids.size(1) - self.tail) :].tolist()
+        texts = self.tokenizer.batch_decode(ends, skip_special_tokens=True)
+        has_stopped = [any(mark in text for mark in self.stop) for text in texts]
+        return torch.tensor(has_stopped, device=input_ids.device)
+
+
 class TransformersEngine:
     """
     A model in this process, in batches of prompts of similar length, the longest first. A batch lasts as long as its
@@ -68,21 +119,35 @@ class TransformersEngine:
             Token to pad with.
         batch_size (`int`):
             Number of completions generated at a time.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer, which only `stop` needs.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int | None, batch_size: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pad_token_id: int | None,
+        batch_size: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.model, self.pad_token_id, self.batch_size = model, pad_token_id, batch_size
+        self.tokenizer = tokenizer
 
     def generate(
         self, requests: list[Request], sampling: Sampling, done: Container[int] = ()
     ) -> Iterator[tuple[int, list[int]]]:
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids), reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            missing = [index for index in indices if index not in done]
-            if missing:  # then the whole batch, because its rows share their random numbers
+        missing = [index for index in range(len(requests)) if index not in done]
+
+        def room(index: int) -> int:
+            return sampling.limit(requests[index])
+
+        missing.sort(key=lambda index: (room(index), -len(requests[index].prompt_ids)))
+        for _, alike in itertools.groupby(missing, key=room):  # a batch has one limit
+            alike = list(alike)
+            for start in range(0, len(alike), self.batch_size):
+                indices = alike[start : start + self.batch_size]
                 batch = self._batch([requests[index] for index in indices], sampling)
-                yield from ((index, ids) for index, ids in zip(indices, batch, strict=True) if index not in done)
+                yield from zip(indices, batch, strict=True)
 
     def serve(self, requests, sampling, concurrency, on_start, on_token) -> None:
         for start in range(0, len(requests), concurrency):
@@ -92,6 +157,12 @@ class TransformersEngine:
             streamer = _Steps(indices, sampling.eos_ids, on_token)
             self._batch([requests[index] for index in indices], sampling, streamer=streamer)
 
+    def reset_peak_memory(self) -> None:
+        reset_peak_memory()
+
+    def peak_memory(self) -> int:
+        return peak_memory()
+
     def close(self) -> None:
         del self.model
         gc.collect()
@@ -100,16 +171,14 @@ class TransformersEngine:
 
     def _batch(self, batch: list[Request], sampling: Sampling, **kwargs) -> list[list[int]]:
         pad_id = sampling.eos_ids[0] if self.pad_token_id is None else self.pad_token_id
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         # What is left out here is taken from the checkpoint's generation config, so what decides the tokens is not.
         generation_config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
-            do_sample=sampling.temperature > 0,
+            max_new_tokens=min(map(sampling.limit, batch)),
+            do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             eos_token_id=list(sampling.eos_ids),
             pad_token_id=pad_id,
-            **(drawn if sampling.temperature > 0 else {}),
         )
         device = self.model.device
         width = max(len(request.prompt_ids) for request in batch)
@@ -118,18 +187,35 @@ class TransformersEngine:
         for row, request in enumerate(batch):
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention_mask[row, width - len(request.prompt_ids) :] = 1
+        if sampling.stop:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([_StopTexts(sampling.stop, self.tokenizer, width)])
+        if sampling.temperature > 0:
+            chosen = [TemperatureLogitsWarper(sampling.temperature)]
+            chosen += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p > 0 else []
+            chosen += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+            chosen += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+            kwargs["logits_processor"] = LogitsProcessorList(
+                [*chosen, _Draw([request.seed for request in batch], device)]
+            )
         training = self.model.training
         self.model.eval()
-        # the caller's random numbers go on as if nothing had been drawn
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(batch[0].seed)
-            completion = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=generation_config,
-                **kwargs,
-            )[:, width:]
+        completion = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=generation_config,
+            **kwargs,
+        )[:, width:]
         self.model.train(training)
         ended = torch.isin(completion, torch.tensor(sampling.eos_ids, device=device))
         lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, completion.size(1)).tolist()
-        return [ids[:length] for ids, length in zip(completion.tolist(), lengths, strict=True)]
+        found = [ids[:length] for ids, length in zip(completion.tolist(), lengths, strict=True)]
+        return [self._until_stop(ids, sampling.stop) for ids in found] if sampling.stop else found
+
+    def _until_stop(self, ids: list[int], stop: Sequence[str]) -> list[int]:
+        """Takes away the padding behind a text that ends a completion, which is no end token."""
+
+        def has_stopped(part: Sequence[int]) -> bool:
+            text = self.tokenizer.decode(part, skip_special_tokens=True)
+            return any(mark in text for mark in stop)
+
+        return ids[: fewest(ids, has_stopped)] if has_stopped(ids) else ids
