@@ -1,15 +1,15 @@
 """The model card of a checkpoint, from what was measured: metrics as structured results, the recipe, limitations."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..cli import UserError
-from .compare import compare_measurements
-from .report import unpaired, write_page
+from .compare import Conclusion, compare_measurements, margin_finder, warnings_of
+from .report import write_page
 from .results_file import Measurement, load_results
 from .schema import to_json
 from .table import markdown_table, markdown_text, table_of
@@ -60,7 +60,7 @@ def write_card(
     folder: str | Path,
     stage: str | None = None,
     before: str | None = None,
-    margin: float = 0.01,
+    margins: Mapping[str | None, float] | None = None,
 ) -> Path:
     """
     Writes `README.md`, a model card that the Hub reads, into the folder of a checkpoint.
@@ -74,8 +74,9 @@ def write_card(
             Label of the checkpoint in the results. Defaults to the last there is.
         before (`str`, *optional*):
             Label of the checkpoint that it is compared with. Defaults to the first there is.
-        margin (`float`, *optional*, defaults to `0.01`):
-            Loss of accuracy that still counts as none.
+        margins (`Mapping`, *optional*):
+            Loss of accuracy that still counts as none, by task, as [`~trl_opsd.evaluate.compare.margins_of`] reads it.
+            Defaults to 0.01 for all.
 
     Returns:
         `Path`: The card.
@@ -104,21 +105,23 @@ def write_card(
         eval_results=[result for item in chosen for result in _results(item)],
     )
     starts = {item.key: item for item in measurements if item.label == before}
-    sentences = []
-    for item in chosen:
-        start = starts.get(item.key)
-        if start is None or start.label == item.label:
-            continue
-        paired = item.samples is not None and start.samples is not None
-        sentences.append(compare_measurements(start, item, margin).sentence() if paired else unpaired(start, item))
+    find_margin = margin_finder(margins, [item.row.task for item in measurements])
+    singles = [
+        compare_measurements(starts[item.key], item, find_margin(item.row.task), unpaired=True)
+        for item in chosen
+        if item.key in starts and starts[item.key].label != item.label
+    ]
+    sentences = Conclusion(singles).sentences() if singles else []
+    sentences += [f"{what}: {'; '.join(places)}." for what, places in warnings_of(singles)]
     lines = [
         f"# {name}",
         "",
         "Compressed after reinforcement learning by on-policy self-distillation, with trl-opsd.",
         "",
     ]
+    table = table_of([item for item in measurements if item.key in keys])
     lines += ["## Results", "", *[f"- {sentence}" for sentence in map(markdown_text, sentences)], ""]
-    lines += [*markdown_table(*table_of([item for item in measurements if item.key in keys])), ""]
+    lines += [*markdown_table(table.headings, table.lines), ""]
     lines += ["## Recipe", "", *_recipe(folder), ""]
     lines += ["## Limitations", "", *[f"- {sentence}" for sentence in _limitations(chosen)], ""]
     path = folder / "README.md"
