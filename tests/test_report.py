@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -5,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluated import CONFIG, records, write_run
+from evaluation_world import save_checkpoint
 from huggingface_hub import ModelCard
 
 from trl_opsd.cli import UserError
 from trl_opsd.evaluate.card import write_card
+from trl_opsd.evaluate.checkpoint import open_checkpoint
 from trl_opsd.evaluate.commands import card_command, report_command
 from trl_opsd.evaluate.compare import compare_files
 from trl_opsd.evaluate.report import TRACE_CHARACTERS, report_results, traces
@@ -343,12 +346,32 @@ class TestHostileTexts:
 
 
 class TestCard:
-    def test_parses_back(self, files, tmp_path):
-        folder = tmp_path / "small"
-        folder.mkdir()
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A checkpoint that OPSD has left, from one that RLVR has left, from a model on the Hub."""
+        folder, start = tmp_path / "small", tmp_path / "start"
+        save_checkpoint(folder)
+        start.mkdir()
+        config = {"gate": "correct", "beta": 1.0, "dataloader_num_workers": 3, "seed": 4}
         write_results(
-            folder / "opsd.json", [], {"gate": "correct", "beta": 1.0, "dataloader_num_workers": 3, "seed": 4}
+            folder / "opsd.json", [], {**config, "model_name_or_path": str(start), "dataset_name": "gsm8k:a.jsonl"}
         )
+        write_results(start / "rlvr.json", [], {"model_name_or_path": "some/model", "dataset_name": "their/data"})
+        (start / "README.md").write_text("---\nlicense: mit\n---\n\nBy hand.\n")
+        return folder
+
+    @pytest.fixture
+    def measured_files(self, files, folder):
+        """Results in which `opsd` is the checkpoint of that folder."""
+        for file in files:
+            results = json.loads(file.read_text())
+            for row in results["rows"]:
+                row["checkpoint_hash"] = open_checkpoint(str(folder)).hash if row["stage"] == "opsd" else "0" * 64
+            file.write_text(json.dumps(results))
+        return files
+
+    def test_parses_back(self, measured_files, folder):
+        files = measured_files
         assert card_command(["--card", *map(str, files), "--output_dir", str(folder), "--before", "rlvr"]) == 0
         card = ModelCard.load(folder / "README.md")
         assert card.data.model_name == "small" and "trl-opsd" in card.data.tags
@@ -367,19 +390,85 @@ class TestCard:
         assert comparison.sentence() in card.text
         assert "gate: correct\nbeta: 1.0\nseed: 4" in card.text and "dataloader" not in card.text
 
-    def test_limitations_come_from_the_rows(self, tmp_path):
+    def test_licence_base_model_and_data(self, measured_files, folder):
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert (card.data.base_model, card.data.license) == ("some/model", "mit")
+        assert card.data.datasets == ["openai/gsm8k", "their/data"]
+        assert "opsd on `openai/gsm8k`; rlvr on `their/data`" in card.text and "Licence: mit." in card.text
+        assert (
+            card_command(["--card", *map(str, measured_files), "--output_dir", str(folder), "--licence", "gemma"]) == 0
+        )
+        assert ModelCard.load(folder / "README.md").data.license == "gemma"
+
+    def test_what_is_not_recorded_is_not_claimed(self, measured_files, folder):
+        (folder / "opsd.json").unlink()
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert card.data.base_model is card.data.license is card.data.datasets is None
+        assert "Licence: not recorded" in card.text and "no record of the stage" in card.text
+
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_its_own_card_is_replaced_until_a_person_changes_it(self, measured_files, folder, changed, capsys):
+        path = write_card(measured_files, folder, before="concise")
+        if changed:
+            path.write_text(path.read_text().replace("## Recipe", "I tried it at home.\n\n## Recipe"))
+        text = path.read_text()
+        arguments = ["--card", *map(str, measured_files), "--output_dir", str(folder)]
+        if changed:
+            with pytest.raises(SystemExit) as error:
+                card_command(arguments)
+            assert error.value.code == 2 and "by a person, and is not overwritten" in capsys.readouterr().err
+            assert path.read_text() == text
+        else:
+            assert card_command(arguments) == 0 and path.read_text() != text
+
+    @pytest.mark.parametrize("text", ["# My model\n", "", "---\nlicense: mit\n---\n\nBy hand.\n", "---\n: [\n---\n"])
+    def test_a_readme_of_a_persons_stays(self, measured_files, folder, text):
+        (folder / "README.md").write_text(text)
+        with pytest.raises(UserError, match="by a person, and is not overwritten"):
+            write_card(measured_files, folder)
+        assert (folder / "README.md").read_text() == text
+
+    def test_the_card_of_the_trainer_is_kept(self, measured_files, folder):
+        theirs = "---\ntags:\n- generated_from_trainer\nlicense: apache-2.0\n---\n\nTrained.\n"
+        (folder / "README.md").write_text(theirs)
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert card.data.license == "apache-2.0" and (folder / "README.trl.md").read_text() == theirs
+
+    def test_of_other_weights_nothing_is_said(self, measured_files, folder):
+        save_checkpoint(folder, seed=1)  # trained on since
+        with pytest.raises(UserError, match="has measured other weights as `opsd` than those in"):
+            write_card(measured_files, folder)
+        with pytest.raises(UserError, match="has measured other weights as `rlvr` than those in"):
+            write_card(measured_files, folder, stage="rlvr")
+        assert not (folder / "README.md").exists()
+
+    def test_weights_that_are_not_named(self, files, folder):
+        with pytest.raises(UserError, match="does not say which weights `opsd` are"):
+            write_card(files, folder)
+
+    def test_limitations_come_from_the_rows(self, tmp_path, folder):
         samples = records("a", np.array([[True], [None], [False], [False]], dtype=object), 10)
         samples[2].update(truncated=True)
         samples[3].update(correct_flexible=True)
-        text = write_card([write_run(tmp_path / "a.json", samples)], tmp_path).read_text()
+        (folder / "opsd.json").unlink()
+        file = write_run(tmp_path / "a.json", samples, checkpoint_hash=open_checkpoint(str(folder)).hash)
+        text = write_card([file], folder).read_text()
         assert "33.3% of the completions had not ended" in text and "1 problems could not be verified" in text
         assert "disagree on 1 completions" in text and "no record of the stage" in text
+        assert "completion tokens, mean, greedy, at least (some were cut at the limit)" in text
 
-    def test_hostile_labels(self, tmp_path):
+    def test_hostile_labels(self, tmp_path, folder):
         samples = records(HOSTILE, np.ones((9, 1)), 10, task=HOSTILE)
-        text = Path(write_card([write_run(tmp_path / "a.json", samples)], tmp_path)).read_text()
+        file = write_run(tmp_path / "a.json", samples, checkpoint_hash=open_checkpoint(str(folder)).hash)
+        text = Path(write_card([file], folder)).read_text()
         assert ModelCard(text).data.eval_results[0].dataset_name == HOSTILE
         assert "<script" not in ModelCard(text).text
+
+    @pytest.mark.parametrize("recorded", ["", "[]", '{"run": {"config": []}}', "{"])
+    def test_a_damaged_record(self, measured_files, folder, recorded):
+        (folder / "opsd.json").write_text(recorded)
+        with pytest.raises(UserError, match="is damaged: it is no record of a stage"):
+            write_card(measured_files, folder)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -103,7 +103,7 @@ def card_command(args: list[str]) -> int:
     Args:
         args (`list[str]`):
             `--card A B …` (results files), `--output_dir` (the checkpoint), and optionally `--stage`, `--before`,
-            `--margin`.
+            `--margin`, `--licence`.
 
     Returns:
         `int`: Exit status, 0. (A mistake exits with 2.)
@@ -113,8 +113,18 @@ def card_command(args: list[str]) -> int:
     parser.add_argument("--output_dir", required=True, help="Folder of the checkpoint.")
     parser.add_argument("--stage", help="Stage in the results that the checkpoint is; by default the last one.")
     parser.add_argument("--before", help="Stage that it is compared with; by default the first one.")
+    parser.add_argument(
+        "--licence", help="Licence as the Hub calls it; by default what the card of a model it was made from says."
+    )
     options = parser.parse_args(args)
     with user_errors():
-        path = write_card(options.card, options.output_dir, options.stage, options.before, margins_of(options.margin))
+        path = write_card(
+            options.card,
+            options.output_dir,
+            options.stage,
+            options.before,
+            margins_of(options.margin),
+            options.licence,
+        )
     _say(str(path))
     return 0

@@ -509,12 +509,12 @@ def tokens_where_both_solve(before: Samples, after: Samples, rows: Sequence[tupl
     Returns:
         `np.ndarray` of shape `(problems, 2)`: Tokens before and after, for as many problems as both solve.
     """
-    found = []
-    for row, other in rows:
-        right, other_right = before.correct[row], after.correct[other]
-        if right.any() and other_right.any():
-            found.append((before.tokens[row][right].mean(), after.tokens[other][other_right].mean()))
-    return np.array(found, dtype=float).reshape(-1, 2)
+    sides = []
+    for samples, places in zip((before, after), zip(*rows, strict=True), strict=True):
+        right, tokens = samples.correct[list(places)], samples.tokens[list(places)]
+        sides.append((right.sum(axis=1), (tokens * right).sum(axis=1)))
+    both = (sides[0][0] > 0) & (sides[1][0] > 0)
+    return np.stack([total[both] / count[both] for count, total in sides], axis=1)
 
 
 def budget_curve(
