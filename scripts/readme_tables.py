@@ -89,6 +89,7 @@ def chain_picture() -> str:
                     [row["mean_tokens"] for row in chosen],
                     [100 * row["accuracy"] for row in chosen],
                     y_error=[(100 * row["accuracy_low"], 100 * row["accuracy_high"]) for row in chosen],
+                    name={"rlvr": "before", "prompt-only": "asked to be concise", "opsd": "after"}[stage],
                 )
             )
         charts.append(

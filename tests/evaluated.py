@@ -1,11 +1,13 @@
 """Results files of made-up evaluations, in the schema of the real ones."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 
 from trl_opsd.evaluate.estimate import Samples, summarize
-from trl_opsd.evaluate.schema import CompletionRecord, to_json
+from trl_opsd.evaluate.results_file import Measurement
+from trl_opsd.evaluate.schema import CompletionRecord, ResultRow, to_json
 from trl_opsd.results import write_results
 
 
@@ -64,3 +66,13 @@ def write_run(path, samples, config=CONFIG, save=True, **values):
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         path.with_suffix(".completions.jsonl").write_text(lines)
     return path
+
+
+def measured(stage, task, correct, tokens=10, **changes):
+    """What reading back the run of these samples gives, without the files."""
+    samples = [CompletionRecord(**sample) for sample in records(stage, correct, tokens, task=task, **changes)]
+    found = Samples.from_records(samples)
+    labels = {name: vars(samples[0])[name] for name in ("stage", "checkpoint", "task", "decoding", "prompt")}
+    row = ResultRow(**labels, **vars(summarize(found)), parameters=1000, wall_s=1.5)
+    questions = {sample.id: sample.question for sample in samples}
+    return Measurement(row, {"config": CONFIG}, {}, Path(f"{stage}.json"), found, questions)

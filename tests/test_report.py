@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -5,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluated import CONFIG, records, write_run
+from evaluation_world import save_checkpoint
 from huggingface_hub import ModelCard
 
 from trl_opsd.cli import UserError
 from trl_opsd.evaluate.card import write_card
+from trl_opsd.evaluate.checkpoint import open_checkpoint
 from trl_opsd.evaluate.commands import card_command, report_command
 from trl_opsd.evaluate.compare import compare_files
 from trl_opsd.evaluate.report import TRACE_CHARACTERS, report_results, traces
@@ -45,6 +48,29 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
+def label_boxes(drawn):
+    """Left, top, right and bottom of the labels, as wide as an average letter of their font is."""
+    found = re.findall(r'class="label" [^>]* x="(\S+)" y="(\S+)">([^<]*)<', drawn)
+    return [(float(x), float(y) - 9, float(x) + 6.2 * len(text), float(y) + 2) for x, y, text in found]
+
+
+def mark_boxes(drawn):
+    """The same of the marks: a circle begins at its left, a square at its corner, the others at their top."""
+    boxes = []
+    for shape in re.findall(r'class="mark" [^>]* d="([^"]*)"', drawn):
+        x, y = re.match(r"M(\S+) ([\d.]+)", shape).groups()
+        kind = re.sub(r"^M\S+ [\d.]+", "", shape)[0]
+        x, y = float(x), float(y)
+        if kind == "a":
+            x += 4.5
+        elif kind == "h":
+            x, y = x + 4, y + 4
+        else:
+            y += 5.5
+        boxes.append((x - 4.5, y - 4.5, x + 4.5, y + 4.5))
+    return boxes
+
+
 @pytest.fixture
 def files(tmp_path):
     rng = np.random.default_rng(0)
@@ -72,12 +98,61 @@ class TestReport:
         for after in files[1:]:
             (comparison,) = compare_files(str(files[0]), str(after))
             assert comparison.sentence() in text and comparison.sentence() in page.text
+            assert comparison.headline() in text and comparison.headline() in page.text
         for heading in ("accuracy (95% interval)", "pass@2", "maj@2", "tokens, mean", "p90", "right by strict only"):
             assert f"| {heading} |" in text and heading in page.text
         assert "not verifiable" not in text and "thinking tokens" not in text  # there is none
         assert page.count("figure") == 4  # against tokens and parameters, budget, lengths
-        assert page.count("tr") == 1 + 3 and page.count("th") == page.count("button")
+        assert page.count("tr") == 2 + 1 + 3  # the grid of one task, and the table
         assert "What is 0 + 1?" in page.text or "wait, " in page.text
+
+    def test_the_answer_comes_first(self, files, tmp_path):
+        report_results(files, tmp_path)
+        html = (tmp_path / "report.html").read_text()
+        (comparison,) = compare_files(str(files[0]), str(files[2]))
+        first = re.search(r"<p class=\"first (\w+)\">(.*?)</p>", html, re.DOTALL)
+        assert first[1] == comparison.answer.name.lower()
+        assert Page(first[2]).text.split() == f"{comparison.answer.sign} {comparison.headline()}".split()
+        body = html[html.index("<body>") :]
+        places = [
+            body.index(part)
+            for part in (
+                'class="first',
+                'class="scroll grid"',
+                'class="numbers"',
+                "<svg",
+                "McNemar" if comparison.p_value else "95% interval of",
+                "How to read",
+            )
+        ]
+        assert places[0] < places[1] < places[2] < places[3]
+        (other,) = compare_files(str(files[0]), str(files[1]))
+        cells = re.findall(r'<td class="(\w+)"><b>(.*?)</b>', html)
+        assert cells == [
+            (item.answer.name.lower(), f"{item.answer.sign} {100 * item.difference[0]:+.1f}".replace("-", "−"))
+            for item in (other, comparison)
+        ]
+
+    def test_rare_columns_are_there_when_asked_for(self, files, tmp_path):
+        report_results(files, tmp_path)
+        html = (tmp_path / "report.html").read_text()
+        rare = re.findall(r'<th scope="col" class="rare"><button>(.*?)</button>', html)
+        assert "p90" in rare and "pass@2" in rare and not {"accuracy (95% interval)", "truncated", "task"} & set(rare)
+        assert html.count('class="rare"') == 4 * len(rare)  # the heading and three lines
+        assert "#more:not(:checked) ~ .scroll .rare { display: none; }" in html and 'id="more"' in html
+
+    def test_warnings_are_in_the_same_place(self, tmp_path):
+        files = []
+        for name in ("a", "b"):
+            samples = records(name, np.ones((90, 1)), 10)
+            for sample in samples[:9]:
+                sample.update(truncated=True, correct=False)
+            files.append(write_run(tmp_path / f"{name}.json", samples))
+        report_results(files, tmp_path)
+        html, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+        warning = "Completions cut at the limit, which count as wrong and have no length: a on sums, greedy 10.0%"
+        assert html.index(warning) < html.index('class="scroll grid"') and f"- ! {warning}; b on sums" in text
+        assert "| ≥ 10.0 (" in text and "some cut at the limit</text>" in html
 
     def test_opens_offline(self, files, tmp_path):
         report_results(files, tmp_path)
@@ -95,6 +170,38 @@ class TestReport:
         assert (y_c - y_a) / (y_b - y_a) == pytest.approx(4, abs=0.01) and y_c < y_a  # up is more
         low, high = re.search(r' class="error" .*? d="M\S+ (\S+?)h8m-4 0V(\S+?)m', svg).groups()
         assert (float(low), float(high)) == pytest.approx((y_a, y_b))
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_no_label_lies_on_another_or_on_a_point(self, seed):
+        rng = np.random.default_rng(seed)
+        series = []
+        for index in range(rng.integers(2, 7)):
+            x, y = rng.choice([20.0, 21.0, 48.0], 2), rng.choice([99.8, 99.9, 100.0, 80.0], 2)
+            error = [(value - 0.5, value + 0.1) for value in y]
+            series.append(Series(f"checkpoint {index}", index, x, y, y_error=error, name=f"checkpoint {index}"))
+        drawn = chart(series, "tokens", "accuracy, %", x_from=0, y_span=10, y_to=100)
+        labels, marks = label_boxes(drawn), mark_boxes(drawn)
+        assert len(labels) == len(series)
+        for place, (left, top, right, bottom) in enumerate(labels):
+            assert 0 <= left and right <= 340 and 0 <= top and bottom <= 250
+            for other in [*labels[:place], *marks]:
+                assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+
+    def test_no_room_is_no_label(self):
+        crowd = [Series(f"{'x' * 20}{i}", i, [i % 6], [i % 5], name=f"{'x' * 20}{i}") for i in range(60)]
+        labels = label_boxes(chart(crowd, "x", "y"))
+        assert 3 < len(labels) < 60
+
+    def test_the_labels_of_the_first_page(self):
+        picture = (Path(__file__).parents[1] / "recipes/results/tiny_chain/accuracy_tokens.svg").read_text()
+        panels = re.findall(r'<svg x="[\d.]+" width.*?</svg>', picture, re.DOTALL)
+        assert len(panels) == 2
+        for panel in panels:
+            labels, marks = label_boxes(panel), mark_boxes(panel)
+            assert len(labels) == 3 and len(marks) == 9
+            for place, (left, top, right, bottom) in enumerate(labels):
+                for other in [*labels[:place], *marks]:
+                    assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
     @pytest.mark.parametrize("accuracy", [0.0, 1.2])
     def test_an_axis_does_not_go_below_zero(self, accuracy):
@@ -134,7 +241,8 @@ class TestReport:
         report_results(rows, tmp_path)
         page = Page((tmp_path / "report.html").read_text())
         assert page.count("figure") == 1 and "were not saved" in page.text
-        assert "b against a on sums, greedy: +0.0 points, 1.000 times the tokens" in page.text
+        sentence = "? undecided: b against a on sums, greedy: +0.00 points (95% interval -29.91 to +29.91"
+        assert f"{sentence}, margin 1, 9 problems, not paired" in page.text
 
     def test_latency_against_concurrency(self, tmp_path):
         serving = [{"concurrency": c, "total_p50_s": 0.1 * c, "tokens_per_s": 50.0 * c} for c in (1, 4, 16)]
@@ -168,7 +276,7 @@ class TestReport:
 
     def test_before(self, files, tmp_path):
         report_results(files, tmp_path, before="concise")
-        assert "opsd is as accurate as concise" in (tmp_path / "report.md").read_text()
+        assert "✓ as good: opsd against concise on" in (tmp_path / "report.md").read_text()
         with pytest.raises(UserError, match="There is no `sft` to compare with: the results hold rlvr, concise, opsd"):
             report_results(files, tmp_path, before="sft")
 
@@ -184,10 +292,10 @@ class TestReport:
         samples = {name: records(name, np.ones((9, 1)), 10) for name in ("a", "b")}
         files = [write_run(tmp_path / f"{n}.json", samples[n], backend="vllm") for n in samples]
         report_results(files, tmp_path, before="b")
-        assert "a, vllm is not shown to be as accurate as b, vllm on" in (tmp_path / "report.md").read_text()
+        assert "? undecided: a, vllm against b, vllm on" in (tmp_path / "report.md").read_text()
         files.insert(0, write_run(tmp_path / "t.json", samples["b"]))
         report_results(files, tmp_path, before="b")  # a label says it more exactly than a stage
-        assert "a, vllm is not shown to be as accurate as b on" in (tmp_path / "report.md").read_text()
+        assert "? undecided: a, vllm against b on" in (tmp_path / "report.md").read_text()
 
 
 class TestHostileTexts:
@@ -221,8 +329,10 @@ class TestHostileTexts:
     def test_the_picture_and_the_table(self, page):
         assert Page((page / "accuracy_tokens.svg").read_text()).count("script") == 0
         lines = (page / "report.md").read_text().splitlines()
-        table = [line for line in lines if line.startswith("|")]
-        assert len({re.sub(r"\\\|", "", line).count("|") for line in table}) == 1 and "<script" not in "".join(lines)
+        tables = re.findall(r"(?:^\|.*\n)+", "\n".join(lines), flags=re.MULTILINE)
+        assert len(tables) == 3 and "<script" not in "".join(lines)  # the grid, the first columns, and all of them
+        for table in tables:
+            assert len({re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()}) == 1
 
     def test_long_and_odd_texts(self, tmp_path):
         files = []
@@ -236,12 +346,32 @@ class TestHostileTexts:
 
 
 class TestCard:
-    def test_parses_back(self, files, tmp_path):
-        folder = tmp_path / "small"
-        folder.mkdir()
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A checkpoint that OPSD has left, from one that RLVR has left, from a model on the Hub."""
+        folder, start = tmp_path / "small", tmp_path / "start"
+        save_checkpoint(folder)
+        start.mkdir()
+        config = {"gate": "correct", "beta": 1.0, "dataloader_num_workers": 3, "seed": 4}
         write_results(
-            folder / "opsd.json", [], {"gate": "correct", "beta": 1.0, "dataloader_num_workers": 3, "seed": 4}
+            folder / "opsd.json", [], {**config, "model_name_or_path": str(start), "dataset_name": "gsm8k:a.jsonl"}
         )
+        write_results(start / "rlvr.json", [], {"model_name_or_path": "some/model", "dataset_name": "their/data"})
+        (start / "README.md").write_text("---\nlicense: mit\n---\n\nBy hand.\n")
+        return folder
+
+    @pytest.fixture
+    def measured_files(self, files, folder):
+        """Results in which `opsd` is the checkpoint of that folder."""
+        for file in files:
+            results = json.loads(file.read_text())
+            for row in results["rows"]:
+                row["checkpoint_hash"] = open_checkpoint(str(folder)).hash if row["stage"] == "opsd" else "0" * 64
+            file.write_text(json.dumps(results))
+        return files
+
+    def test_parses_back(self, measured_files, folder):
+        files = measured_files
         assert card_command(["--card", *map(str, files), "--output_dir", str(folder), "--before", "rlvr"]) == 0
         card = ModelCard.load(folder / "README.md")
         assert card.data.model_name == "small" and "trl-opsd" in card.data.tags
@@ -260,19 +390,85 @@ class TestCard:
         assert comparison.sentence() in card.text
         assert "gate: correct\nbeta: 1.0\nseed: 4" in card.text and "dataloader" not in card.text
 
-    def test_limitations_come_from_the_rows(self, tmp_path):
+    def test_licence_base_model_and_data(self, measured_files, folder):
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert (card.data.base_model, card.data.license) == ("some/model", "mit")
+        assert card.data.datasets == ["openai/gsm8k", "their/data"]
+        assert "opsd on `openai/gsm8k`; rlvr on `their/data`" in card.text and "Licence: mit." in card.text
+        assert (
+            card_command(["--card", *map(str, measured_files), "--output_dir", str(folder), "--licence", "gemma"]) == 0
+        )
+        assert ModelCard.load(folder / "README.md").data.license == "gemma"
+
+    def test_what_is_not_recorded_is_not_claimed(self, measured_files, folder):
+        (folder / "opsd.json").unlink()
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert card.data.base_model is card.data.license is card.data.datasets is None
+        assert "Licence: not recorded" in card.text and "no record of the stage" in card.text
+
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_its_own_card_is_replaced_until_a_person_changes_it(self, measured_files, folder, changed, capsys):
+        path = write_card(measured_files, folder, before="concise")
+        if changed:
+            path.write_text(path.read_text().replace("## Recipe", "I tried it at home.\n\n## Recipe"))
+        text = path.read_text()
+        arguments = ["--card", *map(str, measured_files), "--output_dir", str(folder)]
+        if changed:
+            with pytest.raises(SystemExit) as error:
+                card_command(arguments)
+            assert error.value.code == 2 and "by a person, and is not overwritten" in capsys.readouterr().err
+            assert path.read_text() == text
+        else:
+            assert card_command(arguments) == 0 and path.read_text() != text
+
+    @pytest.mark.parametrize("text", ["# My model\n", "", "---\nlicense: mit\n---\n\nBy hand.\n", "---\n: [\n---\n"])
+    def test_a_readme_of_a_persons_stays(self, measured_files, folder, text):
+        (folder / "README.md").write_text(text)
+        with pytest.raises(UserError, match="by a person, and is not overwritten"):
+            write_card(measured_files, folder)
+        assert (folder / "README.md").read_text() == text
+
+    def test_the_card_of_the_trainer_is_kept(self, measured_files, folder):
+        theirs = "---\ntags:\n- generated_from_trainer\nlicense: apache-2.0\n---\n\nTrained.\n"
+        (folder / "README.md").write_text(theirs)
+        card = ModelCard.load(write_card(measured_files, folder))
+        assert card.data.license == "apache-2.0" and (folder / "README.trl.md").read_text() == theirs
+
+    def test_of_other_weights_nothing_is_said(self, measured_files, folder):
+        save_checkpoint(folder, seed=1)  # trained on since
+        with pytest.raises(UserError, match="has measured other weights as `opsd` than those in"):
+            write_card(measured_files, folder)
+        with pytest.raises(UserError, match="has measured other weights as `rlvr` than those in"):
+            write_card(measured_files, folder, stage="rlvr")
+        assert not (folder / "README.md").exists()
+
+    def test_weights_that_are_not_named(self, files, folder):
+        with pytest.raises(UserError, match="does not say which weights `opsd` are"):
+            write_card(files, folder)
+
+    def test_limitations_come_from_the_rows(self, tmp_path, folder):
         samples = records("a", np.array([[True], [None], [False], [False]], dtype=object), 10)
         samples[2].update(truncated=True)
         samples[3].update(correct_flexible=True)
-        text = write_card([write_run(tmp_path / "a.json", samples)], tmp_path).read_text()
+        (folder / "opsd.json").unlink()
+        file = write_run(tmp_path / "a.json", samples, checkpoint_hash=open_checkpoint(str(folder)).hash)
+        text = write_card([file], folder).read_text()
         assert "33.3% of the completions had not ended" in text and "1 problems could not be verified" in text
         assert "disagree on 1 completions" in text and "no record of the stage" in text
+        assert "completion tokens, mean, greedy, at least (some were cut at the limit)" in text
 
-    def test_hostile_labels(self, tmp_path):
+    def test_hostile_labels(self, tmp_path, folder):
         samples = records(HOSTILE, np.ones((9, 1)), 10, task=HOSTILE)
-        text = Path(write_card([write_run(tmp_path / "a.json", samples)], tmp_path)).read_text()
+        file = write_run(tmp_path / "a.json", samples, checkpoint_hash=open_checkpoint(str(folder)).hash)
+        text = Path(write_card([file], folder)).read_text()
         assert ModelCard(text).data.eval_results[0].dataset_name == HOSTILE
         assert "<script" not in ModelCard(text).text
+
+    @pytest.mark.parametrize("recorded", ["", "[]", '{"run": {"config": []}}', "{"])
+    def test_a_damaged_record(self, measured_files, folder, recorded):
+        (folder / "opsd.json").write_text(recorded)
+        with pytest.raises(UserError, match="is damaged: it is no record of a stage"):
+            write_card(measured_files, folder)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

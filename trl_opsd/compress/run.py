@@ -97,11 +97,11 @@ def conclude(config: CompressConfig, stages: list[Stage], console: Console) -> N
     write_rows(root / "results.json", [item.row for item in measurements], config)
     findings = write_report(measurements, root, config.compressed_from, title=title, **shown)
 
-    headings, lines = table_of(measurements, only=columns)
+    headings, lines, _ = table_of(measurements, only=columns)
     table = Table(*headings)
     for cells in lines:
         table.add_row(*(text for text, _ in cells))
     console.print(table)
     for finding in findings:
         if finding.after.row.stage in told:
-            console.print(finding.sentence, markup=False, highlight=False)
+            console.print(finding.sentence(), markup=False, highlight=False)

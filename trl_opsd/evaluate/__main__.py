@@ -13,7 +13,7 @@ from ..cli import UserError, parse, silence, user_errors
 
 
 if TYPE_CHECKING:
-    from .schema import ResultRow
+    from .schema import ResultRow, Serving
 
 
 ARGUMENTS = ("trl_opsd.evaluate.config.EvaluateConfig",)
@@ -48,6 +48,8 @@ def main(args: list[str] | None = None) -> None:
         write_rows(config.output, rows, config)
     for row in rows:
         print(line(row))
+        for level in row.serving:
+            print(f"  {serving_line(level)}")
 
 
 def line(row: "ResultRow") -> str:
@@ -57,11 +59,26 @@ def line(row: "ResultRow") -> str:
     unverified = f", {row.unverified} not verifiable" if row.unverified else ""
     unverified += f", {row.too_long} prompts too long" if row.too_long else ""
     skipped = f", {row.cache_lines_skipped} damaged lines of the cache skipped" if row.cache_lines_skipped else ""
+
+    def at_least(quantile: float) -> str:
+        return "≥ " if row.is_cut(quantile) else ""
+
     return (
         f"{name}{row.task}, {row.decoding}: {row.estimator} {row.accuracy:.1%} "
         f"({row.accuracy_low:.1%} to {row.accuracy_high:.1%}, n = {row.n}{flexible}{unverified}), "
-        f"tokens mean {row.mean_tokens:.1f}, p90 {row.p90_tokens:.0f}, truncated {row.truncated:.1%}, "
+        f"tokens mean {at_least(1)}{row.mean_tokens:.1f}, p90 {at_least(0.9)}{row.p90_tokens:.0f}, truncated {row.truncated:.1%}, "
         f"{row.wall_s:.0f} s{skipped}"
+    )
+
+
+def serving_line(level: "Serving") -> str:
+    """What was measured at one level of concurrency, in a line."""
+    p95 = "" if level.total_p95_s is None else f", p95 {level.total_p95_s:.3g} s"
+    first = "" if level.first_token_p50_s is None else f"first token p50 {level.first_token_p50_s:.3g} s, "
+    answers = "" if level.requests_per_s is None else f", {level.requests_per_s:.3g} answers/s"
+    return (
+        f"{level.concurrency} at a time: {first}answer p50 {level.total_p50_s:.3g} s{p95}, "
+        f"{level.tokens_per_s:,.0f} tokens/s{answers}"
     )
 
 

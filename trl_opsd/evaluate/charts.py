@@ -73,9 +73,12 @@ def accuracy_chart(group: Sequence[Measurement], index: dict[str, int], axis: Ax
                 "points" if len(rows) == 1 else "line",
                 y_error=[(100 * row.accuracy_low, 100 * row.accuracy_high) for row in rows],
                 x_error=[] if any(None in pair for pair in bounds) else bounds,
+                name=name,
             )
         )
-    return svg.chart(series, axis.label, "accuracy, %", y_span=10, y_to=100, x_from=0, left=left)
+    cut = axis.field == TOKENS.field and any(item.row.truncated for item in group)
+    label = f"{axis.label}, some cut at the limit" if cut else axis.label
+    return svg.chart(series, label, "accuracy, %", y_span=10, y_to=100, x_from=0, left=left)
 
 
 def charts_of(group: Sequence[Measurement], index: dict[str, int], axes: Sequence[Axis]) -> list[tuple[str, Markup]]:

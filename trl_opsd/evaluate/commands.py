@@ -9,7 +9,8 @@ from rich.console import Console
 
 from ..cli import user_errors
 from .card import write_card
-from .compare import compare_files
+from .compare import Conclusion, compare_files, margins_of, results_file_of, warnings_of
+from .decide import decide
 from .report import report_results
 
 
@@ -17,9 +18,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("trl_opsd.evaluate", description=description, allow_abbrev=False)
     parser.add_argument(
         "--margin",
-        type=float,
-        default=0.01,
-        help="Loss of accuracy that still counts as none, as a share (0.01 is one percentage point).",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]SHARE",
+        help="Loss of accuracy that still counts as none, as a share (0.01, the default, is one percentage point), and "
+        "that of single tasks, as in `0.01 gsm8k=0.005`.",
     )
     return parser
 
@@ -30,23 +33,40 @@ def _say(text: str) -> None:
 
 def compare_command(args: list[str]) -> int:
     """
-    Says whether B is as accurate as A, and how much shorter or smaller.
+    Says whether B is as good as A, and how much shorter or smaller.
 
     Args:
         args (`list[str]`):
-            `--compare A B`, each a results file or `FILE:STAGE`, and `--margin`.
+            `--compare A B`, each a results file or `FILE:STAGE`, `--margin`, and to draw more samples until it is decided
+            `--decide` and `--output`.
 
     Returns:
-        `int`: Exit status: 0 if it is on every task and way of decoding, 1 if not. (A mistake exits with 2.)
+        `int`: Exit status: 0 if it is as good, 1 if it is worse, 3 if that is undecided. (A mistake exits with 2.)
     """
-    parser = _parser("Is B as accurate as A, and how much shorter or smaller? Exit status 0: yes, 1: no, 2: an error.")
+    parser = _parser(
+        "Is B as good as A, and how much shorter or smaller? Exit status 0: as good, 1: worse, 3: undecided, 2: an error."
+    )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), required=True, help="Results files, or FILE:STAGE.")
+    parser.add_argument(
+        "--decide",
+        type=int,
+        metavar="TIMES",
+        help="Draw more samples of the same problems until it is decided, at most so many times those there are.",
+    )
+    parser.add_argument("--output", help="Results file for what `--decide` draws; by default B's name and `-decided`.")
     options = parser.parse_args(args)
     with user_errors():
-        comparisons = compare_files(*options.compare, margin=options.margin)
-    for comparison in comparisons:
-        _say(comparison.sentence())
-    return 0 if all(comparison.as_accurate for comparison in comparisons) else 1
+        margins = margins_of(options.margin)
+        if options.decide is None:
+            conclusion = Conclusion(compare_files(*options.compare, margins))
+        else:
+            output = options.output or f"{Path(results_file_of(options.compare[1])).with_suffix('')}-decided.json"
+            conclusion = decide(*options.compare, options.decide, output, margins, _say)
+    for sentence in conclusion.sentences():
+        _say(sentence)
+    for what, places in warnings_of(conclusion.singles):
+        _say(f"! {what}: {'; '.join(places)}.")
+    return conclusion.answer.status
 
 
 def report_command(args: list[str]) -> int:
@@ -69,9 +89,8 @@ def report_command(args: list[str]) -> int:
     parser.add_argument("--price", type=float, help="Price of a million completion tokens, for the cost of answers.")
     options = parser.parse_args(args)
     with user_errors():
-        report_results(
-            options.report, options.output_dir, options.before, options.margin, options.title, options.price
-        )
+        margins = margins_of(options.margin)
+        report_results(options.report, options.output_dir, options.before, margins, options.title, options.price)
     folder = Path(options.output_dir)
     _say(f"{folder / 'report.html'}, {folder / 'report.md'} and {folder / 'accuracy_tokens.svg'}")
     return 0
@@ -84,7 +103,7 @@ def card_command(args: list[str]) -> int:
     Args:
         args (`list[str]`):
             `--card A B …` (results files), `--output_dir` (the checkpoint), and optionally `--stage`, `--before`,
-            `--margin`.
+            `--margin`, `--licence`.
 
     Returns:
         `int`: Exit status, 0. (A mistake exits with 2.)
@@ -94,8 +113,18 @@ def card_command(args: list[str]) -> int:
     parser.add_argument("--output_dir", required=True, help="Folder of the checkpoint.")
     parser.add_argument("--stage", help="Stage in the results that the checkpoint is; by default the last one.")
     parser.add_argument("--before", help="Stage that it is compared with; by default the first one.")
+    parser.add_argument(
+        "--licence", help="Licence as the Hub calls it; by default what the card of a model it was made from says."
+    )
     options = parser.parse_args(args)
     with user_errors():
-        path = write_card(options.card, options.output_dir, options.stage, options.before, options.margin)
+        path = write_card(
+            options.card,
+            options.output_dir,
+            options.stage,
+            options.before,
+            margins_of(options.margin),
+            options.licence,
+        )
     _say(str(path))
     return 0

@@ -7,7 +7,7 @@ What models wrote is hostile here: every text is escaped by the template, and th
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from ..cli import UserError
 from ..results import write_text
 from . import svg
 from .charts import PARAMETERS, TOKENS, Axis, accuracy_chart, charts_of, line_of
-from .compare import Comparison, compare_measurements
+from .compare import Answer, Comparison, Conclusion, compare_measurements, margin_finder, warnings_of
 from .estimate import MARKERS, cost_per_1000_correct, flops_per_1000_correct
 from .results_file import Measurement, load_results
-from .schema import Column, ResultRow
-from .table import Cell, Derived, markdown_table, markdown_text, table_of
+from .schema import Column, ResultRow, percent
+from .table import Derived, Table, markdown_table, markdown_text, table_of
 
 
 TRACES = 2  # pairs of traces for each way in which the verdict may have changed
@@ -32,66 +32,67 @@ TRACE_CHARACTERS = 20_000  # of one trace; the rest is counted
 
 
 @dataclass
-class Finding:
+class Row:
     """
-    What one checkpoint is against the one that it is compared with, in words.
+    A line of the grid: one task, or all together, for every checkpoint.
 
     Args:
-        after ([`~trl_opsd.evaluate.results_file.Measurement`]):
-            What is judged.
-        sentence (`str`):
-            The words.
-        comparison ([`~trl_opsd.evaluate.compare.Comparison`], *optional*):
-            What they rest on; `None` where the completions were not saved.
+        name (`str`):
+            What it is.
+        start (`str`):
+            Accuracy of the checkpoint that the others are compared with.
+        cells (`list[Comparison or Conclusion or None]`):
+            What each checkpoint is against it; `None` where it was not measured.
     """
 
-    after: Measurement
-    sentence: str
-    comparison: Comparison | None = None
+    name: str
+    start: str
+    cells: list[Comparison | Conclusion | None]
 
 
 def report_results(
     results_files: Sequence[str | Path],
     folder: str | Path,
     before: str | None = None,
-    margin: float = 0.01,
+    margins: Mapping[str | None, float] | None = None,
     title: str = "trl-opsd",
     price: float | None = None,
-) -> list[Finding]:
+) -> list[Comparison]:
     """
     Writes the report of results files, as [`write_report`] does.
 
     Args:
         results_files (`Sequence[str]`):
             JSON files of the evaluation; the completions lie beside them.
-        folder, before, margin, title, price:
+        folder, before, margins, title, price:
             For [`write_report`].
 
     Returns:
-        `list[Finding]`: What every checkpoint is against `before`.
+        `list[Comparison]`: What every checkpoint is against `before`.
 
     Raises:
         UserError: If a file is missing or damaged, or two rows cannot be told apart.
     """
     measurements = [item for file in results_files for item in load_results(file)]
-    return write_report(measurements, folder, before, margin, title, price)
+    return write_report(measurements, folder, before, margins, title, price)
 
 
 def write_report(
     measurements: Sequence[Measurement],
     folder: str | Path,
     before: str | None = None,
-    margin: float = 0.01,
+    margins: Mapping[str | None, float] | None = None,
     title: str = "trl-opsd",
     price: float | None = None,
     axes: Sequence[Axis] = (TOKENS,),
     derived: Sequence[Derived] = (),
     remarks: Sequence[str] = (),
-) -> list[Finding]:
+) -> list[Comparison]:
     """
     Writes `report.md`, `report.html` and, for each axis, a picture such as `accuracy_tokens.svg`.
 
-    The page has the comparison of every checkpoint with the first, or the one named, in words; a table that sorts;
+    The page begins with the answer: the last checkpoint against the first, or the one named, in a line. Then come what
+    makes it worth less, a grid of tasks and checkpoints, and the statistics: every comparison in words; a table that sorts;
     accuracy against tokens and parameters, accuracy at a token budget, and how long completions are, for each task and
     way of decoding; and traces of the same problem before and after. What needs completions is left out where they were
     not saved, and the page says so.
@@ -103,8 +104,9 @@ def write_report(
             Where to.
         before (`str`, *optional*):
             Label, or stage, of the checkpoint that the others are compared with. Defaults to the first there is.
-        margin (`float`, *optional*, defaults to `0.01`):
-            Loss of accuracy that still counts as none.
+        margins (`Mapping`, *optional*):
+            Loss of accuracy that still counts as none, by task, as [`~trl_opsd.evaluate.compare.margins_of`] reads it.
+            Defaults to 0.01 for all.
         title (`str`, *optional*, defaults to `"trl-opsd"`):
             Heading.
         price (`float`, *optional*):
@@ -117,7 +119,7 @@ def write_report(
             What a reader should know beside what the report says itself.
 
     Returns:
-        `list[Finding]`: What every checkpoint is against `before`.
+        `list[Comparison]`: What every checkpoint is against `before`, task by task.
 
     Raises:
         UserError: If there is nothing to report on, or two rows cannot be told apart.
@@ -125,9 +127,12 @@ def write_report(
     if not measurements:
         raise UserError("A report needs at least one results file.")
     groups = _groups(measurements)
-    findings = _findings(groups, _before(measurements, before), margin)
-    headings, table = table_of(measurements, [*_derived(price), *derived])
-    notes = [*remarks, *_notes(measurements, margin, price)]
+    start = _before(measurements, before)
+    findings = _findings(groups, start, margin_finder(margins, [task for task, _ in groups]))
+    conclusions = _conclusions(findings)
+    grid = _grid(groups, start, conclusions)
+    table = table_of(measurements, [*_derived(price), *derived])
+    notes = [*remarks, *_notes(measurements, conclusions, price)]
     lines = list(dict.fromkeys(line_of(item) for item in measurements))
     index = {line: number for number, line in enumerate(lines)}
     folder = Path(folder)
@@ -137,7 +142,7 @@ def write_report(
         ]
         picture = svg.picture(pictures, [", ".join(key) for key in groups], lines)
         write_page(folder / f"accuracy_{axis.name}.svg", picture)
-    write_page(folder / "report.md", _report_md(title, findings, headings, table, axes, notes))
+    write_page(folder / "report.md", _report_md(title, conclusions, grid, table, axes, notes))
     sizes_differ = len({item.row.parameters for item in measurements}) > 1
     shown = dict.fromkeys([*axes, TOKENS, *([PARAMETERS] if sizes_differ else [])])
     environment = Environment(
@@ -148,12 +153,17 @@ def write_report(
         script=Markup(_SCRIPT),
         script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
         style=svg.STYLE,
-        findings=findings,
+        headlines=_headlines(conclusions),
+        warnings=_warnings(conclusions),
+        names=list(conclusions),
+        start=start,
+        grid=grid,
+        cell=_cell,
+        kinds={answer.sign: answer.name.lower() for answer in Answer},
         labels=[(line, svg.mark(number, 7, 7)) for line, number in index.items()],
-        headings=headings,
         table=table,
         groups=[(", ".join(key), charts_of(group, index, list(shown))) for key, group in groups.items()],
-        comparisons=[(item.comparison, traces(item.comparison)) for item in findings if item.comparison is not None],
+        comparisons=[(item, traces(item)) for item in findings if item.paired],
         clip=_clip,
         notes=notes,
         runs=[
@@ -188,19 +198,59 @@ def _before(measurements: Sequence[Measurement], name: str | None) -> str:
     return labels[0] if name is None else by_name[name]
 
 
-def _findings(groups: dict[tuple[str, str], list[Measurement]], before: str, margin: float) -> list[Finding]:
+def _findings(
+    groups: dict[tuple[str, str], list[Measurement]], before: str, find_margin: Callable[[str], float]
+) -> list[Comparison]:
     findings = []
-    for group in groups.values():
+    for (task, _), group in groups.items():
         start = next((item for item in group if item.label == before), None)
         for item in group if start is not None else ():
-            if item is start:
-                continue
-            if item.samples is not None and start.samples is not None:
-                comparison = compare_measurements(start, item, margin)
-                findings.append(Finding(item, comparison.sentence(), comparison))
-            else:
-                findings.append(Finding(item, unpaired(start, item)))
+            if item is not start:
+                findings.append(compare_measurements(start, item, find_margin(task), unpaired=True))
     return findings
+
+
+def _conclusions(findings: Sequence[Comparison]) -> dict[str, Conclusion]:
+    """What each checkpoint is, by its label."""
+    singles: dict[str, list[Comparison]] = {}
+    for item in findings:
+        singles.setdefault(item.after.label, []).append(item)
+    return {label: Conclusion(items) for label, items in singles.items()}
+
+
+def _headlines(conclusions: dict[str, Conclusion]) -> list[Conclusion]:
+    """The last checkpoint is what the chain was for."""
+    return list(conclusions.values())[::-1]
+
+
+def _warnings(conclusions: dict[str, Conclusion]) -> list[tuple[str, list[str]]]:
+    """Those of the first line before the others'."""
+    return warnings_of([single for item in _headlines(conclusions) for single in item.singles])
+
+
+def _grid(
+    groups: dict[tuple[str, str], list[Measurement]], start: str, conclusions: dict[str, Conclusion]
+) -> list[Row]:
+    rows = []
+    for key, group in groups.items() if conclusions else ():
+        accuracy = next((percent(item.row.accuracy) for item in group if item.label == start), "–")
+        cells = [
+            next((single for single in conclusion.singles if single.before.key == key), None)
+            for conclusion in conclusions.values()
+        ]
+        rows.append(Row(", ".join(key), accuracy, cells))
+    if any(conclusion.is_pooled for conclusion in conclusions.values()):
+        share = next(iter(conclusions.values())).pooled.accuracy[0][0]
+        rows.append(Row("all together", percent(share), list(conclusions.values())))
+    return rows
+
+
+def _cell(item: Comparison | Conclusion) -> tuple[str, str]:
+    """What a cell of the grid says: the answer with the difference, and what it saves."""
+    numbers = item.pooled if isinstance(item, Conclusion) else item
+    points = f"{round(100 * numbers.difference[0], 1) + 0.0:+.1f}".replace("-", "−")
+    tokens = "" if numbers.ratio is None else f"{round(100 * (numbers.ratio[0] - 1)) + 0:+d}% tokens".replace("-", "−")
+    return f"{item.answer.sign} {points}", tokens
 
 
 def _derived(price: float | None) -> list[Derived]:
@@ -267,24 +317,48 @@ def write_page(path: Path, text: str) -> None:
     write_text(path, text.encode("utf-8", "replace").decode())
 
 
-def unpaired(before: Measurement, after: Measurement) -> str:
-    """Returns what can be said of two checkpoints without their completions."""
-    points = round(100 * (after.row.accuracy - before.row.accuracy), 1) + 0.0
-    ratio = after.row.mean_tokens / before.row.mean_tokens
-    return (
-        f"{after.label} against {before.label} on {', '.join(after.key)}: {points:+.1f} points, {ratio:.3f} times the "
-        "tokens (no interval, and no answer: the completions were not saved)."
-    )
-
-
-def _notes(measurements: Sequence[Measurement], margin: float, price: float | None) -> list[str]:
+def _notes(measurements: Sequence[Measurement], conclusions: dict[str, Conclusion], price: float | None) -> list[str]:
     flexible = any(item.row.accuracy_flexible is not None for item in measurements)
-    paired = any(item.samples is not None for item in measurements)
-    notes = [
+    singles = [single for conclusion in conclusions.values() for single in conclusion.singles]
+    notes = []
+    if singles:
+        margins = {", ".join(single.before.key): single.margin for single in singles}
+        if len(set(margins.values())) == 1:
+            margins = {"a margin": next(iter(margins.values()))}
+        margins = ", ".join(f"{name} of {100 * margin:g} points" for name, margin in margins.items())
+        notes.append(
+            f"✓ as good: the 95% interval of the difference in accuracy lies above −margin. ✗ worse: it lies below. "
+            f"? undecided: −margin is inside. Margins: {margins}. Either of the first two is said wrongly in at most 2.5% of "
+            "the cases."
+        )
+        notes.append(
+            "As good also needs something to lose: the lower bound of the accuracy compared with is above twice the margin."
+        )
+    if any(len(conclusion.singles) > 1 for conclusion in conclusions.values()):
+        notes.append(
+            "“All together” takes the problems of all tasks, each counting once, so that a task weighs as much as it has of "
+            "problems; a task decoded both ways counts by sampling; it is worse, too, where one task alone is (Bonferroni)."
+        )
+    if any(single.paired for single in singles):
+        notes.append(
+            "Tokens are compared by the correct completions of the problems that both solve: a model that gives up is short "
+            "too, and a completion that was cut has no length."
+        )
+    if any(not single.paired for single in singles):
+        notes.append(
+            "Where completions were not saved, problems are not paired: the interval is that of independent shares, which is "
+            "wider, and tokens are those of all completions, compared where none was cut."
+        )
+    notes.append(
         "Accuracy is mean@n: the mean over problems of the share of a problem's n samples that are correct by the strict "
         "scorer. A completion that had not ended at its limit is not correct. Its interval is Wilson's, with the samples "
-        "of one problem as a cluster: it is about other problems of the kind, not about these.",
-    ]
+        "of one problem as a cluster: it is about other problems of the kind, not about these."
+    )
+    if any(item.row.truncated for item in measurements):
+        notes.append(
+            "≥: completions that were cut at the limit are in this number with the tokens that they had by then, so that it "
+            "is what was paid, and less than how long they would have become. Intervals are of what was paid."
+        )
     if any(item.row.at_k for item in measurements):
         notes.append(
             "pass@k is the unbiased estimate 1 − C(n − c, k) / C(n, k); maj@n is the verdict on the answer that most of n "
@@ -295,12 +369,11 @@ def _notes(measurements: Sequence[Measurement], margin: float, price: float | No
             "The flexible scorer takes the answer from elsewhere than where the prompt asked for it. Samples that only one "
             "scorer finds right are counted: where there are many, the number depends on the scorer."
         )
-    notes.append("The interval of mean tokens is normal for the logarithm of the mean.")
-    if paired:
+    notes.append("The interval of mean tokens is Student's with Hall's transformation, for lengths have a long tail.")
+    if any(single.paired for single in singles):
         notes += [
-            f"“As accurate” is a test of non-inferiority: the lower bound of the 95% interval of the paired difference is "
-            f"above −{100 * margin:g} points (Newcombe's score interval, samples of one problem a cluster). A no without "
-            "“less” says that there were too few problems to tell.",
+            "The interval of the difference is of the problems, paired, with the samples of one a cluster, after z² problems "
+            "more, half of them won and half lost.",
             "Accuracy at a token budget counts a completion as right if it is correct and no longer than the budget.",
         ]
     if any(item.row.markers_per_1000_tokens is not None for item in measurements):
@@ -327,15 +400,42 @@ def _notes(measurements: Sequence[Measurement], margin: float, price: float | No
 
 def _report_md(
     title: str,
-    findings: Sequence[Finding],
-    headings: list[str],
-    table: list[list[Cell]],
+    conclusions: dict[str, Conclusion],
+    grid: Sequence[Row],
+    table: Table,
     axes: Sequence[Axis],
     notes: list[str],
 ) -> str:
-    lines = [f"# {markdown_text(title)}", "", *[f"- {markdown_text(item.sentence)}" for item in findings], ""]
-    lines += [*markdown_table(headings, table), ""]
-    lines += [f"![Accuracy against {axis.name}](accuracy_{axis.name}.svg)" for axis in axes]
+    lines = [f"# {markdown_text(title)}", ""]
+    for number, conclusion in enumerate(_headlines(conclusions)):
+        headline = f"{conclusion.answer.sign} {markdown_text(conclusion.headline())}"
+        lines += [f"**{headline}**" if number == 0 else headline, ""]
+    warnings = [f"{what}: {'; '.join(places)}." for what, places in _warnings(conclusions)]
+    lines += [*(f"- ! {markdown_text(warning)}" for warning in warnings), ""] if warnings else []
+    if grid:
+        names = [
+            markdown_text(name) for name in ("", next(iter(conclusions.values())).pooled.before.label, *conclusions)
+        ]
+        lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        for row in grid:
+            cells = ["–" if cell is None else ", ".join(filter(None, _cell(cell))) for cell in row.cells]
+            lines.append("| " + " | ".join(map(markdown_text, [row.name, row.start, *cells])) + " |")
+        lines += ["", *(f"![Accuracy against {axis.name}](accuracy_{axis.name}.svg)" for axis in axes), ""]
+        lines += ["## Statistics", ""]
+        for conclusion in _headlines(conclusions):
+            lines += [f"- {markdown_text(sentence)}" for sentence in conclusion.sentences()]
+        lines.append("")
+    first = [line[: table.prominent] for line in table.lines]
+    lines += [*markdown_table(table.headings[: table.prominent], first), ""]
+    lines += [
+        "<details><summary>all columns</summary>",
+        "",
+        *markdown_table(table.headings, table.lines),
+        "",
+        "</details>",
+    ]
+    if not grid:
+        lines += ["", *(f"![Accuracy against {axis.name}](accuracy_{axis.name}.svg)" for axis in axes)]
     lines += ["", *[f"- {note}" for note in notes], ""]
     lines += ["`report.html` has the other plots, and traces of the same problem before and after.", ""]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ the tables all follow from the fields here.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ class Column:
             Value that says nothing: a column that holds no other is left out.
         beside (`str`, *optional*):
             Heading of the column without which it says nothing either.
+        length (`float`, *optional*):
+            Where it is a quantile of lengths, which; 1 for their mean. A completion that was cut at the limit has no length,
+            so that where such are among those that it rests on, the number is a lower bound and shown as one.
     """
 
     heading: str
@@ -36,6 +40,7 @@ class Column:
     place: int = 1
     trivial: int | None = None
     beside: str | None = None
+    length: float | None = None
 
 
 def percent(value: float) -> str:
@@ -225,9 +230,10 @@ class Summary:
         at_k_bounds (`dict[str, list[float]]`, *optional*):
             95% interval of each `pass@k`, two bounds by name.
         mean_tokens, mean_tokens_low, mean_tokens_high (`float`):
-            Mean completion tokens and its 95% interval.
+            Mean completion tokens and its 95% interval. Of a truncated completion what it has up to the limit, so that
+            these are tokens paid for, and as lengths lower bounds; see [`Summary.is_cut`].
         median_tokens, p90_tokens, p99_tokens (`float`):
-            Percentiles over all samples.
+            Percentiles over all samples, of the same.
         mean_thinking_tokens, mean_answer_tokens (`float`, *optional*):
             The parts of `mean_tokens` before and after `</think>`.
         truncated (`float`):
@@ -248,16 +254,32 @@ class Summary:
     flexible_only: int | None = number(Column("right by flexible only", whole), default=None)
     at_k: dict[str, float | None] = number(Column("", percent), most=1, default_factory=dict)
     at_k_bounds: dict = field(default_factory=dict)
-    mean_tokens: float = number(Column("tokens, mean", tenth, place=0), above_zero=True)
+    mean_tokens: float = number(Column("tokens, mean", tenth, place=0, length=1), above_zero=True)
     mean_tokens_low: float | None = number(default=None)
     mean_tokens_high: float | None = number(default=None)
-    median_tokens: float | None = number(Column("tokens, median", whole), default=None)
-    p90_tokens: float = number(Column("p90", whole))
-    p99_tokens: float | None = number(Column("p99", whole), default=None)
-    mean_thinking_tokens: float | None = number(Column("thinking tokens", tenth, trivial=0), default=None)
-    mean_answer_tokens: float | None = number(Column("answer tokens", tenth, beside="thinking tokens"), default=None)
+    median_tokens: float | None = number(Column("tokens, median", whole, length=0.5), default=None)
+    p90_tokens: float = number(Column("p90", whole, length=0.9))
+    p99_tokens: float | None = number(Column("p99", whole, length=0.99), default=None)
+    mean_thinking_tokens: float | None = number(Column("thinking tokens", tenth, trivial=0, length=1), default=None)
+    mean_answer_tokens: float | None = number(
+        Column("answer tokens", tenth, beside="thinking tokens", length=1), default=None
+    )
     truncated: float = number(Column("truncated", percent, place=0), most=1)
     markers_per_1000_tokens: float | None = number(Column("markers per 1,000 tokens", tenth), default=None)
+
+    def is_cut(self, quantile: float) -> bool:
+        """
+        Says whether a number of lengths rests on completions that were cut at the limit.
+
+        Args:
+            quantile (`float`):
+                Which quantile; 1 for the mean.
+
+        Returns:
+            `bool`: Whether the number is a lower bound. (The longest are those that were cut: all have the same limit.)
+        """
+        total = self.n * (self.samples or 1)
+        return math.ceil((total - 1) * quantile) >= total - round(self.truncated * total)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Small charts as SVG, drawn in the colours of the page that they stand on: light or dark, as the reader has it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
@@ -17,10 +17,13 @@ STYLE = Markup("""
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #a3acb8; --line: #343b45;
   --s0: #a7afbb; --s1: #7db2ff; --s2: #ffb057; --s3: #56d6a4; --s4: #ee8fdb; --s5: #ff8f87; --s6: #5fd3ea; --s7: #dcc05a; } }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-svg .axis { stroke: var(--line); } svg .error { stroke-width: 1.5; } svg .mark { fill-opacity: .85; }
+svg .axis { stroke: var(--line); } svg .error { stroke-width: 1.5; } svg .mark { fill-opacity: .35; stroke-width: 1.6; }
+svg .label { font-weight: 600; paint-order: stroke; stroke: var(--behind, transparent); stroke-width: 3px; }
+svg .leader { stroke: var(--soft); stroke-width: .8; }
 svg .curve { fill: none; stroke-width: 2; } svg .ridge { fill-opacity: .35; stroke-width: 1.2; }
 """)
 COLORS = 8
+LETTER = 6.6  # width of a letter of a label, on average, and rather more
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Series:
             Lower and upper bound of each y.
         x_error (`Sequence[tuple[float, float]]`, *optional*):
             The same of each x.
+        name (`str`, *optional*):
+            What stands beside one of its points, short. Nothing does if not set.
     """
 
     label: str
@@ -52,6 +57,7 @@ class Series:
     kind: str = "points"
     y_error: Sequence[tuple[float, float]] = field(default_factory=list)
     x_error: Sequence[tuple[float, float]] = field(default_factory=list)
+    name: str = ""
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -96,9 +102,58 @@ def mark(index: int, x: float, y: float, title: str = "") -> Markup:
         f"M{x:.1f} {y - 5.5:.1f}l5 9h-10z",
         f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
     )
-    return Markup('<path class="mark" fill="var(--s{})" d="{}"><title>{}</title></path>').format(
-        index % COLORS, Markup(shapes[_style(index)]), title
+    color = index % COLORS
+    return Markup('<path class="mark" fill="var(--s{})" stroke="var(--s{})" d="{}"><title>{}</title></path>').format(
+        color, color, Markup(shapes[_style(index)]), title
     )
+
+
+# Left, top, right and bottom
+Box = tuple[float, float, float, float]
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def place_labels(
+    labels: Sequence[tuple[str, Sequence[tuple[float, float]]]], taken: Sequence[Box], inside: Box
+) -> list[tuple[Box, tuple[float, float]] | None]:
+    """
+    Finds a place beside one of its points for each label, such that it covers no other label and nothing else.
+
+    Args:
+        labels (`Sequence[tuple[str, Sequence[tuple[float, float]]]]`):
+            Texts, each with the points that it may stand at.
+        taken (`Sequence[Box]`):
+            What must not be covered: marks and error bars.
+        inside (`Box`):
+            Where labels have to be.
+
+    Returns:
+        `list`: For each label its box and the point that it is at, `None` where there is no room.
+    """
+    taken, found = list(taken), []
+    for text, points in labels:
+        width, place = LETTER * len(text), None
+        for distance in (10, 18, 28, 44, 64, 90, 120):
+            steps = [
+                (math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in (0, 8, 4, 12, 2, 14, 6, 10)
+            ]
+            for (x, y), (right, down) in ((point, step) for point in points for step in steps):
+                # the side of the box that looks at the point is `distance` away from it
+                left = x + distance * right - width * (1 - right) / 2
+                top = y + distance * down - 12 * (1 - down) / 2
+                box = (left, top, left + width, top + 12)
+                fits = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
+                if fits and not any(_meet(box, other) for other in taken):
+                    place = (box, (x, y))
+                    break
+            if place is not None:
+                taken.append(place[0])
+                break
+        found.append(place)
+    return found
 
 
 def chart(
@@ -203,9 +258,40 @@ def chart(
         if item.kind != "steps":
             for x, y, value_x, value_y in zip(*zip(*places, strict=True), item.x, item.y, strict=True):
                 parts.append(mark(item.index, x, y, f"{item.label}: {number(value_x)}, {number(value_y)}"))
+    parts += _labels(series, x_at, y_at)
     return Markup('<svg x="{}" width="{}" height="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         left, WIDTH, HEIGHT, WIDTH, HEIGHT, f"{y_label} against {x_label}", Markup("").join(parts)
     )
+
+
+def _labels(series: Sequence[Series], x_at: Callable[[float], float], y_at: Callable[[float], float]) -> list[Markup]:
+    """The names of the series beside their points."""
+    points = [[(x_at(x), y_at(y)) for x, y in zip(item.x, item.y, strict=True)] for item in series]
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for places in points for x, y in places]
+    for item, places in zip(series, points, strict=True):
+        for (x, _), (low, high) in zip(places, item.y_error, strict=bool(item.y_error)):
+            taken.append((x - 4, y_at(high), x + 4, y_at(low)))
+        for (_, y), (low, high) in zip(places, item.x_error, strict=bool(item.x_error)):
+            taken.append((x_at(low), y - 4, x_at(high), y + 4))
+    named = [(item, places) for item, places in zip(series, points, strict=True) if item.name]
+    texts = [item.name if len(item.name) <= 24 else f"{item.name[:23]}…" for item, _ in named]
+    inside = (_LEFT + 2, _TOP - 8, WIDTH - 2, HEIGHT - _BOTTOM - 2)
+    found = place_labels([(text, places) for text, (_, places) in zip(texts, named, strict=True)], taken, inside)
+    parts = []
+    for (item, _), text, place in zip(named, texts, found, strict=True):
+        if place is None:
+            continue  # the legend has it
+        (left, top, right, bottom), (x, y) = place
+        near = (min(max(x, left), right), min(max(y, top), bottom))
+        if math.dist(near, (x, y)) > 14:
+            leader = f"M{near[0]:.1f} {near[1]:.1f}L{x:.1f} {y:.1f}"
+            parts.append(Markup('<path class="leader" fill="none" d="{}"/>').format(leader))
+        parts.append(
+            Markup('<text class="label" style="fill:var(--s{})" x="{:.1f}" y="{:.1f}">{}</text>').format(
+                item.index % COLORS, left, top + 10, text
+            )
+        )
+    return parts
 
 
 def ridges(series: Sequence[Series], x_label: str, y_label: str) -> Markup:

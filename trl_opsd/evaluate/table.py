@@ -2,12 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import escape
 
 from .results_file import Measurement
 from .schema import Column, ResultRow
+
+
+class Table(NamedTuple):
+    """
+    A table of results.
+
+    Args:
+        headings (`list[str]`):
+            Its headings.
+        lines (`list[list[Cell]]`):
+            For each line the cells: a text, and what it is sorted by.
+        prominent (`int`):
+            Number of columns that people look at first; they come first.
+    """
+
+    headings: list[str]
+    lines: list[list["Cell"]]
+    prominent: int
 
 
 # A text, and what it is sorted by
@@ -22,7 +40,7 @@ def table_of(
     measurements: Sequence[Measurement],
     derived: Sequence[Derived] = (),
     only: Sequence[str] | None = None,
-) -> tuple[list[str], list[list[Cell]]]:
+) -> Table:
     """
     Returns the table of results. A column that no row has something for, or that says nothing, is left out.
 
@@ -35,7 +53,7 @@ def table_of(
             Fields of the rows to show, `checkpoint`, `task` and `decoding` among them. Defaults to all.
 
     Returns:
-        `tuple`: Headings, and for each line the cells: a text, and what it is sorted by.
+        [`Table`]: Headings, lines, and how many columns are looked at first.
     """
     rows = [item.row for item in measurements]
     columns = [*_columns(rows, only), *((column, value, None, None) for column, value in derived)]
@@ -50,7 +68,8 @@ def table_of(
         table.append(
             [*((labels[name], labels[name]) for name in names), *(_cell(*entry, item.row) for entry in shown)]
         )
-    return [*names, *(column.heading for column, *_ in shown)], table
+    prominent = len(names) + sum(column.place == 0 for column, *_ in shown)
+    return Table([*names, *(column.heading for column, *_ in shown)], table, prominent)
 
 
 def _columns(rows: Sequence[ResultRow], only: Sequence[str] | None) -> list[tuple]:
@@ -89,9 +108,10 @@ def _cell(column: Column, value: Value, low: Value | None, high: Value | None, r
     if found is None:
         return "–", -1.0
     bounds = [bound(row) for bound in (low, high) if bound is not None]
+    cut = "≥ " if column.length is not None and row.is_cut(column.length) else ""
     if not bounds or None in bounds:
-        return column.text(found), found
-    return f"{column.text(found)} ({column.text(bounds[0])} to {column.text(bounds[1])})", found
+        return f"{cut}{column.text(found)}", found
+    return f"{cut}{column.text(found)} ({column.text(bounds[0])} to {column.text(bounds[1])})", found
 
 
 def markdown_table(headings: list[str], table: list[list[Cell]]) -> list[str]:
