@@ -13,6 +13,7 @@ ORDER = [
     "cli",
     "results",
     "adapters",
+    "decoding",
     "data",
     "rewards",
     "tiny",

@@ -17,6 +17,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
+from ..decoding import finished_rows_dropped
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -243,7 +244,10 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.rollouts.given is not None:
             return self.rollouts.given
-        if not self.use_vllm or self.state.global_step == self._last_loaded_step:
+        if not self.use_vllm:
+            with finished_rows_dropped(self.model):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.state.global_step == self._last_loaded_step:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         # The weights go to the engine first
         with self.teacher.hidden(), self._frozen_base.restored() if self._frozen_base else nullcontext():

@@ -16,6 +16,7 @@ from trl.data_utils import is_conversational
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_config_model_id
 
+from ..decoding import finished_rows_dropped
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 
@@ -135,6 +136,10 @@ class RLVRTrainer(GRPOTrainer):
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
         self._bank: RolloutBank | None = None
         self._last_rewards: torch.Tensor | None = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with finished_rows_dropped(self.model):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes

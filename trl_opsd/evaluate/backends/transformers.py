@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ...decoding import generate
 from ..checkpoint import load_weights
 from ..config import EvaluateConfig
 from .engine import Request, Sampling
@@ -59,7 +60,7 @@ class _Steps(BaseStreamer):
 class TransformersEngine:
     """
     A model in this process, in batches of prompts of similar length, the longest first. A batch lasts as long as its
-    longest completion; concurrency is the size of the batch.
+    longest completion, with fewer and fewer rows; concurrency is the size of the batch.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -123,7 +124,8 @@ class TransformersEngine:
         # the caller's random numbers go on as if nothing had been drawn
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch[0].seed)
-            completion = self.model.generate(
+            completion = generate(
+                self.model,
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=generation_config,
