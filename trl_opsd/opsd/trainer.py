@@ -244,6 +244,13 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.rollouts.given is not None:
             return self.rollouts.given
+        limit = self.rollouts.limit
+        if limit is not None:
+            length = limit.value if self.model.training else limit.max_length
+            if self.use_vllm:
+                self.vllm_generation.max_completion_length = length
+            else:
+                self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = length
         if not self.use_vllm:
             with finished_rows_dropped(self.model):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -521,8 +528,9 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.rollouts.pass_rates is not None and self.args.should_save:
-            self.rollouts.pass_rates.save(folder)  # before the rest, so that a checkpoint that is whole has it
+        if self.args.should_save:
+            for state in self.rollouts.saved:
+                state.save(folder)  # before the rest, so that a checkpoint that is whole has it
         super()._save_checkpoint(model, trial)
         if self.teacher.follows_student:
             self.teacher.save(folder, is_main=self.args.should_save)
@@ -533,5 +541,5 @@ class OPSDTrainer(DistillationTrainer):
         if checkpoint is not None:
             if self.teacher.follows_student:
                 self.teacher.load(checkpoint)
-            if self.rollouts.pass_rates is not None:
-                self.rollouts.pass_rates.load(checkpoint)
+            for state in self.rollouts.saved:
+                state.load(checkpoint)
