@@ -11,6 +11,7 @@ import json
 from functools import partial
 
 from scripts.benchmarks import divergence, generation, gpu, sandbox, scaling, step, teacher_memory
+from scripts.benchmarks.decoding import table as decoding_table
 from scripts.experiments import ablations, bank, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
@@ -155,6 +156,7 @@ BLOCKS = {
     "size": size_table,
     "divergence": divergence.table,
     "step": step.table,
+    "decoding": decoding_table,
     "goal": partial(time_to_goal.summary, "short"),
     "goal, long traces": partial(time_to_goal.summary, "long"),
     "scaling, time": scaling.step_table,

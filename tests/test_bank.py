@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_opsd.cli import parse
+from trl_opsd.data import load_prompts
 from trl_opsd.opsd import OPSDConfig
 from trl_opsd.opsd.__main__ import main as opsd
 from trl_opsd.opsd.run import OPSDScriptArguments, check_bank
@@ -299,6 +300,42 @@ def test_solutions_come_from_the_shortest_rollout(tmp_path, recipe, rows, traine
     # A column that is there gives way
     rows.select(range(8)).map(lambda row: {"solution": "?"}).to_json(tmp_path / "train.jsonl")
     assert trained_on(recipe())["solution"] == rows["solution"][1:8]
+
+
+def test_the_first_updates_take_the_shortest_rollout(recipe, rows, trained_on, capsys, tokenizer):
+    changes = {"solution": None, "teacher_prompt_template": CONCISE_TEMPLATE, "off_policy_steps": 2}
+    changes["max_completion_length"] = 400
+    dataset = trained_on(recipe(**changes))
+    bank = read_rollouts(parsed(recipe(**changes)).rollout_bank)
+    lengths = {}
+    for row in bank:
+        lengths.setdefault(row["prompt_id"], []).append(row["num_tokens"])
+    assert any(len(values) > 1 for values in lengths.values())
+    assert dataset["prompt"] == rows["prompt"][:8]
+    assert dataset["answer"] == rows["answer"][:8]  # for the verifier, of what the student writes after them
+    none, *others = dataset["completion_ids"]
+    assert none is None  # the first one has no correct rollout
+    assert [len(ids) for ids in others] == [min(lengths[prompt_id(prompt)]) for prompt in dataset["prompt"][1:]]
+    said = "8 of 8 prompts are left; 0 have no correct rollout, 0 are outside"
+    output = capsys.readouterr().out
+    assert said in output and "of 7 it gives the completion" in output
+
+
+def parsed(arguments):
+    return parse((OPSDScriptArguments, OPSDConfig, ModelConfig), arguments)[0]
+
+
+def test_the_rollouts_of_a_bank_are_a_data_set_of_every_command(recipe, rows, trained_on):
+    bank = Path(parsed(recipe()).rollout_bank)
+    assert load_prompts(str(bank / "rollouts")).to_list() == load_prompts(str(bank / "rollouts"), "test").to_list()
+    assert sorted(load_prompts(str(bank / "rollouts"))["completion_ids"]) == sorted(
+        read_rollouts(bank)["completion_ids"]
+    )
+    off_policy = {"solution": None, "rollout_bank": None, "teacher_prompt_template": CONCISE_TEMPLATE, "lmbda": 0.0}
+    off_policy["max_completion_length"] = 400
+    for name in (bank, bank / "rollouts"):
+        dataset = trained_on(recipe(dataset_name=str(name), gate="all", **off_policy))
+        assert sorted(dataset["completion_ids"]) == sorted(read_rollouts(bank)["completion_ids"])
 
 
 def test_prompts_are_left_out_by_their_pass_rate(recipe, rows, trained_on, capsys):

@@ -305,6 +305,50 @@ def test_lmbda_is_the_share_of_batches_that_the_student_writes(tmp_path, small_m
     assert generate.call_count == 1
 
 
+def test_the_first_updates_take_what_the_data_set_holds(tmp_path, small_model, tokenizer, bank):
+    trainer = OPSDTrainer(
+        model=small_model(0),
+        teacher_model=small_model(1),
+        args=OPSDConfig(**settings(tmp_path, off_policy_steps=2, gradient_accumulation_steps=1, max_steps=5)),
+        train_dataset=read_rollouts(bank),
+        processing_class=tokenizer,
+    )
+    data = trainer.train_dataset
+    steps = []
+
+    def generate(self, prompt_ids, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return [[5, 6]] * len(prompt_ids)
+
+    with mock.patch.object(DistillationTrainer, "_generate_single_turn", generate):
+        trainer.train()
+    assert steps == [2, 3, 4]
+
+    # Where a row holds none, another one is trained on
+    held = [ids if row % 4 == 0 else None for row, ids in enumerate(data["completion_ids"])]
+    data = data.remove_columns("completion_ids").add_column("completion_ids", held)
+    trainer = OPSDTrainer(
+        model=small_model(0),
+        teacher_model=small_model(1),
+        args=OPSDConfig(**settings(tmp_path, off_policy_steps=3, gradient_accumulation_steps=1, max_steps=3)),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.model.train()
+    with mock.patch.object(DistillationTrainer, "_generate_single_turn", side_effect=AssertionError("generates")):
+        batches = [trainer._generate_and_score_completions([data[row] for row in range(4)]) for _ in range(2)]
+        trainer.state.global_step = 2
+        batches.append(trainer._generate_and_score_completions([data[row] for row in range(4)]))
+    found = [
+        [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(b["completion_ids"], b["completion_mask"], strict=True)]
+        for b in batches
+    ]
+    assert {ids for batch in found for ids in batch} <= {tuple(ids) for ids in held if ids is not None}
+    assert all(batch[0] == tuple(held[0]) for batch in found)  # whoever has one keeps it
+    assert found[0] == found[1] != found[2]  # decided by the step
+    assert [len(set(batch[1:])) for batch in found] == [3, 3, 3]
+
+
 def test_what_the_data_set_holds_does_not_count_as_the_students(tmp_path, small_model, tokenizer, bank):
     """The rollouts of the bank are all right and the student's are all wrong: so much is what the alarm may see."""
     data = read_rollouts(bank)

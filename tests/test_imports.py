@@ -16,6 +16,7 @@ ORDER = [
     "adapters",
     "engine",
     "resuming",
+    "decoding",
     "data",
     "rewards",
     "tiny",

@@ -2,17 +2,18 @@
 Seconds of training until the tiny reasoner needs 40% fewer tokens at an accuracy at most one point lower: ours, TRL's
 SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
 
-    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --develop           # the settings of each: about 20 minutes
-    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --seeds 0 1 2       # the measurement: about 15
+    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --develop                # the settings of each
+    OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --seeds 0 1 2 3 4        # the measurement
 
 With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long and a few
 much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR
 checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method are the fastest of its grid
-below, on one development run each: recipes/results/time_to_goal/development.json, or time_to_goal_long for the other world.
-Every run has a process of its own, and the methods take turns. The clock is the processor's time of training, generation
-included and evaluation excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at
-temperature 1, whenever the clock has gone on by an eighth (`--every`), for every method alike. `--report` makes plot and
-table from the files.
+below on the development seeds, which no measurement uses: recipes/results/time_to_goal/development.json, or time_to_goal_long
+for the other world (what is there now was chosen on one run each, on the start of seed 0). `--levers` adds runs of ours with one
+of its levers changed. Every run has a process of its own, and the methods take turns; one that is in the file already is not run
+again, so delete the file to measure anew. The clock is the processor's time of training, generation included and evaluation
+excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at temperature 1, whenever the
+clock has gone on by an eighth (`--every`), for every method alike. `--report` makes plot and table from the files.
 """
 
 import argparse
@@ -34,8 +35,10 @@ from scripts.harness.processes import run_alone
 from scripts.harness.results import RESULTS, ROOT, read, read_all, write_results, write_text
 from scripts.harness.stages import TEACHERS, evaluate, make_teacher
 from scripts.harness.tables import markdown
+from trl_opsd import decoding
 from trl_opsd.data import load_prompts
 from trl_opsd.opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd.run import OPSDScriptArguments, apply_bank
 from trl_opsd.rewards import length_reward, math_reward
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -51,6 +54,14 @@ PENALTIES = {
     "length_reward": length_reward,
     "get_soft_overlong_punishment(128, 128)": get_soft_overlong_punishment(128, 128),
     "get_soft_overlong_punishment(448, 448)": get_soft_overlong_punishment(448, 448),
+}
+DEVELOPMENT = (10, 11)
+# What may be changed about ours beside its rate
+LEVERS = {
+    "transformers' generate": {"plain": True},
+    "limit": {"completion_limit_quantile": 1.0},
+    "bank, 5": {"off_policy_steps": 5},
+    "bank, 10": {"off_policy_steps": 10},
 }
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
 
@@ -103,8 +114,13 @@ def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path,
     arguments = {"model": str(path), "train_dataset": rows, "callbacks": [callback]}
     if method == "ours":
         own = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
-        own |= common | setting
-        return OPSDTrainer(args=OPSDConfig(**own), reward_funcs=math_reward, **arguments)
+        if setting.pop("plain", False):
+            decoding.can_call = lambda *args, **kwargs: False  # the process is this run's alone
+        config = OPSDConfig(**own | common | setting)
+        if config.given is not None:
+            bank = OPSDScriptArguments(rollout_bank=str(path / "bank"))
+            arguments["train_dataset"], _ = apply_bank(rows, bank, config)
+        return OPSDTrainer(args=config, reward_funcs=math_reward, **arguments)
     if method == "SDFT":
         arguments["train_dataset"] = rows.add_column("privileged_context", [""] * len(rows))
         own = {
@@ -167,10 +183,10 @@ class Clock(TrainerCallback):
         return control
 
 
-def work(world: str, method: str, setting: dict, seed: int, shift: int, runs: str, limits: dict) -> dict:
+def work(world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> dict:
     """
-    One run, in a process of its own: its row. Training has a seed that is further by `shift` than that of the start, and
-    ends within `limits`: options `budget`, `stay`, `every` and `max_samples` of the command line.
+    One run, in a process of its own: its row. It ends within `limits`: options `budget`, `stay`, `every` and `max_samples` of
+    the command line.
     """
     torch.set_num_threads(1)
     path, data = make_teacher(WORLDS[world]["start"], seed, Path(runs))
@@ -182,7 +198,7 @@ def work(world: str, method: str, setting: dict, seed: int, shift: int, runs: st
 
     start = measure()
     clock = Clock(measure, start, limits)
-    trainer = make_trainer(world, method, setting, path, data, seed + shift, clock)
+    trainer = make_trainer(world, method, setting, path, data, seed, clock)
     clock.time_generation(trainer.model)
     trainer.train()
     reached = [next((row for row in clock.rows if row[name]), None) for name in ("goal", "short")]
@@ -195,9 +211,9 @@ def work(world: str, method: str, setting: dict, seed: int, shift: int, runs: st
     }
 
 
-def run(world: str, method: str, setting: dict, seed: int, shift: int, runs: str, limits: dict) -> dict:
+def run(world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> dict:
     """Returns the row of a run, and says how it went."""
-    row = run_alone(work, world, method, setting, seed, shift, runs, limits)
+    row = run_alone(work, world, method, setting, seed, runs, limits)
     goal = row["goal"] or {"step": None, "cpu_s": float("nan")}
     last = row["evaluations"][-1]
     print(
@@ -210,17 +226,24 @@ def run(world: str, method: str, setting: dict, seed: int, shift: int, runs: str
 
 
 def develop(world: str, methods: list[str], runs: str, budget: float) -> None:
-    """Every setting of every grid, once: on the start of seed 0, with other random numbers than the measurement."""
-    shift = 100
+    """Every setting of every grid, once on each of the development seeds."""
     limits = {"max_samples": 512, "every": 1.3 if world == "short" else 1.5, "budget": budget / 2, "stay": 1.3}
     output = folder(world) / "development.json"
-    for method, setting in [(method, setting) for method, grid in grids(world).items() for setting in grid]:
-        rows = read(output) if output.is_file() else []
-        if method in methods and (method, setting) not in [(row["method"], row["setting"]) for row in rows]:
-            row = run(world, method, setting, 0, shift, runs, limits)
-            # Read again: the methods may be developed side by side
-            rows = read(output) if output.is_file() else []
-            write_results(output, [*rows, row], {"seed": 0, "goal": [TOKENS, ACCURACY], "shift": shift, **limits})
+    settings = [(method, setting) for method, grid in grids(world).items() for setting in grid if method in methods]
+    for seed in DEVELOPMENT:
+        for method, setting in settings:
+            run_once(output, world, method, setting, seed, runs, limits)
+
+
+def run_once(output: Path, world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> None:
+    """A run, unless its row is in the file, which it is then added to."""
+    key = (method, setting, seed)
+    rows = read(output) if output.is_file() else []
+    if key in [(row["method"], row["setting"], row["seed"]) for row in rows]:
+        return
+    row = run(world, method, setting, seed, runs, limits)
+    rows = read(output) if output.is_file() else []  # again: methods may run side by side
+    write_results(output, [*rows, row], {"goal": [TOKENS, ACCURACY], **limits})
 
 
 def folder(world: str) -> Path:
@@ -228,19 +251,32 @@ def folder(world: str) -> Path:
 
 
 def chosen(world: str, method: str) -> dict:
-    """The setting that was at the goal first in development, or was the shortest that was accurate enough."""
+    """
+    The setting that missed the goal on the fewest development seeds; of those the one that was there first, on average, and of
+    those that never were the one that was the shortest while accurate enough.
+    """
+    rows = [row for row in read(folder(world) / "development.json") if row["method"] == method]
 
-    def rank(row):
-        accurate = [e for e in row["evaluations"] if e["accuracy"] >= row["start"]["accuracy"] - ACCURACY]
-        shortest = min([e["mean_tokens"] for e in accurate], default=float("inf"))
-        return (row["goal"]["cpu_s"], 0) if row["goal"] else (float("inf"), shortest)
+    def rank(setting):
+        missed, seconds, shortest = 0, 0.0, 0.0
+        for row in (row for row in rows if row["setting"] == setting):
+            if row["goal"]:
+                seconds += row["goal"]["cpu_s"]
+            else:
+                missed += 1
+                accurate = [e for e in row["evaluations"] if e["accuracy"] >= row["start"]["accuracy"] - ACCURACY]
+                shortest += min([e["mean_tokens"] for e in accurate], default=float("inf"))
+        return missed, seconds, shortest
 
-    rows = read(folder(world) / "development.json")
-    return min((row for row in rows if row["method"] == method), key=rank)["setting"]
+    return min((row["setting"] for row in rows), key=rank)
 
 
 def name_of(world: str, row: dict) -> str:
-    return row["method"] if row["setting"] == chosen(world, row["method"]) else f"{row['method']}, at SDFT's rate"
+    best = chosen(world, row["method"])
+    for name, lever in {"": {}, **LEVERS}.items():
+        if row["setting"] == best | lever:
+            return f"{row['method']}, {name}" if name else row["method"]
+    return f"{row['method']}, at SDFT's rate"
 
 
 def plot(world: str) -> None:
@@ -336,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=list(WORLDS), default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--levers", nargs="+", choices=list(LEVERS), default=[], help="what to change about ours")
     parser.add_argument("--develop", action="store_true", help="choose the settings")
     parser.add_argument(
         "--methods", nargs="+", default=["ours", "SDFT", "GRPO"], help="of which the settings are chosen"
@@ -359,9 +396,10 @@ def main(argv: list[str] | None = None) -> None:
             matched = {"learning_rate": dict(settings)["SDFT"]["learning_rate"]}
             if matched != dict(settings)["ours"]:
                 settings.append(("ours", matched))
-            rows = [run(args.world, method, setting, seed, 0, args.runs, limits) for method, setting in settings]
-            config = {"seed": seed, "goal": [TOKENS, ACCURACY], **limits}
-            write_results(folder(args.world) / f"seed-{seed}.json", rows, config)
+            settings += [("ours", dict(settings)["ours"] | LEVERS[name]) for name in args.levers]
+            for method, setting in settings:
+                output = folder(args.world) / f"seed-{seed}.json"
+                run_once(output, args.world, method, setting, seed, args.runs, limits)
     plot(args.world)
     write_text(folder(args.world) / "table.md", table(args.world))
     print(table(args.world))

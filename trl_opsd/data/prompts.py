@@ -32,14 +32,15 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
             One of:
 
             - a file: JSON Lines, a JSON list of objects, or Parquet;
-            - a folder written by `save_to_disk`, or one with a file per split (`train.jsonl`, `test.parquet`, ...);
+            - a folder written by `save_to_disk`, or one with a file per split (`train.jsonl`, `test.parquet`, ...), or one
+              of numbered Parquet parts, as the rollouts of a bank are;
             - the name of a source (see [`SOURCES`]), which is taken from the Hub and mapped to the schema;
             - `NAME:PATH`, a local copy of a named source's raw rows, mapped in the same way (`gsm8k:test.jsonl`);
             - `NAME:TASK`, one task of a source that has several (`bbh:word_sorting`);
             - `reasoning-gym:TASK` or `reasoning-gym:TASK:NAME=VALUE,...`, generated (see [`generate_prompts`]);
             - the id of any other data set on the Hub, whose columns are already in the schema.
         split (`str`, *optional*, defaults to `"train"`):
-            Split to load. A single file and a single `Dataset` are loaded whole, whatever the split.
+            Split to load. A single file, a single `Dataset` and numbered parts are loaded whole, whatever the split.
         columns (`Iterable[str]`, *optional*, defaults to `()`):
             Columns that must be there beside `prompt`.
 
@@ -209,6 +210,8 @@ def _read_local(path: Path, split: str) -> Dataset:
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
     if not files:
         raise UserError(f"The folder `{path}` holds neither a saved Dataset nor {', '.join(_SUFFIXES)} files.")
+    if all(file.suffix == ".parquet" and file.stem.isdigit() for file in files):
+        return _read_file(path)
     found = [file for file in files if file.stem == split]
     if not found:
         raise UserError(f"`{path}` has no file for the split `{split}`: it has {', '.join(f.name for f in files)}.")
@@ -218,10 +221,10 @@ def _read_local(path: Path, split: str) -> Dataset:
 
 
 def _read_file(path: Path) -> Dataset:
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in _SUFFIXES and not path.is_dir():
         raise UserError(f"`{path}` is none of {', '.join(_SUFFIXES)}: convert it, or rename it if it is one of them.")
     try:
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" or path.is_dir():
             return Dataset(pyarrow.parquet.read_table(path))
         return Dataset.from_list(_read_json(path))
     except UserError:

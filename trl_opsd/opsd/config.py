@@ -62,7 +62,18 @@ class OPSDConfig(DistillationConfig):
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of the batches whose completions the student writes, as in
             [GKD](https://huggingface.co/papers/2306.13649). The others take the completions that the data set holds,
-            as token ids in the column `completion_ids`, and generate nothing. `0.0` is off-policy distillation.
+            as token ids in the column `completion_ids`, and generate nothing; in the place of a row that holds none another
+            one is taken. `0.0` is off-policy distillation.
+        off_policy_steps (`int`, *optional*, defaults to `0`):
+            Updates at the start that take all their completions from the data set, as if `lmbda` were `0.0`; `lmbda` holds
+            after them. Rollouts of the model that the student starts from, such as an RLVR run has banked, are as good as
+            its own as long as it has not moved far, and cost no generation.
+        completion_limit_quantile (`float`, *optional*):
+            Limits what the student writes to `completion_limit_headroom` times this quantile of the lengths of recent
+            correct rollouts, `1.0` for the longest (see [`~trl_opsd.opsd.limit.CompletionLimit`]); never above
+            `max_completion_length`, and raised again when more rollouts are truncated. `None` is `max_completion_length`.
+        completion_limit_headroom (`float`, *optional*, defaults to `1.5`):
+            Factor on that quantile.
         gate (`str`, *optional*):
             Which rollouts are trained on: `"correct"`, `"incorrect"` or `"all"`. A rollout is correct if it has
             finished and its reward reaches `gate_threshold`. Decided before any forward pass, so that a rollout that
@@ -182,6 +193,23 @@ class OPSDConfig(DistillationConfig):
             "help": "Share of the batches whose completions the student writes. The others take those of the data "
             "set's column `completion_ids`. 0.0 is off-policy distillation."
         },
+    )
+    off_policy_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Updates at the start that take all their completions from the data set's column `completion_ids`, as "
+            "if `lmbda` were 0.0; `lmbda` holds after them."
+        },
+    )
+    completion_limit_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limits what the student writes to `completion_limit_headroom` times this quantile of the lengths of "
+            "recent correct rollouts, 1.0 for the longest; never above `max_completion_length`. None is no such limit."
+        },
+    )
+    completion_limit_headroom: float = field(
+        default=1.5, metadata={"help": "Factor on the quantile of `completion_limit_quantile`."}
     )
     gate: str | None = field(
         default=None,
@@ -310,10 +338,35 @@ class OPSDConfig(DistillationConfig):
 
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"`lmbda` must be from 0 to 1, and is {self.lmbda}.")
-        if self.lmbda < 1 and self.num_generations > 1:
+        if self.off_policy_steps < 0:
+            raise ValueError(f"`off_policy_steps` must be at least 0, and is {self.off_policy_steps}.")
+        if self.off_policy_steps and self.lmbda == 0:
             raise ValueError(
-                f"`lmbda={self.lmbda}` takes the one completion of a row, and `num_generations={self.num_generations}` "
+                f"`lmbda=0.0` takes every completion from the data set, so `off_policy_steps={self.off_policy_steps}` has "
+                "nothing to change: drop it, or raise `lmbda` to what holds after those steps."
+            )
+        if self.given is not None and self.num_generations > 1:
+            raise ValueError(
+                f"`{self.given}` takes the one completion of a row, and `num_generations={self.num_generations}` "
                 "would repeat it: set `num_generations=1`, and give several completions of a prompt as several rows."
+            )
+        if self.completion_limit_quantile is not None:
+            if not 0 < self.completion_limit_quantile <= 1:
+                raise ValueError(
+                    f"`completion_limit_quantile` must be above 0 and at most 1, and is {self.completion_limit_quantile}: "
+                    "use None for no limit but `max_completion_length`."
+                )
+            if self.lmbda == 0:
+                raise ValueError(
+                    "`lmbda=0.0` generates nothing, so `completion_limit_quantile` has nothing to limit: drop it."
+                )
+            for name in {"max_new_tokens", "max_length", "max_tokens"} & (self.generation_kwargs or {}).keys():
+                raise ValueError(
+                    f"`generation_kwargs` has `{name}`, which overrides `completion_limit_quantile`: drop one of the two."
+                )
+        if not self.completion_limit_headroom >= 1:
+            raise ValueError(
+                f"`completion_limit_headroom` must be at least 1, and is {self.completion_limit_headroom}."
             )
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
@@ -382,6 +435,14 @@ class OPSDConfig(DistillationConfig):
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
                 "at False."
             )
+
+    @property
+    def given(self) -> str | None:
+        """The setting by which completions are taken from the data set, or `None` where all are the student's."""
+        for name, is_set in (("off_policy_steps", self.off_policy_steps > 0), ("lmbda", self.lmbda < 1)):
+            if is_set:
+                return f"{name}={vars(self)[name]}"
+        return None
 
     @property
     def global_batch_size(self) -> int:
@@ -487,10 +548,15 @@ def check_arguments(
     if args.remove_unused_columns and reward_funcs:
         raise ValueError("`remove_unused_columns=True` drops the columns that `reward_funcs` read: leave it at False.")
     _check_datasets(args, train_dataset, eval_dataset)
-    if args.lmbda < 1 and tools:
+    if args.given is not None and tools:
         raise ValueError(
-            f"`lmbda={args.lmbda}` takes whole completions from the data set, and with `tools` one is written turn by "
-            "turn: leave `lmbda` at 1, or drop the tools."
+            f"`{args.given}` takes whole completions from the data set, and with `tools` one is written turn by turn: leave "
+            "it as it is by default, or drop the tools."
+        )
+    if args.completion_limit_quantile is not None and tools:
+        raise ValueError(
+            f"`completion_limit_quantile={args.completion_limit_quantile}` limits a completion, and `tools` make several "
+            "turns of one: leave it at None, or drop the tools."
         )
     if args.max_generation_rounds > 1 and tools:
         raise ValueError(
@@ -558,6 +624,11 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
             f"`max_generation_rounds={args.max_generation_rounds}` with `gate='incorrect'` replaces the correct rollouts "
             "that the sibling context lives on: leave it at 1, or take another context."
         )
+    if args.completion_limit_quantile is not None and gate != "correct":
+        raise ValueError(
+            f"`completion_limit_quantile={args.completion_limit_quantile}` cuts off what would not be trained on, and "
+            f"`gate='{gate}'` trains on it: set `reward_funcs` and `gate='correct'`, or leave it at None."
+        )
     bounds = [name for name in ("min_pass_rate", "max_pass_rate") if vars(args)[name] is not None]
     if bounds and not reward_funcs:
         raise ValueError(f"`{bounds[0]}` needs a verifier to measure it, and there is none: set `reward_funcs`.")
@@ -581,13 +652,13 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
     if train_dataset is None:
         return
     columns = train_dataset.column_names
-    if args.lmbda < 1 and columns is not None and "completion_ids" not in columns:
+    if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
-            f"`lmbda={args.lmbda}` takes completions from the column `completion_ids`, and the columns found are "
-            f"{', '.join(f'`{name}`' for name in columns)}: give a data set that has it, such as the bank of an RLVR run, "
-            "or set `lmbda=1.0`."
+            f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "
+            f"{', '.join(f'`{name}`' for name in columns)}: give a data set that has it, such as the bank of an RLVR run "
+            "(on the command line `--rollout_bank` adds it to the prompts), or leave the setting as it is by default."
         )
-    if args.lmbda < 1 and isinstance(train_dataset, Dataset):
+    if args.given is not None and isinstance(train_dataset, Dataset):
         _check_given(train_dataset, args.max_completion_length)
     if isinstance(train_dataset, IterableDataset):
         for name, value, needed in (
@@ -612,17 +683,18 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
 
 def _check_given(dataset: Dataset, max_completion_length: int) -> None:
     """Checks the completions of a data set, by their lengths alone."""
-    column = dataset.select_columns("completion_ids").with_format("arrow")
-    lengths = [
-        length
-        for table in column.iter(batch_size=10_000)
-        for length in pyarrow.compute.list_value_length(table["completion_ids"]).to_pylist()
-    ]
-    empty = next((row for row, length in enumerate(lengths) if not length), None)
+    lengths = completion_lengths(dataset)
+    empty = next((row for row, length in enumerate(lengths) if length == 0), None)
     if empty is not None:
         raise ValueError(
-            f"`lmbda` takes completions from the column `completion_ids`, and it is empty in row {empty}: filter such rows "
-            "out."
+            f"`lmbda` and `off_policy_steps` take completions from the column `completion_ids`, and it is empty in row "
+            f"{empty}: filter such rows out."
+        )
+    lengths = [length for length in lengths if length is not None]
+    if not lengths:
+        raise ValueError(
+            "`lmbda` and `off_policy_steps` take completions from the column `completion_ids`, and no row has one: take a "
+            "data set, or a rollout bank, that has some of these prompts."
         )
     if max(lengths) > max_completion_length:
         number = sum(length > max_completion_length for length in lengths)
@@ -630,6 +702,25 @@ def _check_given(dataset: Dataset, max_completion_length: int) -> None:
             f"{number} of {len(lengths)} completions of the data set are longer than `max_completion_length="
             f"{max_completion_length}`, the longest has {max(lengths)} tokens: raise it, or filter such rows out."
         )
+
+
+def completion_lengths(dataset: Dataset) -> list[int | None]:
+    """
+    Lengths of the completions that a data set holds, read without the completions.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data set with the column `completion_ids`.
+
+    Returns:
+        `list[int | None]`: Tokens of each row's, `None` where a row has none.
+    """
+    column = dataset.select_columns("completion_ids").with_format("arrow")
+    return [
+        length
+        for table in column.iter(batch_size=10_000)
+        for length in pyarrow.compute.list_value_length(table["completion_ids"]).to_pylist()
+    ]
 
 
 def check_text_only(args: OPSDConfig) -> None:

@@ -23,6 +23,8 @@ class Verdicts:
             Which pass the gate, `bool`, of shape `(N,)`.
         lengths (`torch.Tensor`):
             Their tokens, of shape `(N,)`.
+        finished (`torch.Tensor`):
+            Which have come to an end, `bool`, of shape `(N,)`.
     """
 
     rewards_per_func: torch.Tensor
@@ -31,6 +33,7 @@ class Verdicts:
     correct: torch.Tensor
     passed: torch.Tensor
     lengths: torch.Tensor
+    finished: torch.Tensor
 
     def replace(self, slots: torch.Tensor, others: "Verdicts", rows: torch.Tensor) -> None:
         """
@@ -78,9 +81,10 @@ def judge(
     """
     rewards = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(dim=1)
     verified = ~rewards_per_func.isnan().all(dim=1)
-    correct = verified & finished.bool() & (rewards >= threshold)
+    finished = finished.bool()
+    correct = verified & finished & (rewards >= threshold)
     passed = {"correct": correct, "incorrect": verified & ~correct, "all": torch.ones_like(correct)}[gate]
-    return Verdicts(rewards_per_func, rewards, verified, correct, passed, lengths)
+    return Verdicts(rewards_per_func, rewards, verified, correct, passed, lengths, finished)
 
 
 def shortest(kept: torch.Tensor, lengths: torch.Tensor, group_size: int, number: int) -> torch.Tensor:

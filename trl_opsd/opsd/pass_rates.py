@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-
-# Name in a checkpoint
-FILE = "pass_rates.json"
+from .saved import Saved
 
 
 def prompt_key(prompt: list[dict[str, Any]] | str) -> str:
@@ -28,7 +25,7 @@ def prompt_key(prompt: list[dict[str, Any]] | str) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class PassRates:
+class PassRates(Saved):
     """
     How often the student solves each prompt, and which prompts stand in for those that are not worth asking. Fed with
     the gathered batch it is the same on every process.
@@ -48,6 +45,12 @@ class PassRates:
         seed (`int`):
             Seed of the order in which prompts are taken as substitutes.
     """
+
+    file = "pass_rates.json"
+    missing = (
+        "it is not known which prompts were skipped: resume from a checkpoint that was written with `min_pass_rate` or "
+        "`max_pass_rate`, or resume without them"
+    )
 
     def __init__(
         self,
@@ -159,50 +162,7 @@ class PassRates:
         return torch.tensor([solved if rate is None else rate for rate, solved in shares], dtype=torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        Returns:
-            `dict[str, Any]`: What a resumed run needs to go on in the same way, as JSON holds it.
-        """
         return {"position": self.position, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Args:
-            state (`dict[str, Any]`):
-                What [`state_dict`] gave.
-        """
         self.position, self.counts = state["position"], state["counts"]
-
-    def save(self, folder: str) -> None:
-        """
-        Writes what a resumed run needs into a checkpoint.
-
-        Args:
-            folder (`str`):
-                Folder of the checkpoint. A missing one is made.
-        """
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, FILE)
-        with open(f"{path}.tmp", "w") as file:
-            json.dump(self.state_dict(), file)
-        os.replace(f"{path}.tmp", path)
-
-    def load(self, folder: str) -> None:
-        """
-        Reads what [`save`] wrote.
-
-        Args:
-            folder (`str`):
-                Folder of the checkpoint.
-
-        Raises:
-            ValueError: If it has no pass rates.
-        """
-        path = os.path.join(folder, FILE)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"`{folder}` has no {FILE}, so it is not known which prompts were skipped: resume from a checkpoint that "
-                "was written with `min_pass_rate` or `max_pass_rate`, or resume without them."
-            )
-        with open(path) as file:
-            self.load_state_dict(json.load(file))

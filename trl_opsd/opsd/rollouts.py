@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.data_utils import is_conversational
 
 from .batches import padded, unpadded
-from .config import OPSDConfig
+from .config import OPSDConfig, completion_lengths
 from .gate import Verdicts, judge, shortest, shortest_siblings
+from .limit import CompletionLimit
 from .pass_rates import PassRates, prompt_key
+from .saved import Saved
 from .verify import Verifiers
 
 
@@ -82,6 +84,8 @@ class Rollouts:
     Attributes:
         pass_rates ([`PassRates`] or `None`):
             Pass rates of the prompts, where some are to be skipped.
+        limit ([`CompletionLimit`] or `None`):
+            How long the student may write, where that is to follow how long correct rollouts are.
         given (`list[list[int]]` or `None`):
             Completions that the data set holds, which stand in for those that the student would write now.
         messages (`list[list[dict[str, Any]]]` or `None`):
@@ -109,8 +113,14 @@ class Rollouts:
             self.pass_rates = PassRates(
                 train_dataset["prompt"], args.min_pass_rate, args.max_pass_rate, args.pass_rate_rollouts, args.seed
             )
+        self.limit: CompletionLimit | None = None
+        if args.completion_limit_quantile is not None:
+            self.limit = CompletionLimit(
+                args.max_completion_length, args.completion_limit_quantile, args.completion_limit_headroom
+            )
         self.given: list[list[int]] | None = None
         self.messages: list[list[dict[str, Any]]] | None = None
+        self._given_rows: list[int] | None = None  # those of the training set that hold a completion
         self._generate, self._ask = generate, ask
         self._train_dataset = train_dataset
         self._tokenizer = tokenizer
@@ -121,6 +131,11 @@ class Rollouts:
     def verifier_names(self) -> list[str]:
         """Names of the verifiers."""
         return [] if self.verifiers is None else self.verifiers.names
+
+    @property
+    def saved(self) -> list[Saved]:
+        """What a checkpoint has to hold."""
+        return [state for state in (self.pass_rates, self.limit) if state is not None]
 
     def collect(self, rows: list[dict[str, Any]], state: TrainerState, is_training: bool) -> CollectedRollouts:
         """
@@ -139,7 +154,9 @@ class Rollouts:
         """
         # Decided by seed and step: the same on every process, and after resuming
         draw = random.Random(f"{self.args.seed} {state.global_step}").random()
-        is_given = is_training and draw >= self.args.lmbda
+        is_given = is_training and (state.global_step < self.args.off_policy_steps or draw >= self.args.lmbda)
+        if is_given:
+            rows = self._replace_ungiven(rows, state)
         self.given = [row["completion_ids"] for row in rows] if is_given else None
         is_own = is_training and not is_given  # rollouts of the student's that are trained on
         metrics = {}
@@ -160,6 +177,22 @@ class Rollouts:
         ]
         return rows, len(taken) / len(keys)
 
+    def _replace_ungiven(self, rows: list[dict[str, Any]], state: TrainerState) -> list[dict[str, Any]]:
+        """The rows, with others of the training set in the place of those that hold no completion."""
+        if all(row["completion_ids"] is not None for row in rows):
+            return rows
+        if self._given_rows is None:
+            lengths = completion_lengths(self._train_dataset)
+            self._given_rows = [row for row, length in enumerate(lengths) if length is not None]
+        # By seed and step, as above. A slot takes its own, wherever it is
+        order = random.Random(f"{self.args.seed} {state.global_step} given")
+        order = order.sample(self._given_rows, len(self._given_rows))
+        start = self._accelerator.process_index * len(rows)
+        return [
+            self._train_dataset[order[slot % len(order)]] if row["completion_ids"] is None else row
+            for slot, row in enumerate(rows, start=start)
+        ]
+
     def _verify_and_choose(
         self, rollouts: CollectedRollouts, state: TrainerState, is_training: bool, is_own: bool
     ) -> None:
@@ -176,6 +209,9 @@ class Rollouts:
             if self.pass_rates is not None and is_own:
                 solved = self.pass_rates.end_batch(verdicts.correct, verdicts.verified)
             metrics["opsd/correct"] = solved.mean().item()
+            if self.limit is not None and is_own:
+                metrics["opsd/completion_limit"] = self.limit.value
+                self.limit.update(verdicts.lengths, verdicts.correct, verdicts.finished)
         logged = defaultdict(list)
         for own in gather_object([dict(self.verifiers.metrics)]):
             for name, values in own.items():

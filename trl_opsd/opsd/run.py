@@ -39,7 +39,8 @@ class OPSDScriptArguments(ScriptArguments):
         rollout_bank (`str`, *optional*):
             Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`). What it says
             of their pass rates stands beside what this run measures: prompts outside `min_pass_rate` and
-            `max_pass_rate` are left out from the start.
+            `max_pass_rate` are left out from the start. For `off_policy_steps`, and `lmbda` below 1, it adds to the data
+            the column `completion_ids`, the shortest correct rollout of each prompt that has one.
         solution (`str`, *optional*):
             `"bank"` takes the reference solution of a prompt from `rollout_bank`, for data that has none: its shortest
             correct rollout, without the thinking trace. Prompts that have no correct rollout are left out. By default
@@ -69,7 +70,7 @@ class OPSDScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`), for "
-            "`solution`, `min_pass_rate` and `max_pass_rate`."
+            "`solution`, `min_pass_rate`, `max_pass_rate`, and the completions of `off_policy_steps` and `lmbda`."
         },
     )
     solution: str | None = field(
@@ -134,14 +135,17 @@ def check_bank(script_args: OPSDScriptArguments, training_args: OPSDConfig) -> N
                 "`solution: bank` is for a teacher that sees a solution: set `teacher_context: solution`, or a "
                 "`teacher_prompt_template` with {solution}."
             )
-    elif script_args.rollout_bank and training_args.min_pass_rate is None and training_args.max_pass_rate is None:
+    elif script_args.rollout_bank and all(
+        value is None for value in (training_args.min_pass_rate, training_args.max_pass_rate, training_args.given)
+    ):
         raise UserError(
-            "`rollout_bank` is used for nothing: set `solution: bank`, `min_pass_rate` or `max_pass_rate`, or drop it."
+            "`rollout_bank` is used for nothing: set `solution: bank`, `off_policy_steps`, `lmbda`, `min_pass_rate` or "
+            "`max_pass_rate`, or drop it."
         )
 
 
 def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDConfig) -> tuple[Dataset, str]:
-    """The rows of the training set that the bank leaves, with its solutions if asked for, and a line that counts them."""
+    """The rows of the training set that the bank leaves, with what they take from it, and a line that counts them."""
     folder = script_args.rollout_bank
     rollouts, attempts = read_rollouts(folder), read_attempts(folder)
     ids = [prompt_id(prompt) for prompt in dataset["prompt"]]
@@ -151,8 +155,9 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
             "data, or of the same with another wording."
         )
     shortest = {}
-    for row in rollouts.select_columns(["prompt_id", "completion"]):  # of each prompt the shortest comes first
-        shortest.setdefault(row["prompt_id"], row["completion"])
+    # Of each prompt the shortest comes first
+    for row in rollouts.select_columns(["prompt_id", "completion", "completion_ids"]):
+        shortest.setdefault(row["prompt_id"], row)
 
     def is_skipped(prompt: str) -> bool:
         tried, correct = attempts.get(prompt, (0, 0))
@@ -162,6 +167,7 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
         return too_hard or (args.max_pass_rate is not None and correct / tried > args.max_pass_rate)
 
     takes_solution = script_args.solution == "bank"
+    takes_completion = args.given is not None and "completion_ids" not in dataset.column_names
     unsolved = [takes_solution and prompt not in shortest for prompt in ids]
     skipped = [is_skipped(prompt) for prompt in ids]
     kept = [row for row, reasons in enumerate(zip(unsolved, skipped, strict=True)) if not any(reasons)]
@@ -178,13 +184,19 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
                 f"`solution: bank` has no effect on `{script_args.dataset_name}`, whose column `privileged_context` "
                 "stands in for every solution: drop the column, or `solution: bank`."
             )
-        texts = [shortest[ids[row]] for row in kept]
+        texts = [shortest[ids[row]]["completion"] for row in kept]
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
         # As the verifiers read it: the answer, and what leads to it there. Tags in a prompt confuse chat templates.
         texts = [text.rpartition("</think>")[2].strip() for text in texts]
         if "solution" in dataset.column_names:
             dataset = dataset.remove_columns("solution")
         dataset = dataset.add_column("solution", texts)
+    if takes_completion:
+        found = [shortest.get(ids[row]) for row in kept]
+        dataset = dataset.add_column(
+            "completion_ids", [None if row is None else row["completion_ids"] for row in found]
+        )
+        counts += f"; of {sum(row is not None for row in found)} it gives the completion"
     return dataset, counts
 
 

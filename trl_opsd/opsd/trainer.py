@@ -18,6 +18,7 @@ from trl.trainer import distillation_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
+from ..decoding import finished_rows_dropped
 from ..engine import around_syncs, awake, rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
@@ -249,7 +250,15 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.rollouts.given is not None:
             return self.rollouts.given
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        limit = self.rollouts.limit
+        if limit is not None:
+            length = limit.value if self.model.training else limit.max_length
+            if self.use_vllm:
+                self.vllm_generation.max_completion_length = length
+            else:
+                self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = length
+        with nullcontext() if self.use_vllm else finished_rows_dropped(self.model):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _tool_call_loop(self, *args, **kwargs):
         turns = super()._tool_call_loop(*args, **kwargs)
@@ -544,8 +553,9 @@ class OPSDTrainer(DistillationTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         # Before the rest: a checkpoint whose `trainer_state.json` is there is whole, and only then are older ones removed
-        if self.rollouts.pass_rates is not None and self.args.should_save:
-            self.rollouts.pass_rates.save(folder)
+        if self.args.should_save:
+            for state in self.rollouts.saved:
+                state.save(folder)
         if self.teacher.follows_student:
             self.teacher.save(folder, is_main=self.args.should_save)
         super()._save_checkpoint(model, trial)
@@ -556,5 +566,5 @@ class OPSDTrainer(DistillationTrainer):
         if checkpoint is not None:
             if self.teacher.follows_student:
                 self.teacher.load(checkpoint)
-            if self.rollouts.pass_rates is not None:
-                self.rollouts.pass_rates.load(checkpoint)
+            for state in self.rollouts.saved:
+                state.load(checkpoint)

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..cli import UserError
 from ..data import load_prompts
+from ..decoding import generate
 from ..rlvr.bank import read_rollouts
 from ..rlvr.identity import check_vocabulary
 from .config import PruneConfig
@@ -126,8 +127,8 @@ def _generate(
         input_ids, attention_mask = (
             pad_sequence(column, batch_first=True, padding_side="left").to(model.device) for column in columns
         )
-        batch = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+        batch = generate(
+            model, input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
         )[:, input_ids.size(1) :]
         for row in batch.tolist():
             ends = [position for position, token in enumerate(row) if token in eos_ids]

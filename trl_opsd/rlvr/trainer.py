@@ -20,6 +20,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
+from ..decoding import finished_rows_dropped
 from ..engine import around_syncs, awake, rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
@@ -156,6 +157,10 @@ class RLVRTrainer(GRPOTrainer):
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with finished_rows_dropped(self.model):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes

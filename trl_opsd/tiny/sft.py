@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from ..decoding import generate
 from ..results import write_results, write_text
 from .model import make_model
 from .task import TEMPLATES, Problem, TinyConfig, problems, row, sft_rows
@@ -82,7 +83,7 @@ def measure(
     training = model.training
     model.eval()
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
-    generated = model.generate(**inputs, do_sample=sample, max_new_tokens=max_new_tokens, **sampling)[
+    generated = generate(model, **inputs, do_sample=sample, max_new_tokens=max_new_tokens, **sampling)[
         :, inputs["input_ids"].shape[1] :
     ]
     model.train(training)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, Iterator, Sequence
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,6 +16,7 @@ from transformers import (
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
+from ...decoding import RowProcessor, generate
 from ..checkpoint import load_weights
 from ..config import EvaluateConfig
 from ..memory import peak_memory, reset_peak_memory
@@ -71,7 +71,7 @@ class _Steps(BaseStreamer):
         pass
 
 
-class _Draw(LogitsProcessor):
+class _Draw(RowProcessor):
     """
     Draws the next token of every row by random numbers of that row alone, and leaves nothing else to choose from, so that
     a completion does not depend on those beside it. (`do_sample` draws all rows from one stream.)
@@ -88,6 +88,9 @@ class _Draw(LogitsProcessor):
         target = drawn.unsqueeze(1) * cumulative[:, -1:] * (1 - 1e-6)
         token = torch.searchsorted(cumulative, target, right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    def keep(self, rows: torch.LongTensor) -> None:
+        self.streams = [self.streams[row] for row in rows.tolist()]
 
 
 class _StopTexts(StoppingCriteria):
@@ -110,7 +113,7 @@ class _StopTexts(StoppingCriteria):
 class TransformersEngine:
     """
     A model in this process, in batches of prompts of similar length, the longest first. A batch lasts as long as its
-    longest completion; concurrency is the size of the batch.
+    longest completion, with fewer and fewer rows; concurrency is the size of the batch.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -199,7 +202,8 @@ class TransformersEngine:
             )
         training = self.model.training
         self.model.eval()
-        completion = self.model.generate(
+        completion = generate(
+            self.model,
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=generation_config,
