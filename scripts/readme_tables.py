@@ -138,7 +138,9 @@ def size_table() -> str:
 def golds_table() -> str:
     """What the mathematical verifier makes of the reference answers of two test sets."""
     lines = []
-    for before, row in zip(*(read(RESULTS / "math_reward" / f"{name}.json") for name in ("before", "golds")), strict=True):
+    for before, row in zip(
+        *(read(RESULTS / "math_reward" / f"{name}.json") for name in ("before", "golds")), strict=True
+    ):
         cells = [row["set"]]
         for tried, mistakes in (("spellings", "false_negatives"), ("neighbours", "false_positives")):
             cells += [f"{row[tried]:,}", f"{before[mistakes]:,}", f"{row[mistakes]:,}"]

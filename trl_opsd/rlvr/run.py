@@ -64,14 +64,14 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
         datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
-        if training_args.process_index == 0:
-            print(counts)
-        training_args.check_num_prompts(len(datasets[0]))
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
             check_references(dataset, reward_funcs, script_args.dataset_name)
+        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
+        if training_args.process_index == 0:
+            print(counts)
+        training_args.check_num_prompts(len(datasets[0]))
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
