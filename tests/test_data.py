@@ -5,9 +5,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_opsd.cli import UserError
-from trl_opsd.data import SOURCES, check_columns, decontaminate, load_prompts
+from trl_opsd.data import SOURCES, check_columns, decontaminate, hold_out, load_prompts
 from trl_opsd.data.__main__ import main
-from trl_opsd.data.contamination import normalize, problem_text
+from trl_opsd.data.contamination import HELD_OUT, normalize, problem_text
+from trl_opsd.evaluate.tasks import TASKS
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -293,6 +294,32 @@ class TestDecontaminate:
         )
         left, counts = decontaminate(train, evaluation)
         assert len(left) == 1 + kept and counts["evaluation_seen"] == 1 - kept
+
+    def test_held_out(self, tmp_path, monkeypatch):
+        train = Dataset.from_list([{"prompt": text} for text in (self.LONG, self.SHORT, "New")])
+        raw = write_jsonl(tmp_path / "a.jsonl", [{"problem": self.LONG, "answer": "72"}])
+        own = write_jsonl(tmp_path / "b.jsonl", [{"prompt": self.SHORT}])
+        kept, line = hold_out(train, [f"math-500:{raw}", own])
+        assert kept["prompt"][:] == ["New"] and line == f"held out: 2 of 3 rows (math-500:{raw} 1, {own} 1)"
+        assert hold_out(train, ["none"])[0] is train
+        with pytest.raises(UserError, match="There is no data at `c.jsonl`"):
+            hold_out(train, ["c.jsonl"])
+        with pytest.raises(UserError, match=r"All 1 training rows are also in .*b.jsonl: .* `--held_out none`"):
+            hold_out(train.select([1]), [own])
+        # By default: what an evaluation has left in the cache, as `datasets` names its folders
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        kept, line = hold_out(train)
+        assert len(kept) == 3 and line.startswith("held out: 0 of 3 rows; not compared with gsm8k, math-500, aime24")
+        (tmp_path / "HuggingFaceH4___math-500").mkdir()
+        loaded = load_prompts(f"math-500:{raw}")
+        monkeypatch.setattr("trl_opsd.data.contamination.load_prompts", lambda name, split: loaded)
+        kept, line = hold_out(train)
+        assert len(kept) == 2 and line.startswith(
+            "held out: 1 of 3 rows (math-500 1); not compared with gsm8k, aime24"
+        )
+
+    def test_every_benchmark_is_held_out(self):
+        assert {name: task.dataset_split for name, task in TASKS.items() if name != "reasoning-gym"} == HELD_OUT
 
     def test_command_line(self, tmp_path, capsys):
         train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": text} for text in self.TRAIN])

@@ -359,8 +359,9 @@ def finishes(completions, **kwargs):
     return [len(completion[0]["content"]) % 3 / 2 - 1 for completion in completions]
 
 
-def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
+def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint, capsys):
     main([*recipe(reward_funcs=["math_reward", "test_rlvr.finishes"]), "--max_steps", "3"])
+    assert "held out: 0 of " in capsys.readouterr().out
     out = tmp_path / "out"
     trained = AutoModelForCausalLM.from_pretrained(out)
     before = AutoModelForCausalLM.from_pretrained(checkpoint())

@@ -2,10 +2,30 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
+import datasets
 from datasets import Dataset
+from datasets.naming import camelcase_to_snakecase
 
+from ..cli import UserError
+from .prompts import load_prompts
 from .sources import SOURCES
+
+
+# The named sources that models are evaluated on, and the split of each
+HELD_OUT = {
+    "gsm8k": "test",
+    "math-500": "test",
+    "aime24": "train",
+    "aime25": "test",
+    "amc23": "test",
+    "humaneval": "test",
+    "mbpp": "test",
+    "bbh": "test",
+    "ifeval": "train",
+}
 
 
 _WORDINGS = sorted({source.prompt for source in SOURCES.values()}, key=len, reverse=True)
@@ -93,6 +113,60 @@ class _Runs:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(_EMPHASIS.sub("", text.replace(r"\*", "*")).lower())
+
+
+def hold_out(train: Dataset, names: Sequence[str] = ()) -> tuple[Dataset, str]:
+    """
+    Leaves out of a training set what is also in evaluation sets (see [`decontaminate`]).
+
+    Args:
+        train ([`~datasets.Dataset`]):
+            Training rows, with `prompt`.
+        names (`Sequence[str]`, *optional*, defaults to `()`):
+            Evaluation sets, as [`load_prompts`] takes them; `["none"]` keeps all rows. Without names, those of
+            [`HELD_OUT`] that the cache of `datasets` on this machine holds, where an evaluation puts them.
+
+    Returns:
+        `tuple[Dataset, str]`: The rows that are left, and a line that counts those that went, and says which sets were
+        not compared with.
+
+    Raises:
+        UserError: If a set that was named cannot be loaded, or no row is left.
+    """
+    if list(names) == ["none"]:
+        return train, "held out: nothing, as asked for"
+    evaluations, absent, total = {}, [], len(train)
+    for name in names or HELD_OUT:
+        split = HELD_OUT.get(name.partition(":")[0], "test")
+        if names:
+            evaluations[name] = load_prompts(name, split)
+        elif _is_cached(name):
+            try:
+                evaluations[name] = load_prompts(name, split)
+            except UserError:  # another part of it, or an older one
+                absent.append(name)
+        else:
+            absent.append(name)
+    went = {}
+    for name, evaluation in evaluations.items():
+        before = len(train)
+        train, _ = decontaminate(train, evaluation)
+        went[name] = before - len(train)
+    if len(train) == 0:
+        raise UserError(
+            f"All {total} training rows are also in {', '.join(went)}: train on something else, or keep them with "
+            "`--held_out none`."
+        )
+    parts = ", ".join(f"{name} {count}" for name, count in went.items())
+    line = f"held out: {total - len(train)} of {total} rows" + (f" ({parts})" if parts else "")
+    if absent:
+        line += f"; not compared with {', '.join(absent)}, which are not on this machine (name them in `held_out`)"
+    return train, line
+
+
+def _is_cached(name: str) -> bool:
+    namespace, _, hub_name = SOURCES[name].hub_id.partition("/")
+    return (Path(datasets.config.HF_DATASETS_CACHE) / f"{namespace}___{camelcase_to_snakecase(hub_name)}").is_dir()
 
 
 def problem_text(prompt: list[dict[str, str]] | str) -> str:

@@ -11,7 +11,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
-from ..data import check_columns, load_prompts
+from ..data import check_columns, hold_out, load_prompts
 from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
@@ -36,6 +36,9 @@ class OPSDScriptArguments(ScriptArguments):
             Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path. They
             decide the gate. Where nothing is written (`lmbda: 0`) and all is trained on (`gate: all`) they judge
             nothing, and are left out.
+        held_out (`list[str]`, *optional*):
+            Evaluation sets whose problems are left out of the training set (see [`~trl_opsd.data.hold_out`]). `none`
+            keeps all rows. Defaults to the named benchmarks that have been evaluated on, on this machine.
         rollout_bank (`str`, *optional*):
             Folder of the rollout bank of an RLVR run over the same prompts (`bank` in its `output_dir`). What it says
             of their pass rates stands beside what this run measures: prompts outside `min_pass_rate` and
@@ -64,6 +67,13 @@ class OPSDScriptArguments(ScriptArguments):
         metadata={
             "help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path. They "
             "decide the gate."
+        },
+    )
+    held_out: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation sets whose problems are left out of the training set; 'none' keeps all rows. Defaults "
+            "to the named benchmarks that have been evaluated on, on this machine."
         },
     )
     rollout_bank: str | None = field(
@@ -253,6 +263,9 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             datasets = [read_rollouts(script_args.dataset_name)]
         else:
             datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
+        if training_args.process_index == 0:
+            print(counts)
         if script_args.rollout_bank is not None:
             datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
             if training_args.process_index == 0:

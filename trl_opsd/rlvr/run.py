@@ -8,7 +8,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
-from ..data import check_columns, load_prompts
+from ..data import check_columns, hold_out, load_prompts
 from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
@@ -26,11 +26,21 @@ class RLVRScriptArguments(ScriptArguments):
     Args:
         reward_funcs (`list[str]`, *optional*):
             Verifiers, by name: one of [`trl_opsd.rewards`], one of [`trl.rewards`], or a dotted import path.
+        held_out (`list[str]`, *optional*):
+            Evaluation sets whose problems are left out of the training set (see [`~trl_opsd.data.hold_out`]). `none`
+            keeps all rows. Defaults to the named benchmarks that have been evaluated on, on this machine.
     """
 
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={"help": "Verifiers, by name: one of trl_opsd.rewards, one of trl.rewards, or a dotted import path."},
+    )
+    held_out: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation sets whose problems are left out of the training set; 'none' keeps all rows. Defaults "
+            "to the named benchmarks that have been evaluated on, on this machine."
+        },
     )
 
 
@@ -61,11 +71,14 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
         datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        training_args.check_num_prompts(len(datasets[0]))
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
             check_rows(dataset, reward_funcs, script_args.dataset_name)
+        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
+        if training_args.process_index == 0:
+            print(counts)
+        training_args.check_num_prompts(len(datasets[0]))
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
