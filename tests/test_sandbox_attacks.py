@@ -56,8 +56,9 @@ FORGERIES = {
         "import numpy\nassert (add(2, 3) == numpy.array([5])).all()",
     ),
     "memory of the judge as an array": (
+        # The small number lies at the same place in both processes, one being the other's fork
         "class Memory:\n @property\n def __array_interface__(self):\n"
-        "  x = (5).to_bytes(8, 'little')\n  return {'shape': (1,), 'typestr': '<i8', 'data': (id(x) + 32, False), 'version': 3}\n"
+        "  return {'shape': (1,), 'typestr': '<u4', 'data': (id(5) + 24, False), 'version': 3}\n"
         "def add(a, b): return Memory()",
         "import numpy\nassert int(numpy.asarray(add(2, 3)).sum()) == 5",
     ),
