@@ -66,6 +66,10 @@ FORGERIES = {
         "class Hook:\n def __array__(self, *a, **k): raise SystemExit(0)\ndef add(a, b): return Hook()",
         "import numpy\nassert numpy.asarray(add(2, 3)) == 5",
     ),
+    "function that runs source in the judge": (
+        "def make(): return exec\ndef text(): return 'import builtins\\nbuiltins.float = lambda x: 1.0'" + WRONG,
+        "make()(text())\nassert add(2, 3) == 5",
+    ),
     "function that is a class": ("class add:\n def __init__(self, a, b): pass\n def __sub__(self, o): return 0", "assert abs(add(2, 3) - 5) < 1"),
     "method that returns its own instance": (
         "class Calc:\n def add(self, a, b): return Calc()\n def __sub__(self, o): return 0\n def __abs__(self): return 0",
