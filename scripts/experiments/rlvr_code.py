@@ -2,7 +2,7 @@
 RLVR on programs that read and print, with the sandbox as the reward: a tiny model that writes a third of its programs wrong
 when it samples learns to write them right.
 
-    OMP_NUM_THREADS=1 python -m scripts.experiments.rlvr_code --seeds 0
+    OMP_NUM_THREADS=1 python -m scripts.experiments.rlvr_code --seeds 0 1
 
 The problems are of a toy language: "print the largest minus the first" of the numbers of one line. The model, of some
 20,000 parameters, is first taught all problems, by programs of which a part has a wrong function, sign or end: at its
@@ -216,7 +216,7 @@ def table() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", default=str(ROOT / "runs" / "rlvr_code"), help="folder for the runs")
     parser.add_argument("--report", action="store_true", help="only make the plot and the table")
     args = parser.parse_args(argv)
