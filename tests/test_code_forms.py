@@ -278,7 +278,7 @@ class TestWhatTestsDo:
     def test_what_is_hidden_of_the_tests_objects(self):
         tests = "class Case:\n def __init__(self): self._wanted = 5\n def show(self): return 0\ncase = Case()\nassert f(case) == 5"
         for way in ("case._wanted", "case.__dict__['_wanted']", "case.show.__self__._wanted", "vars(case)['_wanted']"):
-            assert run_tests(f"def f(case): return {way}", tests).score == 0.0, way
+            assert not run_tests(f"def f(case): return {way}", tests).score, way
 
 
 class TestStandardInput:

@@ -56,14 +56,19 @@ FORGERIES = {
         "import numpy\nassert (add(2, 3) == numpy.array([5])).all()",
     ),
     "memory of the judge as an array": (
+        # The small number lies at the same place in both processes, one being the other's fork
         "class Memory:\n @property\n def __array_interface__(self):\n"
-        "  x = (5).to_bytes(8, 'little')\n  return {'shape': (1,), 'typestr': '<i8', 'data': (id(x) + 32, False), 'version': 3}\n"
+        "  return {'shape': (1,), 'typestr': '<u4', 'data': (id(5) + 24, False), 'version': 3}\n"
         "def add(a, b): return Memory()",
         "import numpy\nassert int(numpy.asarray(add(2, 3)).sum()) == 5",
     ),
     "array of a hook": (
         "class Hook:\n def __array__(self, *a, **k): raise SystemExit(0)\ndef add(a, b): return Hook()",
         "import numpy\nassert numpy.asarray(add(2, 3)) == 5",
+    ),
+    "function that runs source in the judge": (
+        "def make(): return exec\ndef text(): return 'import builtins\\nbuiltins.float = lambda x: 1.0'" + WRONG,
+        "make()(text())\nassert add(2, 3) == 5",
     ),
     "function that is a class": ("class add:\n def __init__(self, a, b): pass\n def __sub__(self, o): return 0", "assert abs(add(2, 3) - 5) < 1"),
     "method that returns its own instance": (

@@ -1,12 +1,13 @@
 """
-RLVR on programs that read and print, with the sandbox as the reward: a tiny model that writes programs wrong half of the
-time learns to write them right.
+RLVR on programs that read and print, with the sandbox as the reward: a tiny model that writes a third of its programs wrong
+when it samples learns to write them right.
 
-    OMP_NUM_THREADS=1 python -m scripts.experiments.rlvr_code --seeds 0
+    OMP_NUM_THREADS=1 python -m scripts.experiments.rlvr_code --seeds 0 1
 
 The problems are of a toy language: "print the largest minus the first" of the numbers of one line. The model, of some
-30,000 parameters, is first taught by programs of which a part has a wrong function, sign or end. Then every rollout is a
-Python program, run by `code_reward` on inputs that are not in its prompt. Problems to measure on are not trained on.
+20,000 parameters, is first taught all problems, by programs of which a part has a wrong function, sign or end: at its
+likeliest it is then right. In RLVR every rollout is a Python program, run by `code_reward` on inputs that are not in its
+prompt. The problems that are measured before and after are in what was taught, and not in RLVR.
 Writes one results file for each seed, recipes/results/rlvr_code/seed-<seed>.json, then curve.png and table.md
 (`--report`: only those). About three processor minutes for a seed.
 """
@@ -208,14 +209,14 @@ def table() -> str:
         f"Over {len(seeds)} seeds (mean, lowest to highest), programs that pass in the sandbox, in %. In training, first 5 "
         f"steps {first}, last 5 {last}; at most {100 * unjudged:.1f}% of a step were not judged. Made by "
         "`python -m scripts.experiments.rlvr_code`.\n\n"
-        + markdown(["", "held-out problems, greedy", "sampled"], lines)
+        + markdown(["", "problems that RLVR did not have, greedy", "sampled"], lines)
         + "\n"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", default=str(ROOT / "runs" / "rlvr_code"), help="folder for the runs")
     parser.add_argument("--report", action="store_true", help="only make the plot and the table")
     args = parser.parse_args(argv)
