@@ -13,7 +13,7 @@ ORDER = [
     "cli",
     "results",
     "adapters",
-    "engine",
+    "rollout_engine",
     "data",
     "rewards",
     "tiny",

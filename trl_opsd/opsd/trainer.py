@@ -18,7 +18,7 @@ from trl.trainer import distillation_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
-from ..engine import rollout_engine
+from ..rollout_engine import rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,

@@ -18,7 +18,7 @@ ARGUMENTS = (
 def main(args: list[str] | None = None) -> None:
     with user_errors():
         parsed = parse(ARGUMENTS, args, prog="trl_opsd.rlvr")
-    from ..engine import engine_errors
+    from ..rollout_engine import engine_errors
     from .run import run
 
     with engine_errors(parsed[1].output_dir):

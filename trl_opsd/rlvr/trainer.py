@@ -17,7 +17,7 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
-from ..engine import rollout_engine
+from ..rollout_engine import rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 

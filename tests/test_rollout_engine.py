@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import types
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.generation import vllm_generation
 from trl.trainer import distillation_trainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig
-from trl_opsd.engine import (
+from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
+from trl_opsd.opsd.head import Head
+from trl_opsd.opsd.metrics import EngineMismatch
+from trl_opsd.rollout_engine import (
     EngineError,
     RolloutEngine,
     check_engine,
@@ -22,8 +25,6 @@ from trl_opsd.engine import (
     rollout_engine,
     training_precision,
 )
-from trl_opsd.opsd.head import Head
-from trl_opsd.opsd.metrics import EngineMismatch
 
 
 @pytest.fixture
@@ -146,10 +147,10 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(monkeypatch):
     given = types.SimpleNamespace(
         use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=False, device=torch.device("cpu")
     )
-    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: False)
+    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: False)
     with pytest.raises(ValueError, match="`use_vllm` needs vLLM: run `pip install vllm`"):
         check_engine(given)
-    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: True)
+    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: True)
     check_engine(given)
     given.vllm_enable_sleep_mode = True
     with pytest.raises(ValueError, match="`vllm_enable_sleep_mode` frees the memory of a GPU"):
@@ -200,6 +201,27 @@ def test_the_estimate_of_the_divergence_is_that_of_its_definition():
     assert mismatch.gathered(Accelerator(cpu=True)) == {}
 
 
+def test_rlvr_logs_the_same_estimate():
+    engine, policy = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.6, 0.3, 0.1]).log()
+    tokens = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [1, 2, 2, 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1] * 3 + [1] + [0] * 3])
+    sampled = engine[tokens]
+    sampled[1, 3] = torch.nan  # which vLLM could not score
+    output = {
+        "completion_mask": mask,
+        "old_per_token_logps": policy[tokens],
+        "sampling_per_token_logps": sampled,
+    }
+    trainer = types.SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        model=types.SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
+    RLVRTrainer._log_engine_kl(trainer, output)
+    kl = 0.5 * math.log(0.5 / 0.6) + 0.2 * math.log(2)
+    assert trainer._metrics["train"] == {"sampling/kl": [pytest.approx(kl, rel=1e-5)]}
+
+
 @pytest.mark.parametrize("budget", [None, 96])
 def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
     tmp_path, tokenizer, rows, monkeypatch, budget
@@ -239,7 +261,7 @@ def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
                 self.written[*prompt, *completion] = (own + 0.1).tolist()
             return prompts, completions, None, None
 
-    monkeypatch.setattr("trl_opsd.engine.RolloutEngine", Engine)
+    monkeypatch.setattr("trl_opsd.rollout_engine.RolloutEngine", Engine)
     monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
     trainer = OPSDTrainer(
         model=model,
