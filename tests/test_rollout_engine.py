@@ -2,13 +2,13 @@
 
 import math
 import os
-import sys
 import types
 from collections import defaultdict
 
 import pytest
 import torch
 from accelerate import Accelerator
+from fake_vllm import fake_vllm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.generation import vllm_generation
 from trl.trainer import distillation_trainer
@@ -31,37 +31,21 @@ from trl_opsd.rollout_engine import (
 def vllm(monkeypatch):
     """vLLM as far as it is started, and what it was started with. As the real one it takes the random numbers over."""
     started = []
-    layers = types.ModuleType("vllm.model_executor.layers.utils")
-    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: started.append("packed")
-    platforms = types.ModuleType("vllm.platforms")
-    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: platforms.on_cpu)
-    platforms.on_cpu = True
 
     class LLM:
         def __init__(self, **kwargs):
             torch.manual_seed(kwargs["seed"])
             self.layer = torch.nn.Linear(2, 2)
-            layers.dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+            modules.layers.dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
             started.append(kwargs)
 
-    package = types.ModuleType("vllm")
-    package.LLM = LLM
-    modules = {
-        "vllm": package,
-        "vllm.platforms": platforms,
-        "vllm.model_executor": types.ModuleType("vllm.model_executor"),
-        "vllm.model_executor.layers": types.ModuleType("vllm.model_executor.layers"),
-        "vllm.model_executor.layers.utils": layers,
-    }
-    modules["vllm.model_executor.layers"].utils = layers
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # which the start sets: as they were after the test
         monkeypatch.delenv(name)
-    return types.SimpleNamespace(started=started, layers=layers, platforms=platforms, LLM=LLM)
+    with fake_vllm(lambda layer, remove_weight: started.append("packed")) as modules:
+        yield types.SimpleNamespace(started=started, layers=modules.layers, platform=modules.platform, LLM=LLM)
 
 
 def engine(model, seed=0, mixed_precision="no", **kwargs):
@@ -110,7 +94,7 @@ def test_weights_stay_on_a_cpu_and_nothing_is_changed_elsewhere_or_afterwards(vl
     assert vllm.started[-1]["enforce_eager"] is True and "packed" not in vllm.started
     assert started.llm.layer.cpu_linear is torch.nn.functional.linear and started.llm.layer.weight.numel() == 4
     assert vllm.layers.dispatch_cpu_unquantized_gemm is packed and vllm_generation.LLM is vllm.LLM
-    vllm.platforms.on_cpu = False
+    vllm.platform.is_cpu = lambda: False
     engine(small_model(0))
     assert "enforce_eager" not in vllm.started[-1] and vllm.started[-2] == "packed"
 

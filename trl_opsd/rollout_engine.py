@@ -221,19 +221,18 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _started_with(**options) -> Iterator[None]:
     """Inside, vLLM starts with options that TRL has no way to pass (huggingface/trl#6816)."""
-    import vllm.model_executor.layers.utils as layers
-    from vllm import LLM
+    from vllm.model_executor.layers import utils as layers
     from vllm.platforms import current_platform
 
-    packed = layers.dispatch_cpu_unquantized_gemm
+    own, packed = vllm_generation.LLM, layers.dispatch_cpu_unquantized_gemm
 
     def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.ndim != 2:
             return packed(layer, remove_weight)  # no linear layer, and not what empties its weight
         layer.cpu_linear = torch.nn.functional.linear
 
-    def start(**kwargs) -> LLM:
-        return LLM(**kwargs, **options)
+    def start(**kwargs) -> "LLM":  # noqa: F821
+        return own(**kwargs, **options)
 
     with _replaced(vllm_generation, "LLM", start):
         if not current_platform.is_cpu():
