@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from fake_vllm import fake_vllm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
@@ -48,10 +49,10 @@ def vllm(monkeypatch):
         yield types.SimpleNamespace(started=started, layers=modules.layers, platform=modules.platform, LLM=LLM)
 
 
-def engine(model, seed=0, mixed_precision="no", **kwargs):
+def engine(model, seed=0, mixed_precision="no", keeps_logprobs=False, **kwargs):
     return RolloutEngine(
         seed=seed,
-        keeps_logprobs=False,
+        keeps_logprobs=keeps_logprobs,
         model=model,
         accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision),
         processing_class=None,
@@ -110,6 +111,18 @@ def test_what_an_engine_raises_is_one_sentence(vllm, small_model, monkeypatch):
         "The engine (vLLM, colocate) that writes the rollouts did not start: ValueError: No room. See the log."
     )
     assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_log_probabilities_are_remembered_by_prompt_and_completion(vllm, small_model, monkeypatch):
+    outputs = [[5, 6], [7]], [[[-0.5], [None]], [[-1.0]]], None
+    monkeypatch.setattr(VLLMGeneration, "generate", lambda self, prompts, *args, **kwargs: (prompts, *outputs))
+    for keeps in (True, False):
+        found = engine(small_model(0), keeps_logprobs=keeps, logprobs=None)
+        assert found.logprobs == (0 if keeps else None)
+        found.generate([[1, 2], [3]], None, 1)
+        assert list(found.written) == ([(1, 2, 5, 6), (3, 7)] if keeps else [])
+        if keeps:
+            assert found.written[3, 7] == [-1.0] and str(found.written[1, 2, 5, 6]) == "[-0.5, nan]"
 
 
 @pytest.mark.parametrize("steps", [[], [5, 10]])

@@ -1,5 +1,6 @@
 """What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
+import math
 import os
 import socket
 import textwrap
@@ -55,8 +56,8 @@ class RolloutEngine(VLLMGeneration):
 
     Attributes:
         written (`dict[tuple[int, ...], list[float]]`):
-            Log-probability of each token of a completion, in nats, by the token ids of prompt and completion. To be
-            cleared by whoever reads it.
+            Log-probability of each token of a completion, in nats, by the token ids of prompt and completion; NaN for
+            one that vLLM could not score. To be cleared by whoever reads it.
     """
 
     def __init__(self, *, seed: int, keeps_logprobs: bool, **kwargs):
@@ -96,7 +97,9 @@ class RolloutEngine(VLLMGeneration):
             outputs = super().generate(prompts, *args, **kwargs)
         if self.keeps_logprobs:
             for prompt, completion, logprobs in zip(prompts, *outputs[1:3], strict=True):
-                self.written[*prompt, *completion] = [values[0] for values in logprobs]
+                # `None` stands for one that vLLM could not score
+                own = [math.nan if values[0] is None else values[0] for values in logprobs]
+                self.written[*prompt, *completion] = own
         return outputs
 
     def close(self) -> None:
