@@ -10,7 +10,7 @@ import argparse
 import json
 from functools import partial
 
-from scripts.benchmarks import divergence, generation, sandbox, scaling, step, teacher_memory
+from scripts.benchmarks import divergence, sandbox, scaling, step, teacher_memory
 from scripts.experiments import ablations, bank, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
@@ -156,7 +156,6 @@ BLOCKS = {
     "scaling, extrapolated": scaling.extrapolation_table,
     "scaling, prompts": scaling.prompt_table,
     "teacher memory": teacher_memory.table,
-    "generation": generation.table,
     "sandbox": sandbox.table,
     "golds": golds_table,
 }
