@@ -1,12 +1,13 @@
 """TRL's own engine class over an `LLM` that remembers what is asked of it, and refuses what a sleeping one cannot do."""
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import trl.generation.vllm_generation as module
+from fake_vllm import fake_vllm
 
 
 class FakeLLM:
@@ -78,7 +79,7 @@ def fake_engine(write):
         mock.patch.object(module, "SamplingParams", lambda **kwargs: SimpleNamespace(**kwargs), create=True),
         mock.patch.object(module, "is_vllm_available", lambda: True),
         mock.patch.object(module, "empty_cache", lambda: None),
-        mock.patch("trl_opsd.engine._started_with", lambda **options: nullcontext()),
+        fake_vllm(),
         mock.patch("trl.trainer.distillation_trainer.is_vllm_available", lambda: True),
     ):
         yield

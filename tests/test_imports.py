@@ -14,7 +14,7 @@ ORDER = [
     "cli",
     "results",
     "adapters",
-    "engine",
+    "rollout_engine",
     "resuming",
     "decoding",
     "data",

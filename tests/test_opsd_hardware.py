@@ -283,7 +283,7 @@ def test_with_an_engine_the_base_is_restored_after_every_sync(tmp_path, small_mo
 
     module = "trl.trainer.distillation_trainer"
     with (
-        mock.patch("trl_opsd.engine.RolloutEngine", Engine),
+        mock.patch("trl_opsd.rollout_engine.RolloutEngine", Engine),
         mock.patch(f"{module}.is_vllm_available", lambda: True),
     ):
         trainer = build(

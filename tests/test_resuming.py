@@ -228,7 +228,7 @@ def test_what_is_found_late_is_a_sentence_too(recipe, stage, options, message, c
 
 
 def test_without_vllm_the_command_says_how_to_get_it(recipe, monkeypatch, capsys):
-    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: False)
+    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         opsd([*recipe("opsd", "out"), "--use_vllm", "true"])
     assert end.value.code == 2

@@ -90,6 +90,7 @@ def command(stage: str, world: Path, output: Path, *more: str, model: str = "unt
         "learning_rate": "0.02",
         "lr_scheduler_type": "constant",
         "logging_steps": "1",
+        "use_cpu": str(CPU),
         "use_vllm": "true",
         "vllm_max_model_length": "256",
         "log_engine_mismatch": "true",
@@ -412,7 +413,6 @@ def test_what_takes_a_gpu_is_said_before_a_model_is_loaded(tmp_path, world, opti
 @pytest.mark.parametrize("stage", ["rlvr", "opsd"])
 def test_the_weights_reach_the_server(tmp_path, world, server, stage, lora):
     more = [*at(server), *(ADAPTER if lora else [])]
-    more += ["--use_cpu", "false"]
     arguments = ["-m", f"trl_opsd.{stage}", *command(stage, world, tmp_path / "out", *more)]
     done = subprocess.run(
         [sys.executable, *arguments],

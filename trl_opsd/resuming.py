@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .engine import EngineError
+from .rollout_engine import EngineError
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts
-from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary
+from ..rollout_engine import check_engine
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
 from .probe import check_probe, probe

@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..engine import around_syncs, awake, rollout_engine
+from ..rollout_engine import around_syncs, awake, rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,

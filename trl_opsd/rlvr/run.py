@@ -9,10 +9,10 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts
-from ..engine import check_engine
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
+from ..rollout_engine import check_engine
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer

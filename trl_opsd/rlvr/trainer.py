@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..engine import around_syncs, awake, rollout_engine
+from ..rollout_engine import around_syncs, awake, rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights

@@ -2,18 +2,23 @@
 
 import math
 import os
-import sys
 import types
+from collections import defaultdict
 
 import pytest
 import torch
 from accelerate import Accelerator
+from fake_vllm import fake_vllm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig
-from trl_opsd.engine import (
+from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
+from trl_opsd.opsd.head import Head
+from trl_opsd.opsd.metrics import EngineMismatch
+from trl_opsd.resuming import engine_errors
+from trl_opsd.rollout_engine import (
     EngineError,
     RolloutEngine,
     check_engine,
@@ -21,52 +26,33 @@ from trl_opsd.engine import (
     rollout_engine,
     training_precision,
 )
-from trl_opsd.opsd.head import Head
-from trl_opsd.opsd.metrics import EngineMismatch
-from trl_opsd.resuming import engine_errors
 
 
 @pytest.fixture
 def vllm(monkeypatch):
     """vLLM as far as it is started, and what it was started with. As the real one it takes the random numbers over."""
     started = []
-    layers = types.ModuleType("vllm.model_executor.layers.utils")
-    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: started.append("packed")
-    platforms = types.ModuleType("vllm.platforms")
-    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: platforms.on_cpu)
-    platforms.on_cpu = True
 
     class LLM:
         def __init__(self, **kwargs):
             torch.manual_seed(kwargs["seed"])
             self.layer = torch.nn.Linear(2, 2)
-            layers.dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+            modules.layers.dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
             started.append(kwargs)
 
-    package = types.ModuleType("vllm")
-    package.LLM = LLM
-    modules = {
-        "vllm": package,
-        "vllm.platforms": platforms,
-        "vllm.model_executor": types.ModuleType("vllm.model_executor"),
-        "vllm.model_executor.layers": types.ModuleType("vllm.model_executor.layers"),
-        "vllm.model_executor.layers.utils": layers,
-    }
-    modules["vllm.model_executor.layers"].utils = layers
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # which the start sets: as they were after the test
         monkeypatch.delenv(name)
-    return types.SimpleNamespace(started=started, layers=layers, platforms=platforms, LLM=LLM)
+    with fake_vllm(lambda layer, remove_weight: started.append("packed")) as modules:
+        yield types.SimpleNamespace(started=started, layers=modules.layers, platform=modules.platform, LLM=LLM)
 
 
-def engine(model, seed=0, mixed_precision="no", **kwargs):
+def engine(model, seed=0, mixed_precision="no", keeps_logprobs=False, **kwargs):
     return RolloutEngine(
         seed=seed,
-        keeps_logprobs=False,
+        keeps_logprobs=keeps_logprobs,
         model=model,
         accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision),
         processing_class=None,
@@ -109,7 +95,7 @@ def test_weights_stay_on_a_cpu_and_nothing_is_changed_elsewhere_or_afterwards(vl
     assert vllm.started[-1]["enforce_eager"] is True and "packed" not in vllm.started
     assert started.llm.layer.cpu_linear is torch.nn.functional.linear and started.llm.layer.weight.numel() == 4
     assert vllm.layers.dispatch_cpu_unquantized_gemm is packed and vllm_generation.LLM is vllm.LLM
-    vllm.platforms.on_cpu = False
+    vllm.platform.is_cpu = lambda: False
     engine(small_model(0))
     assert "enforce_eager" not in vllm.started[-1] and vllm.started[-2] == "packed"
 
@@ -125,6 +111,18 @@ def test_what_an_engine_raises_is_one_sentence(vllm, small_model, monkeypatch):
         "The engine (vLLM, colocate) that writes the rollouts did not start: ValueError: No room. See the log."
     )
     assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_log_probabilities_are_remembered_by_prompt_and_completion(vllm, small_model, monkeypatch):
+    outputs = [[5, 6], [7]], [[[-0.5], [None]], [[-1.0]]], None
+    monkeypatch.setattr(VLLMGeneration, "generate", lambda self, prompts, *args, **kwargs: (prompts, *outputs))
+    for keeps in (True, False):
+        found = engine(small_model(0), keeps_logprobs=keeps, logprobs=None)
+        assert found.logprobs == (0 if keeps else None)
+        found.generate([[1, 2], [3]], None, 1)
+        assert list(found.written) == ([(1, 2, 5, 6), (3, 7)] if keeps else [])
+        if keeps:
+            assert found.written[3, 7] == [-1.0] and str(found.written[1, 2, 5, 6]) == "[-0.5, nan]"
 
 
 @pytest.mark.parametrize("steps", [[], [5, 10]])
@@ -147,10 +145,10 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(monkeypatch):
     given = types.SimpleNamespace(
         use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=False, device=torch.device("cpu")
     )
-    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: False)
+    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: False)
     with pytest.raises(ValueError, match="`use_vllm` needs vLLM: run `pip install vllm`"):
         check_engine(given)
-    monkeypatch.setattr("trl_opsd.engine.is_vllm_available", lambda: True)
+    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: True)
     check_engine(given)
     given.vllm_enable_sleep_mode = True
     with pytest.raises(ValueError, match="`vllm_enable_sleep_mode` frees the memory of a GPU"):
@@ -201,6 +199,27 @@ def test_the_estimate_of_the_divergence_is_that_of_its_definition():
     assert mismatch.gathered(Accelerator(cpu=True)) == {}
 
 
+def test_rlvr_logs_the_same_estimate():
+    engine, policy = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.6, 0.3, 0.1]).log()
+    tokens = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [1, 2, 2, 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1] * 3 + [1] + [0] * 3])
+    sampled = engine[tokens]
+    sampled[1, 3] = torch.nan  # which vLLM could not score
+    output = {
+        "completion_mask": mask,
+        "old_per_token_logps": policy[tokens],
+        "sampling_per_token_logps": sampled,
+    }
+    trainer = types.SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        model=types.SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
+    RLVRTrainer._log_engine_kl(trainer, output)
+    kl = 0.5 * math.log(0.5 / 0.6) + 0.2 * math.log(2)
+    assert trainer._metrics["train"] == {"sampling/kl": [pytest.approx(kl, rel=1e-5)]}
+
+
 @pytest.mark.parametrize("budget", [None, 96])
 def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
     tmp_path, tokenizer, rows, monkeypatch, budget
@@ -241,7 +260,7 @@ def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
                 self.written[*prompt, *completion] = (own + 0.1).tolist()
             return prompts, completions, None, None
 
-    monkeypatch.setattr("trl_opsd.engine.RolloutEngine", Engine)
+    monkeypatch.setattr("trl_opsd.rollout_engine.RolloutEngine", Engine)
     monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
     trainer = OPSDTrainer(
         model=model,

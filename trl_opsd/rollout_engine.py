@@ -1,5 +1,6 @@
 """What the trainers of all stages need to know of the engine (vLLM) that writes their rollouts."""
 
+import math
 import os
 import socket
 import textwrap
@@ -54,8 +55,8 @@ class RolloutEngine(VLLMGeneration):
 
     Attributes:
         written (`dict[tuple[int, ...], list[float]]`):
-            Log-probability of each token of a completion, in nats, by the token ids of prompt and completion. To be
-            cleared by whoever reads it.
+            Log-probability of each token of a completion, in nats, by the token ids of prompt and completion; NaN for
+            one that vLLM could not score. To be cleared by whoever reads it.
     """
 
     def __init__(self, *, seed: int, keeps_logprobs: bool, **kwargs):
@@ -95,7 +96,9 @@ class RolloutEngine(VLLMGeneration):
             outputs = super().generate(prompts, *args, **kwargs)
         if self.keeps_logprobs:
             for prompt, completion, logprobs in zip(prompts, *outputs[1:3], strict=True):
-                self.written[*prompt, *completion] = [values[0] for values in logprobs]
+                # `None` stands for one that vLLM could not score
+                own = [math.nan if values[0] is None else values[0] for values in logprobs]
+                self.written[*prompt, *completion] = own
         return outputs
 
     def close(self) -> None:
@@ -172,11 +175,15 @@ def awake(engine: VLLMGeneration) -> Iterator[None]:
         return generate(*args, **kwargs)
 
     engine.generate = woken
+    is_dead = False
     try:
         yield
+    except EngineError:
+        is_dead = True
+        raise
     finally:
         engine.generate = generate
-        if not engine.enable_sleep_mode:
+        if not engine.enable_sleep_mode and not is_dead:
             engine.enable_sleep_mode = True
             engine.llm.sleep(level=2)
             engine._llm_weights_sleeping = True
@@ -257,19 +264,18 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _started_with(**options) -> Iterator[None]:
     """Inside, vLLM starts with options that TRL has no way to pass (huggingface/trl#6816)."""
-    import vllm.model_executor.layers.utils as layers
-    from vllm import LLM
+    from vllm.model_executor.layers import utils as layers
     from vllm.platforms import current_platform
 
-    packed = layers.dispatch_cpu_unquantized_gemm
+    own, packed = vllm_generation.LLM, layers.dispatch_cpu_unquantized_gemm
 
     def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.ndim != 2:
             return packed(layer, remove_weight)  # no linear layer, and not what empties its weight
         layer.cpu_linear = torch.nn.functional.linear
 
-    def start(**kwargs) -> LLM:
-        return LLM(**kwargs, **options)
+    def start(**kwargs) -> "LLM":  # noqa: F821
+        return own(**kwargs, **options)
 
     with _replaced(vllm_generation, "LLM", start):
         if not current_platform.is_cpu():
