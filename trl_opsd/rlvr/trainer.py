@@ -4,7 +4,6 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
-from ..engine import around_syncs, awake
+from ..engine import around_syncs
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 
@@ -191,10 +190,6 @@ class RLVRTrainer(GRPOTrainer):
             self._bank.add(self.state.global_step, rollouts, attempts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with awake(self.vllm_generation) if self.use_vllm else nullcontext():
-            return self._generate_in_rounds(inputs)
-
-    def _generate_in_rounds(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         max_rounds = self.args.max_generation_rounds
         if max_rounds == 1 or not self.model.training:
