@@ -20,7 +20,9 @@ class FakeLLM:
         calls (`list[str]`):
             `wake weights`, `push`, `wake kv_cache`, `generate <prompts>`, `sleep`, in their order.
         weights (`dict[str, torch.Tensor]`):
-            What was pushed last.
+            What was pushed last, and is not forgotten.
+        wrote_with (`dict[str, torch.Tensor]`):
+            What the last completions were written with.
     """
 
     def __init__(self, write):
@@ -56,6 +58,7 @@ class FakeLLM:
     def generate(self, prompts, sampling_params, use_tqdm):
         assert all(self.is_awake.values()) and self.weights
         self.calls.append(f"generate {len(prompts)}")
+        self.wrote_with = self.weights
         written = [self.write(prompt["prompt_token_ids"]) for prompt in prompts]
         logprobs = [
             None if sampling_params.logprobs is None else [{id: SimpleNamespace(rank=1, logprob=-1.0)} for id in ids]

@@ -111,7 +111,7 @@ def opsd(case: dict, models: Path, output: Path) -> dict:
         gate = case["gates"][min(trainer_state.global_step, len(case["gates"]) - 1)]  # evaluation comes after the last
         return [float(gate[index[prompt[0]["content"]]]) for prompt in prompts]
 
-    dtype = "bfloat16" if case.get("bf16") else "float32"
+    dtype = "bfloat16" if case.get("bf16") or case.get("half") else "float32"
     config = OPSDConfig(
         output_dir=str(output / case["name"]),
         per_device_train_batch_size=case["per_device"],
@@ -145,6 +145,8 @@ def opsd(case: dict, models: Path, output: Path) -> dict:
         eval_steps=1,
         disable_tqdm=True,
     )
+    # Which transformers refuses on a CPU when it is asked in the ordinary way
+    config.bf16 = config.bf16 or case.get("half", False)
     recorder = Recorder()
     with mock.patch.object(DistillationTrainer, "_generate_single_turn", generate):
         trainer = OPSDTrainer(

@@ -83,7 +83,7 @@ def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, small_model, t
     seen = []
 
     def reward(completions, trainer_state, **kwargs):
-        weights = {name: value.clone() for name, value in trainer.vllm_generation.llm.weights.items()}
+        weights = trainer.vllm_generation.llm.wrote_with
         own = {name: value.clone() for name, value in trainer.model.named_parameters()}
         seen.append((trainer_state.global_step, weights, own))
         return [float(i % 2) for i in range(len(completions))]
@@ -93,20 +93,21 @@ def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, small_model, t
         trainer.train()
     assert {step for step, *_ in seen} == {0, 1}
     for _, weights, own in seen:
-        # In every round: a sleep in between would have forgotten them
         assert weights.keys() == own.keys()
         assert all(torch.equal(weights[name], value) for name, value in own.items())
     assert not torch.equal(seen[0][1]["lm_head.weight"], seen[-1][1]["lm_head.weight"])
 
 
-def test_further_rounds_of_rlvr_are_one_push_too(tmp_path, small_model, tokenizer, rows, write):
+def test_between_the_rounds_of_rlvr_the_engine_sleeps(tmp_path, small_model, tokenizer, rows, write):
+    """Each ends in a forward pass of the model, which may need the memory of the engine."""
+
     def flat(completions, **kwargs):  # no group has variance, so all are replaced
         return [0.0] * len(completions)
 
     with fake_engine(write):
         trainer = rlvr(tmp_path, small_model(0), tokenizer, rows, flat, max_generation_rounds=3)
         trainer.train()
-    assert trainer.vllm_generation.llm.calls == ["sleep", *2 * [*COLLECTION, *3 * ["generate 4"], "sleep"]]
+    assert trainer.vllm_generation.llm.calls == ["sleep", *6 * [*COLLECTION, "generate 4", "sleep"]]
 
 
 def test_an_engine_sleeps_after_an_error_too(tmp_path, small_model, tokenizer, rows, write):

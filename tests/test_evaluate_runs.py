@@ -344,6 +344,19 @@ class TestCheckpoints:
         # gate, up and down of six of eight experts in each of three layers
         assert counts["non_embedding_parameters"] - counts["active_parameters"] == 3 * 6 * 3 * 16 * 24
 
+    def test_what_a_trainer_left_beside_the_weights_is_none_of_them(self, checkpoint):
+        counts, size, digest = (
+            count_checkpoint(checkpoint),
+            weights_bytes(checkpoint),
+            open_checkpoint(checkpoint).hash,
+        )
+        # Its arguments, the state of its optimizer, and a teacher that followed the student
+        for name in ("training_args.bin", "optimizer.pt", "optimizer.bin"):
+            (Path(checkpoint) / name).write_bytes(b"x" * 99)
+        (Path(checkpoint) / "teacher.safetensors").write_bytes((Path(checkpoint) / "model.safetensors").read_bytes())
+        assert count_checkpoint(checkpoint) == counts
+        assert weights_bytes(checkpoint) == size and open_checkpoint(checkpoint).hash == digest
+
     def test_tied_embeddings_count_once(self, tmp_path):
         model = make_model(make_tokenizer())
         model.config.tie_word_embeddings = True

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from test_opsd_trainer import reference_loss, same_rollouts, settings, train
 from torch import nn
+from transformers import TrainerCallback
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.adapters import FrozenBase
@@ -169,6 +170,43 @@ def test_an_average_in_bf16_moves_as_one_in_float32_does(tmp_path, small_model, 
         moved += ((teacher.detach().float() - start[name]) * drift[name]).sum()
         total += drift[name].norm() ** 2
     assert (moved / total).item() == pytest.approx(1 - 0.99**100, rel=0.05)
+
+
+@pytest.mark.parametrize("weights, moves", [("ema", {1, 3, 5}), ("snapshot", {2, 4})])
+def test_a_teacher_moves_only_where_the_student_has(
+    tmp_path, small_model, tokenizer, rows, completions, weights, moves
+):
+    """Nothing is kept in the second step and the fourth. A snapshot of every two steps still gets what the first one did."""
+    steps = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append([copy.deepcopy(teacher.detach()) for teacher, _ in trainer.teacher.pairs().values()])
+
+    def verifier(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step % 2 == 0)] * len(completions)
+
+    options = {"ema": {"teacher_update_rate": 0.3}, "snapshot": {"teacher_sync_steps": 2}}[weights]
+    with same_rollouts(completions):
+        trainer = build(
+            tmp_path,
+            small_model(0),
+            tokenizer,
+            rows,
+            reward_funcs=verifier,
+            max_steps=5,
+            teacher_weights=weights,
+            **options,
+        )
+        trainer.add_callback(Look())
+        before = [teacher.detach().clone() for teacher, _ in trainer.teacher.pairs().values()]
+        trainer.train()
+    found = {
+        number
+        for number, (old, new) in enumerate(zip([before, *steps], steps, strict=False), start=1)
+        if any(not torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    }
+    assert found == moves
 
 
 def test_a_resumed_average_in_bf16_goes_on_exactly(tmp_path, small_model, tokenizer, rows):

@@ -206,3 +206,13 @@ def test_the_gpu_command_says_what_it_did_not_measure(in_this_process, tmp_path,
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             gpu.main([])
+
+
+def test_what_is_timed_without_a_mask_is_the_same_as_with_one():
+    from argparse import Namespace
+
+    from scripts.benchmarks import attention_mask
+
+    attention_mask.prepare(Namespace(seed=0, hidden_size=128, layers=2, length=48, rows=3, device="cpu"))
+    assert len(set(attention_mask.lengths.tolist())) > 1
+    assert all(attention_mask.error(way) < 1e-5 for way in attention_mask.WAYS)

@@ -54,6 +54,13 @@ CASES |= {
 SHAPES = {name: (4, 1) if i % 2 == 0 else (2, 2) for i, name in enumerate(CASES)}
 SHAPES["full-rlvr"] = SHAPES["lora-rlvr"] = (4, 1)
 
+# Under ZeRO-3 in bfloat16, where the average is kept in float32, each process its shards of it
+HALF = {
+    f"{kind}-{run}": CASES[f"{kind}-{run}"] | {"half": True, "save_steps": 2}
+    for kind in ("full", "lora")
+    for run in ("whole", "resumed")
+}
+
 deepspeed = pytest.mark.deepspeed
 BACKENDS = ["ddp", "fsdp2", pytest.param("zero2", marks=deepspeed), pytest.param("zero3", marks=deepspeed)]
 
@@ -145,21 +152,25 @@ class Runs(dict):
 
     def __missing__(self, backend):
         output = self.folder / backend
-        output.mkdir()
-        shapes = SHAPES
+        output.mkdir(exist_ok=True)  # of one that failed, what it says is said again
+        shapes, all_cases = SHAPES, CASES
+        if backend == "zero3 bf16":
+            shapes, all_cases = dict.fromkeys(HALF, (4, 1)), HALF
         if backend == "one":
             shapes = dict.fromkeys([*EQUAL, "bf16"], (8, 1)) | {f"{name} in steps": (1, 8) for name in EQUAL}
         cases = [
             {"name": name, "gates": GATES, "per_device": per_device, "accumulation": accumulation}
-            | CASES[name.removesuffix(" in steps")]
+            | all_cases[name.removesuffix(" in steps")]
             for name, (per_device, accumulation) in shapes.items()
             if name != "bf16" or not backend.startswith("zero")
         ]
         torch.save(cases, output / "cases.pt")
         command = [sys.executable]
         if backend != "one":
-            config = CONFIGS / f"cpu_{backend}.yaml"
+            name, *precision = backend.split()
+            config = CONFIGS / f"cpu_{name}.yaml"
             command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+            command += ["--mixed_precision", *precision] if precision else []
         command += [str(TESTS / "sharded_worker.py"), "--cases", str(output / "cases.pt")]
         command += ["--models", str(self.models), "--output", str(output)]
         device = {"DS_ACCELERATOR": "cpu"} if backend.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
@@ -279,6 +290,32 @@ def test_a_resumed_run_goes_on_with_its_teacher(runs, backend, kind):
     assert set(saved) == set(moving)
     for name in moving:
         assert saved[name].shape == whole["steps"][0][name].shape
+
+
+@deepspeed
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_average_in_bf16_is_one_in_float32_under_zero3(runs, kind):
+    """Computed again from the student's weights after each step, and gone on with after a checkpoint."""
+    whole = runs["zero3 bf16"][f"{kind}-whole"]
+    assert whole["zero_stage"] == 3 and whole["held"] == pytest.approx(0.5, abs=0.01)
+    names = [name for name in whole["steps"][0] if kind == "full" or ".default." in name]
+    assert names and all(value.dtype == torch.bfloat16 for value in whole["steps"][0].values())
+    saved = {
+        run: load_file(runs.folder / "zero3 bf16" / f"{kind}-{run}" / f"checkpoint-{step}" / "teacher.safetensors")
+        for run, step in (("whole", 2), ("resumed", 4))
+    }
+    saved["whole to the end"] = load_file(
+        runs.folder / "zero3 bf16" / f"{kind}-whole" / "checkpoint-4" / "teacher.safetensors"
+    )
+    for run, step in (("whole", 2), ("whole to the end", 4), ("resumed", 4)):
+        for name in names:
+            average = whole["steps"][0][name].float()
+            for number, student in enumerate(whole["steps"][1 : step + 1]):
+                if number != NOTHING:
+                    average = average.lerp(student[name].float(), 0.5)
+            torch.testing.assert_close(saved[run][name], average, rtol=1e-6, atol=0)
+    rounded = sum((average != average.bfloat16()).any() for average in saved["whole"].values())
+    assert rounded > len(names) / 2  # else it could as well have been kept in bfloat16
 
 
 @pytest.mark.parametrize("kind", ["full-whole", "lora-whole", "full-rlvr", "lora-rlvr"])

@@ -22,7 +22,8 @@ from ..cli import UserError, check_checkpoint
 # What transformers and torch raise on a configuration that is not one
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _DAMAGE += (StrictDataclassError,)
-_WEIGHTS = ("*.safetensors", "*.bin")
+# Weights by the names that transformers and PEFT load; pickled ones only where there are no others
+_WEIGHTS = (("model*.safetensors", "adapter_model*.safetensors"), ("pytorch_model*.bin", "adapter_model*.bin"))
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "hf_quant_config.json", "*.py")
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 24  # bytes, whole numbers of each type
@@ -258,8 +259,7 @@ def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
     Raises:
         UserError: If a weight is not finite, naming it.
     """
-    files = [file for kind in (*_CONFIGS, *_WEIGHTS) for file in folder.glob(kind)]
-    has_safetensors = any(folder.glob("*.safetensors"))
+    files = [file for kind in _CONFIGS for file in folder.glob(kind)] + weight_files(folder)
     for file in sorted(file for file in files if file.is_file()):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         if file.suffix == ".safetensors":
@@ -269,8 +269,7 @@ def read_folder(folder: Path, path: str, digest: "hashlib._Hash") -> None:
                 while block := stream.read(_BLOCK):
                     digest.update(block)
             # Pickled weights can only be mapped: what is read here is in memory as long as the system keeps it
-            pickled = file.match("*_model*.bin") and not has_safetensors
-            weights = _map_pickle(file) if pickled else ()
+            weights = _map_pickle(file) if file.suffix == ".bin" else ()
         for name, weight in weights:
             if weight.dtype not in _FLOATS.values() or weight.numel() == 0:
                 continue
@@ -332,12 +331,20 @@ def load_weights(path: str, **kwargs) -> PreTrainedModel:
     return model
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that the weights of a model or an adapter are loaded from, and nothing a trainer left."""
+    for patterns in _WEIGHTS:
+        if files := [file for pattern in patterns for file in folder.glob(pattern)]:
+            return files
+    return []
+
+
 def weights_bytes(path: str) -> int | None:
     """Returns the size of a checkpoint's weight files, of an adapter with its base; `None` where they are on the Hub."""
     base, folder = base_of(path), Path(path)
     if not folder.is_dir():
         return None
-    own = sum(file.stat().st_size for kind in _WEIGHTS for file in folder.glob(kind))
+    own = sum(file.stat().st_size for file in weight_files(folder))
     if base == path:
         return own
     below = weights_bytes(base)
@@ -385,7 +392,7 @@ def count_checkpoint(path: str, trust_remote_code: bool = False) -> dict[str, in
     with torch.device("meta"):
         counts = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     if base_of(path) != path:
-        for file in Path(path).glob("*.safetensors"):
+        for file in (file for file in weight_files(Path(path)) if file.suffix == ".safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 added = sum(torch.Size(tensors.get_slice(name).get_shape()).numel() for name in tensors.keys())
             counts = {name: count + added for name, count in counts.items()}

@@ -168,6 +168,11 @@ class Teacher:
             teacher.data = student.detach().clone()  # before FSDP or DeepSpeed shard the model
 
     @property
+    def has_stepped(self) -> bool:
+        """Whether the student's optimizer has taken the step that ends now."""
+        return self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
+
+    @property
     def has_second_adapter(self) -> bool:
         """Whether the teacher is an adapter of the student's that is not the one it trains."""
         return self.model is None and self.follows_student
@@ -242,31 +247,28 @@ class Teacher:
     @torch.no_grad()
     def move(self, rate: float) -> None:
         """
-        Moves the teacher towards the student: `teacher += rate × (student − teacher)`. Called on every process.
+        Moves the teacher towards the student: `teacher += rate × (student − teacher)`. Called on every process, which moves
+        its own shards: those of teacher and student are cut alike.
 
-        In half precision a small step is rounded away: then the sum is kept in float32, beside the weights, and under
-        ZeRO-3, where only the main process writes, in its host memory.
+        In half precision a small step is rounded away: then the sum is kept in float32, beside the weights.
 
         Args:
             rate (`float`):
                 Share of the way. 1 is a copy.
         """
-        for name, (teacher, student) in self.pairs().items():
-            with gathered(student), gathered(teacher, is_changed=True):
-                if rate == 1.0:
-                    teacher.copy_(student)
-                elif teacher.dtype == torch.float32:
-                    teacher.lerp_(student.float(), rate)
-                elif self._accelerator.is_main_process or not is_deepspeed_zero3_enabled():
-                    if name not in self._sums:
-                        self._sums[name] = self._sum(teacher)
-                    sums = self._sums[name]
-                    teacher.copy_(sums.lerp_(student.float().to(sums.device), rate))
-
-    def _sum(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter in float32, where it is kept between two moves."""
-        parameter = parameter.detach().float()
-        return parameter.cpu() if is_deepspeed_zero3_enabled() else parameter
+        moved = []
+        for name, (parameter, of_student) in self.pairs().items():
+            teacher, student = shard(parameter), shard(of_student)
+            if rate == 1.0:
+                teacher.copy_(student)
+            elif teacher.dtype == torch.float32:
+                teacher.lerp_(student.float(), rate)
+            else:
+                if name not in self._sums:
+                    self._sums[name] = teacher.detach().float()
+                teacher.copy_(self._sums[name].lerp_(student.float(), rate))
+            moved.append(parameter)
+        refresh(moved)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -298,11 +300,10 @@ class Teacher:
         """
         parameters = {}
         for name, (teacher, _) in self.pairs().items():
-            sums = self._sums.get(name)
             # Every process takes part in making a parameter whole, and the main one keeps it
-            parameter = whole(teacher if sums is None or is_deepspeed_zero3_enabled() else sums, keep=is_main)
+            parameter = whole(teacher, self._sums.get(name), keep=is_main)
             if is_main:
-                parameters[name] = sums if sums is not None and is_deepspeed_zero3_enabled() else parameter
+                parameters[name] = parameter
         if is_main:
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, FILE)
@@ -326,16 +327,14 @@ class Teacher:
                 f"`{folder}` has no {FILE}, so the teacher cannot go on from where it was: resume from a checkpoint that "
                 f"was written with `teacher_weights={self.weights!r}`."
             )
-        saved = load_file(path)
-        for name, (teacher, _) in self.pairs().items():
-            assign(teacher, saved[name])
-            if saved[name].dtype == teacher.dtype:
-                continue
-            if is_deepspeed_zero3_enabled():
-                self._sums |= {name: saved[name]} if self._accelerator.is_main_process else {}
-            else:
-                self._sums[name] = self._sum(teacher)
-                assign(self._sums[name], saved[name])
+        saved, pairs = load_file(path), self.pairs()
+        for name, (teacher, _) in pairs.items():
+            value = cut(saved[name], like=teacher)
+            with torch.no_grad():
+                shard(teacher).copy_(value)
+            if value.dtype == torch.float32 != teacher.dtype:
+                self._sums[name] = value
+        refresh([teacher for teacher, _ in pairs.values()])
 
     def remove_saved_adapter(self, folder: str) -> None:
         """
@@ -351,7 +350,8 @@ class Teacher:
 
 class TeacherSyncCallback(TrainerCallback):
     """
-    Lets a teacher follow the student, every some optimizer steps.
+    Lets a teacher follow the student, every some optimizer steps, if the student has moved in them: where nothing passes
+    the gate there is no step.
 
     Args:
         teacher ([`Teacher`]):
@@ -364,10 +364,17 @@ class TeacherSyncCallback(TrainerCallback):
 
     def __init__(self, teacher: Teacher, rate: float, every: int):
         self.teacher, self.rate, self.every = teacher, rate, every
+        self.student_moved = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Of a run that goes on from between two moves, it is not known
+        self.student_moved = state.global_step % self.every != 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
+        self.student_moved |= self.teacher.has_stepped
+        if state.global_step % self.every == 0 and self.student_moved:
             self.teacher.move(self.rate)
+            self.student_moved = False
 
 
 def check_identity(student: "PeftModel") -> None:
@@ -571,15 +578,70 @@ def sharded_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return fsdp2_canonicalize_names(dict(model.named_parameters()))
 
 
-def gathered(parameter: torch.Tensor, is_changed: bool = False) -> AbstractContextManager:
+def shard(parameter: torch.Tensor) -> torch.Tensor:
     """
-    Makes a parameter that ZeRO-3 partitions whole. Entered on every process.
+    What lies of a parameter on this process: the shard of one that FSDP2 or ZeRO-3 shard, else all of it.
 
     Args:
         parameter (`torch.Tensor`):
             Parameter.
-        is_changed (`bool`, *optional*, defaults to `False`):
-            Whether it is written to inside. All processes then get what the main one has written.
+
+    Returns:
+        `torch.Tensor`: The tensor itself. Under ZeRO-3 it is flat, and [`refresh`] must follow what is written to it.
+    """
+    return parameter.ds_tensor if is_deepspeed_zero3_enabled() else parameter
+
+
+def refresh(parameters: list[torch.Tensor]) -> None:
+    """
+    Lets parameters follow what was written to their shards. Called on every process.
+
+    Args:
+        parameters (`list[torch.Tensor]`):
+            Parameters.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # Small ones ZeRO-3 keeps whole beside their shards, and renews after a step of the optimizer's in this way
+    kept_whole = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
+    if kept_whole:
+        kept_whole[0].partition(kept_whole)
+        kept_whole[0].all_gather(kept_whole)
+
+
+def cut(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """
+    The shard of a value, cut as that of a parameter is.
+
+    Args:
+        value (`torch.Tensor`):
+            Value of the whole parameter.
+        like (`torch.Tensor`):
+            Parameter.
+
+    Returns:
+        `torch.Tensor`: Shard, in the precision of the value, on the device of the parameter's.
+    """
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if not is_deepspeed_zero3_enabled():
+        return value.to(like.device, copy=True)
+    size, rank = like.ds_tensor.numel(), torch.distributed.get_rank(like.ds_process_group)
+    flat = value.new_zeros(size)  # the last shards may end in padding
+    part = value.flatten()[rank * size : (rank + 1) * size]
+    flat[: len(part)] = part
+    return flat.to(like.ds_tensor.device)
+
+
+def gathered(parameter: torch.Tensor) -> AbstractContextManager:
+    """
+    Makes a parameter that ZeRO-3 partitions whole, to be read. Entered on every process.
+
+    Args:
+        parameter (`torch.Tensor`):
+            Parameter.
 
     Returns:
         Context manager, without effect elsewhere.
@@ -588,40 +650,31 @@ def gathered(parameter: torch.Tensor, is_changed: bool = False) -> AbstractConte
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0 if is_changed else None)
+    return deepspeed.zero.GatheredParameters(parameter)
 
 
-def whole(parameter: torch.Tensor, keep: bool = True) -> torch.Tensor | None:
+def whole(parameter: torch.Tensor, shards: torch.Tensor | None = None, keep: bool = True) -> torch.Tensor | None:
     """
     A copy, on the CPU, of a parameter that FSDP2 or ZeRO-3 may shard. Called on every process.
 
     Args:
         parameter (`torch.Tensor`):
             Parameter.
+        shards (`torch.Tensor`, *optional*):
+            Other values of it, cut as [`shard`] does. Defaults to its own.
         keep (`bool`, *optional*, defaults to `True`):
             Whether this process wants it. It takes part either way.
 
     Returns:
         `torch.Tensor` or `None`: Copy.
     """
+    if shards is not None and is_deepspeed_zero3_enabled():
+        group = parameter.ds_process_group
+        value = shards.new_empty(shards.numel() * torch.distributed.get_world_size(group))
+        torch.distributed.all_gather_into_tensor(value, shards, group=group)
+        value = value[: parameter.ds_numel].view(parameter.ds_shape)
+        return value.to("cpu", copy=True) if keep else None
     with gathered(parameter):
-        parameter = parameter.detach()
-        parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        return parameter.to("cpu", copy=True) if keep else None
-
-
-@torch.no_grad()
-def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """
-    Gives a parameter that FSDP2 or ZeRO-3 may shard a new value. Called on every process.
-
-    Args:
-        parameter (`torch.Tensor`):
-            Parameter.
-        value (`torch.Tensor`):
-            Value of the whole parameter.
-    """
-    with gathered(parameter, is_changed=True):
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        parameter.copy_(value)
+        value = (parameter if shards is None else shards).detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        return value.to("cpu", copy=True) if keep else None

@@ -4,7 +4,6 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..rollout_engine import around_syncs, awake, rollout_engine
+from ..rollout_engine import around_syncs, rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
@@ -212,10 +211,6 @@ class RLVRTrainer(GRPOTrainer):
             self._bank.add(self.state.global_step, rollouts, attempts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with awake(self.vllm_generation) if self.use_vllm else nullcontext():
-            return self._generate_in_rounds(inputs)
-
-    def _generate_in_rounds(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.args.log_engine_mismatch:
             self._log_engine_kl(output)
