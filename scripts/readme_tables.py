@@ -11,7 +11,7 @@ import json
 from functools import partial
 
 from scripts.benchmarks import divergence, sandbox, scaling, step, teacher_memory
-from scripts.experiments import ablations, bank, rlvr_curves, time_to_goal
+from scripts.experiments import ablations, bank, coverage, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
 from trl_opsd.evaluate import svg
@@ -163,6 +163,7 @@ BLOCKS = {
 FILES = {
     "rlvr_curves": rlvr_curves.table,
     "tiny_bank": bank.table,
+    "coverage": coverage.table,
     "time_to_goal": partial(time_to_goal.table, "short"),
     "time_to_goal_long": partial(time_to_goal.table, "long"),
     **{name: partial(ablations.table, name) for name in ablations.TABLES},

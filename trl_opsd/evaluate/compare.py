@@ -3,7 +3,8 @@ Is one checkpoint as good as another, and how much shorter or smaller? As good, 
 that say so.
 
 It is a test of non-inferiority: *as good* where the interval of the difference in accuracy lies above −margin, *worse*
-where it lies below, and *undecided* where −margin is inside it. At 95% either is said wrongly in at most 2.5% of the cases.
+where it lies below, and *undecided* where −margin is inside it. At 95% either is said wrongly in about 2.5% of the cases at most
+(recipes/results/coverage).
 """
 
 import dataclasses
