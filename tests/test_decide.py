@@ -109,6 +109,7 @@ class TestDecide:
         times = [int(line.split()[0]) for line in lines if "times the samples: " in line]
         assert times == [2**power for power in range(len(times))] and 2 < len(times) < 6  # it ended before the budget
         assert lines[-2 if lines[-1].startswith("!") else -1].startswith("✓ as good")
+        assert sorted(Coin.loaded) == sorted("ab" * len(times))  # once in each round
         measured = load_results(tmp_path / "results-decided.json")
         assert {item.row.samples for item in measured} == {2 * times[-1]}
         # what had been drawn before is among it

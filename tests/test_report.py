@@ -130,7 +130,7 @@ class TestReport:
         cells = re.findall(r'<td class="(\w+)"><b>(.*?)</b>', html)
         assert cells == [
             (item.answer.name.lower(), f"{item.answer.sign} {100 * item.difference[0]:+.1f}".replace("-", "−"))
-            for item in (other, comparison)
+            for item in (comparison, other)  # the last checkpoint first
         ]
 
     def test_rare_columns_are_there_when_asked_for(self, files, tmp_path):

@@ -76,8 +76,7 @@ def accuracy_chart(group: Sequence[Measurement], index: dict[str, int], axis: Ax
                 name=name,
             )
         )
-    cut = axis.field == TOKENS.field and any(item.row.truncated for item in group)
-    label = f"{axis.label}, some cut at the limit" if cut else axis.label
+    label = f"{axis.label}{_cut(group)}" if axis.field == TOKENS.field else axis.label
     return svg.chart(series, label, "accuracy, %", y_span=10, y_to=100, x_from=0, left=left)
 
 
@@ -117,7 +116,7 @@ def charts_of(group: Sequence[Measurement], index: dict[str, int], axes: Sequenc
             ),
             (
                 "How long completions are",
-                svg.ridges(lengths, "completion tokens", "share of completions"),
+                svg.ridges(lengths, f"completion tokens{_cut(sampled)}", "share of completions"),
             ),
         ]
     served = [item for item in group if item.row.serving]
@@ -139,6 +138,11 @@ def charts_of(group: Sequence[Measurement], index: dict[str, int], axes: Sequenc
             chart = svg.chart(series, "requests at a time", label, x_from=0, y_from=0)
             charts.append((f"{name} against concurrency", chart))
     return charts
+
+
+def _cut(group: Sequence[Measurement]) -> str:
+    """What is added where lengths are, in part, those of the limit."""
+    return ", some cut at the limit" if any(item.row.truncated for item in group) else ""
 
 
 def _budget(samples: Samples, most: int) -> tuple[list[float], list[float]]:

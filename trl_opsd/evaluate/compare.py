@@ -3,7 +3,8 @@ Is one checkpoint as good as another, and how much shorter or smaller? As good, 
 that say so.
 
 It is a test of non-inferiority: *as good* where the interval of the difference in accuracy lies above −margin, *worse*
-where it lies below, and *undecided* where −margin is inside it. At 95% either is said wrongly in at most 2.5% of the cases.
+where it lies below, and *undecided* where −margin is inside it. At 95% either is said wrongly in about 2.5% of the cases at most
+(recipes/results/coverage).
 """
 
 import dataclasses
@@ -283,12 +284,16 @@ class Comparison:
 
     def headline(self) -> str:
         """The answer in a line for who has five seconds."""
+        return f"{self.after.label} against {self.before.label}: {self.short()}"
+
+    def short(self) -> str:
+        """What the headline says of the two."""
         points, low, high = (_signed(100 * value, 1).replace("-", "−") for value in self.difference)
         words = {Answer.AS_GOOD: "as accurate", Answer.WORSE: "less accurate", Answer.UNDECIDED: "undecided"}
         said = f"{words[self.answer]} ({points}, {low} to {high})"
         if self.answer is Answer.UNDECIDED and self.floor is not None:
             said = f"undecided, {self.before.label} itself solves {percent(self.accuracy[0][0])}"
-        parts = [f"{self.after.label} against {self.before.label}: {said}"]
+        parts = [said]
         if self.ratio is not None:
             parts.append(_change(self.ratio[0], "tokens"))
         size = self.after.row.parameters / self.before.row.parameters
@@ -391,12 +396,12 @@ class Conclusion:
 
     def headline(self) -> str:
         """The answer in a line for who has five seconds."""
-        line = self.pooled.headline()
-        if self.answer is self.pooled.answer:
-            return line
-        who, _, rest = line.partition(": ")
+        pooled = self.pooled
+        if self.answer is pooled.answer:
+            return pooled.headline()
         where = " and ".join(dict.fromkeys(single.before.row.task for single in self.alone))
-        return f"{who}: less accurate on {where} · {self.pooled.where}: {rest}"
+        who = f"{pooled.after.label} against {pooled.before.label}"
+        return f"{who}: less accurate on {where} · {pooled.where}: {pooled.short()}"
 
 
 def _signed(value: float, digits: int = 2) -> str:

@@ -97,10 +97,14 @@ def _drawn(
     if output.resolve() in {item.file.resolve() for single in first for item in single.pairs[0]}:
         raise UserError(f"`output`: `{output}` is one of the files that are compared: give another name.")
     yield first
+    opened = {}  # each checkpoint once, so that it is read and loaded once for all its tasks
     for times, _ in looks(budget)[1:]:
         more = [dataclasses.replace(run, num_samples=times * run.num_samples) for run in runs]
         more.sort(key=lambda run: str(run.model_name_or_path))  # one after the other, so that each is loaded once
-        rows = evaluate_jobs([job for run in more for job in plan(run)])
+        jobs = [job for run in more for job in plan(run)]
+        for job in jobs:
+            job.checkpoint = opened.setdefault(job.checkpoint.path, job.checkpoint)
+        rows = evaluate_jobs(jobs)
         write_rows(output, rows, more[0])
         again = {
             (item.row.stage, item.row.checkpoint, item.row.prompt, *item.key): item for item in load_results(output)

@@ -153,7 +153,7 @@ def write_report(
         script=Markup(_SCRIPT),
         script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
         style=svg.STYLE,
-        headlines=_headlines(conclusions),
+        headlines=list(conclusions.values()),
         warnings=_warnings(conclusions),
         names=list(conclusions),
         start=start,
@@ -211,21 +211,16 @@ def _findings(
 
 
 def _conclusions(findings: Sequence[Comparison]) -> dict[str, Conclusion]:
-    """What each checkpoint is, by its label."""
+    """What each checkpoint is, by its label; the last one, which a chain is for, comes first."""
     singles: dict[str, list[Comparison]] = {}
     for item in findings:
         singles.setdefault(item.after.label, []).append(item)
-    return {label: Conclusion(items) for label, items in singles.items()}
-
-
-def _headlines(conclusions: dict[str, Conclusion]) -> list[Conclusion]:
-    """The last checkpoint is what the chain was for."""
-    return list(conclusions.values())[::-1]
+    return {label: Conclusion(items) for label, items in reversed(singles.items())}
 
 
 def _warnings(conclusions: dict[str, Conclusion]) -> list[tuple[str, list[str]]]:
     """Those of the first line before the others'."""
-    return warnings_of([single for item in _headlines(conclusions) for single in item.singles])
+    return warnings_of([single for item in conclusions.values() for single in item.singles])
 
 
 def _grid(
@@ -328,8 +323,8 @@ def _notes(measurements: Sequence[Measurement], conclusions: dict[str, Conclusio
         margins = ", ".join(f"{name} of {100 * margin:g} points" for name, margin in margins.items())
         notes.append(
             f"✓ as good: the 95% interval of the difference in accuracy lies above −margin. ✗ worse: it lies below. "
-            f"? undecided: −margin is inside. Margins: {margins}. Either of the first two is said wrongly in at most 2.5% of "
-            "the cases."
+            f"? undecided: −margin is inside. Margins: {margins}. Either of the first two is said wrongly in about 2.5% of "
+            "the cases at most."
         )
         notes.append(
             "As good also needs something to lose: the lower bound of the accuracy compared with is above twice the margin."
@@ -407,7 +402,7 @@ def _report_md(
     notes: list[str],
 ) -> str:
     lines = [f"# {markdown_text(title)}", ""]
-    for number, conclusion in enumerate(_headlines(conclusions)):
+    for number, conclusion in enumerate(conclusions.values()):
         headline = f"{conclusion.answer.sign} {markdown_text(conclusion.headline())}"
         lines += [f"**{headline}**" if number == 0 else headline, ""]
     warnings = [f"{what}: {'; '.join(places)}." for what, places in _warnings(conclusions)]
@@ -422,7 +417,7 @@ def _report_md(
             lines.append("| " + " | ".join(map(markdown_text, [row.name, row.start, *cells])) + " |")
         lines += ["", *(f"![Accuracy against {axis.name}](accuracy_{axis.name}.svg)" for axis in axes), ""]
         lines += ["## Statistics", ""]
-        for conclusion in _headlines(conclusions):
+        for conclusion in conclusions.values():
             lines += [f"- {markdown_text(sentence)}" for sentence in conclusion.sentences()]
         lines.append("")
     first = [line[: table.prominent] for line in table.lines]

@@ -136,7 +136,7 @@ def place_labels(
     taken, found = list(taken), []
     for text, points in labels:
         width, place = LETTER * len(text), None
-        for distance in (10, 18, 28, 44, 64, 90, 120):
+        for distance in (12, 20, 28, 44, 64, 90, 120):
             steps = [
                 (math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in (0, 8, 4, 12, 2, 14, 6, 10)
             ]
