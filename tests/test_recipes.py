@@ -154,7 +154,11 @@ def run_here(hub: Path, words: list[str], monkeypatch) -> None:
         assert end.code in (None, 0)
 
 
-@pytest.mark.parametrize("recipe", FIRST)
+#: Those that differ from these in the data, or in the number of GPUs, alone are left to the slow tests, which run all.
+QUICK = ["evaluate.yaml", "opsd.yaml", "rlvr.yaml", "rlvr_code_1gpu_lora.yaml", "rlvr_math_8gpu.yaml"]
+
+
+@pytest.mark.parametrize("recipe", QUICK)
 def test_the_command_of_a_recipe_runs(hub, tmp_path, monkeypatch, recipe):
     run_here(hub, train_of(hub, recipe, tmp_path / "out"), monkeypatch)
     check_output(recipe, tmp_path / "out")
