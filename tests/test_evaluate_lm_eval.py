@@ -37,6 +37,7 @@ class Sums:
         generation = {"until": ["xx"], "max_gen_toks": 12, "do_sample": False} | changes.pop("generation", {})
         self.config = types.SimpleNamespace(task=name, generation_kwargs=generation, repeats=1)
         self.sums, self.changes = sums, changes
+        self.UNSAFE_CODE = changes.get("unsafe", False)
         self.OUTPUT_TYPE = changes.get("output_type", "generate_until")
         self._filters = [Part("strict-match", r"\\boxed{(\d+)}", 0), Part("flexible-extract", r"\d+", -1)]
 
@@ -126,6 +127,7 @@ def test_what_they_say_of_sampling(sums):
     [
         ({"output_type": "multiple_choice"}, r"compares likelihoods \(`multiple_choice`\)"),
         ({"aggregation": max}, "`exact_match` of .* is no share of problems"),
+        ({"unsafe": True}, "runs what a model writes in this process"),
         ({"prefix": True}, "begins the answer itself"),
         ({"points": 0.5}, r"gives parts of a point \(0.5\)"),
     ],
