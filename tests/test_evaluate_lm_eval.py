@@ -193,8 +193,7 @@ class TestLibrary:
 
     @pytest.fixture
     def task(self, tmp_path):
-        import lm_eval  # noqa: F401, so that a missing library is not taken for a missing task
-
+        pytest.importorskip("lm_eval", reason="the extra `ifeval`")
         rows = [{"question": f"{a}+{b}", "answer": str(a + b)} for a in (3, 12) for b in (4, 5)]
         (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / "sums.yaml"
@@ -218,6 +217,7 @@ class TestLibrary:
         assert verifier(texts, docs, flexible=True) == [1.0, 1.0, 0.0, 0.0]
 
     def test_what_the_library_does_not_have(self):
+        pytest.importorskip("lm_eval", reason="the extra `ifeval`")
         from trl_opsd.evaluate.tasks import find_task
 
         with pytest.raises(ValueError, match="cannot load the task `no_such_task`"):
