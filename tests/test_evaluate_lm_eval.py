@@ -37,6 +37,7 @@ class Sums:
         generation = {"until": ["xx"], "max_gen_toks": 12, "do_sample": False} | changes.pop("generation", {})
         self.config = types.SimpleNamespace(task=name, generation_kwargs=generation, repeats=1)
         self.sums, self.changes = sums, changes
+        self.UNSAFE_CODE = changes.get("unsafe", False)
         self.OUTPUT_TYPE = changes.get("output_type", "generate_until")
         self._filters = [Part("strict-match", r"\\boxed{(\d+)}", 0), Part("flexible-extract", r"\d+", -1)]
 
@@ -126,6 +127,7 @@ def test_what_they_say_of_sampling(sums):
     [
         ({"output_type": "multiple_choice"}, r"compares likelihoods \(`multiple_choice`\)"),
         ({"aggregation": max}, "`exact_match` of .* is no share of problems"),
+        ({"unsafe": True}, "runs what a model writes in this process"),
         ({"prefix": True}, "begins the answer itself"),
         ({"points": 0.5}, r"gives parts of a point \(0.5\)"),
     ],
@@ -191,8 +193,7 @@ class TestLibrary:
 
     @pytest.fixture
     def task(self, tmp_path):
-        import lm_eval  # noqa: F401, so that a missing library is not taken for a missing task
-
+        pytest.importorskip("lm_eval", reason="the extra `ifeval`")
         rows = [{"question": f"{a}+{b}", "answer": str(a + b)} for a in (3, 12) for b in (4, 5)]
         (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / "sums.yaml"
@@ -216,6 +217,7 @@ class TestLibrary:
         assert verifier(texts, docs, flexible=True) == [1.0, 1.0, 0.0, 0.0]
 
     def test_what_the_library_does_not_have(self):
+        pytest.importorskip("lm_eval", reason="the extra `ifeval`")
         from trl_opsd.evaluate.tasks import find_task
 
         with pytest.raises(ValueError, match="cannot load the task `no_such_task`"):

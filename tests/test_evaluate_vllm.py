@@ -1,5 +1,6 @@
 """vLLM against transformers, token by token (bash scripts/test.sh -m vllm)."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -83,12 +84,22 @@ def by_transformers(path, asked, tokenizer):
 
 def test_tokens_are_those_of_transformers(checkpoint, asked, tokenizer):
     engine = VllmEngine(config(checkpoint))
+    engine.reset_peak_memory()
     found = dict(engine.generate(asked, greedy(tokenizer)))
+    assert engine.peak_memory() > 100e6  # of the workers, which on one CPU are this process
     assert found == by_transformers(checkpoint, asked, tokenizer)
     ended = [ids[-1] == tokenizer.eos_token_id for ids in found.values()]
     assert any(ended) and len(set(map(tuple, found.values()))) > 6  # the token that ends it is there, and counts
 
-    sampling = Sampling(1.0, 0.9, 20, 24, (tokenizer.eos_token_id,))
+    mark = tokenizer.decode(found[0][3:5])
+    for by in (engine, TransformersEngine(AutoModelForCausalLM.from_pretrained(checkpoint), 0, 5, tokenizer)):
+        stopped = dict(by.generate(asked[:3], dataclasses.replace(greedy(tokenizer), stop=(mark,))))
+        assert stopped[0] == found[0][:5]  # with the tokens that made the text whole
+
+    limited = [dataclasses.replace(request, max_tokens=2) for request in asked[:2]]
+    assert [len(ids) for _, ids in engine.generate(limited, greedy(tokenizer))] == [2, 2]
+
+    sampling = Sampling(1.0, 0.9, 20, 24, (tokenizer.eos_token_id,), min_p=0.02)
     first, again = (dict(engine.generate(asked, sampling)) for _ in range(2))
     other = dict(engine.generate([Request(r.prompt_ids, r.seed + 100) for r in asked], sampling))
     assert first == again != other

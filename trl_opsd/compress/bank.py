@@ -50,6 +50,8 @@ def main(args: list[str] | None = None) -> None:
                 raise UserError(f"`{name}` is missing: give the place for it.")
         if arguments.rollouts_per_prompt < 1:
             raise UserError(f"`rollouts_per_prompt` must be at least 1, and is {arguments.rollouts_per_prompt}.")
+        if config.thinking_budget is not None:
+            raise UserError("`thinking_budget` forces an end that the teacher did not write: leave it out of a bank.")
         (job,) = plan(replace(config, decoding=["sampled"]))
         path = job.checkpoint.path
         writer = Writer(path, hash_weights(path), hash_vocabulary(job.tokenizer))
@@ -94,8 +96,11 @@ def fill(job: Job, bank: RolloutBank) -> list[dict]:
     sampling = job.sampling("sampled")
     rows = []
     for step in range(bank.rollouts_per_prompt):
-        # A batch is drawn by the seed of its first request
-        requests = [Request(ids, job.config.seed + 1000 * step + index) for index, ids in enumerate(job.prompt_ids)]
+        first = job.config.seed + step * len(job.prompt_ids)  # no two rollouts share their random numbers
+        requests = [
+            Request(ids, first + index, limit)
+            for index, (ids, limit) in enumerate(zip(job.prompt_ids, job.limits, strict=True))
+        ]
         completions = [ids for _, ids in sorted(engine.generate(requests, sampling))]
         records = score(job, "sampled", requests, completions)
         rollouts, attempts = [], {}

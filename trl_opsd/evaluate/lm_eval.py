@@ -12,7 +12,10 @@ from datasets import Dataset
 
 from ..cli import UserError
 from ..rewards.math import text_of
-from .tasks import LM_EVAL, Task
+
+
+#: What stands before the name of a task
+LM_EVAL = "lm_eval"
 
 
 @functools.cache
@@ -39,6 +42,11 @@ def _check(name: str, task: Any) -> None:
             f"lm-evaluation-harness's task `{name}` compares likelihoods (`{task.OUTPUT_TYPE}`), and here answers are "
             "generated: choose a variant that generates (`generate_until`)."
         )
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(
+            f"lm-evaluation-harness's task `{name}` runs what a model writes in this process: use `humaneval` or `mbpp`, "
+            "whose verifier has a sandbox."
+        )
     metric = _metric(task)
     aggregation, higher = task.aggregation()[metric], task.higher_is_better()[metric]
     if getattr(aggregation, "__name__", "") != "mean" or not higher:
@@ -52,7 +60,7 @@ def _metric(task: Any) -> str:
     return next(iter(task.aggregation()))
 
 
-def find_lm_eval(name: str) -> Task:
+def find_lm_eval(name: str) -> dict[str, Any]:
     """
     Says how a task of lm-evaluation-harness is measured.
 
@@ -61,7 +69,8 @@ def find_lm_eval(name: str) -> Task:
             Name of a task or a group there, or a YAML file.
 
     Returns:
-        [`~trl_opsd.evaluate.tasks.Task`]: With the limits and the stop texts of its `generation_kwargs`.
+        `dict[str, Any]`: Fields of a [`~trl_opsd.evaluate.tasks.Task`], with the limits and the stop texts of its
+        `generation_kwargs`.
 
     Raises:
         UserError: If there is none, or it is not about generated answers.
@@ -75,19 +84,19 @@ def find_lm_eval(name: str) -> Task:
     told = first.config.generation_kwargs
     until = told.get("until") or ()
     is_sampled = bool(told.get("do_sample")) and told.get("temperature", 1.0) > 0
-    return Task(
-        dataset_split="test",  # theirs is used
-        reward_funcs=(LM_EVAL,),
+    return {
+        "dataset_split": "test",  # theirs is used
+        "reward_funcs": (LM_EVAL,),
         # as lm-evaluation-harness has it where a task does not say
-        max_completion_length=int(told.get("max_gen_toks", 256)),
-        decoding=("sampled" if is_sampled else "greedy",),
-        num_samples=repeats.pop(),
-        temperature=float(told.get("temperature", 1.0)) if is_sampled else 1.0,
-        top_p=float(told.get("top_p", 1.0)),
-        top_k=int(told.get("top_k", 0)),
-        stop=(until,) if isinstance(until, str) else tuple(until) or None,
-        version=str(first.VERSION),
-    )
+        "max_completion_length": int(told.get("max_gen_toks", 256)),
+        "decoding": ("sampled" if is_sampled else "greedy",),
+        "num_samples": repeats.pop(),
+        "temperature": float(told.get("temperature", 1.0)) if is_sampled else 1.0,
+        "top_p": float(told.get("top_p", 1.0)),
+        "top_k": int(told.get("top_k", 0)),
+        "stop": (until,) if isinstance(until, str) else tuple(until) or None,
+        "version": str(first.VERSION),
+    }
 
 
 def load_lm_eval(name: str) -> tuple[Dataset, list[Callable]]:

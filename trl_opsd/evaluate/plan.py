@@ -20,8 +20,8 @@ from ..rewards import check_rows, load_reward_funcs, required_columns
 from .backends import Sampling, served_model
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
-from .lm_eval import load_lm_eval
-from .tasks import LM_EVAL, find_task, task_name
+from .lm_eval import LM_EVAL, load_lm_eval
+from .tasks import find_task, task_name
 from .thinking import find_tags
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..cli import UserError
 from ..data import SOURCES
 from ..data.gym import REASONING_GYM
+from .lm_eval import LM_EVAL, find_lm_eval
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,6 @@ TASKS = {
     REASONING_GYM: Task("test", ("reasoning_gym_reward",), 8192),
 }
 
-#: What stands before the name of a task of lm-evaluation-harness
-LM_EVAL = "lm_eval"
-
 # A file, a folder or a data set on the Hub
 OTHER = Task("test", ("math_reward",), 1024, decoding=("greedy",), temperature=1.0, top_p=1.0, top_k=0)
 
@@ -100,9 +98,7 @@ def find_task(name: str) -> tuple[str, Task]:
     """
     head, _, rest = name.partition(":")
     if head == LM_EVAL and rest:
-        from .lm_eval import find_lm_eval  # an extra, and a name is all that most runs need of it
-
-        return f"{LM_EVAL}:{Path(rest).stem}", find_lm_eval(rest)
+        return f"{LM_EVAL}:{Path(rest).stem}", Task(**find_lm_eval(rest))
     if head in TASKS:
         part = rest.partition(":")[0] if head == REASONING_GYM else rest if rest in SOURCES[head].tasks else ""
         return f"{head}:{part}" if part else head, TASKS[head]
