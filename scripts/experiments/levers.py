@@ -123,7 +123,7 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
         trainer = SeveralUpdates(
             model=str(path), args=config, train_dataset=rows, reward_funcs=math_reward, callbacks=[clock]
         )
-        clock.time_generation(trainer.model)
+        clock.time_generation()
         trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("opsd/completion_limit", "completions/mean_length", "completions/clipped_ratio", "opsd/correct", "loss")
