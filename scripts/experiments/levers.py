@@ -144,8 +144,8 @@ def run(world: str, arm: str, seed: int, args: argparse.Namespace) -> dict:
     """The row of a run, which is made unless it is there."""
     name = f"{world}-{seed}-{''.join(letter if letter.isalnum() else '_' for letter in arm)}.json"
     kept = Path(args.runs) / "levers" / name
-    if not kept.is_file():
-        options = {name: vars(args)[name] for name in ("max_steps", "learning_rate", "max_samples")}
+    options = {name: vars(args)[name] for name in ("max_steps", "learning_rate", "max_samples")}
+    if not kept.is_file() or json.loads(kept.read_text())["run"]["config"] != options:
         write_results(kept, [run_alone(work, world, arm, seed, args.runs, options)], options)
     (row,) = json.loads(kept.read_text())["rows"]
     after = row["after"]["all"]
