@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
     GenerationMixin,
     Lfm2Config,
@@ -48,13 +48,15 @@ def model(small_model):
 
 
 class Rows:
-    """Counts the rows of every forward pass of a model."""
+    """Counts the rows of every forward pass of a model that generates."""
 
     def __init__(self, model):
         self.sizes = []
-        self.handle = model.register_forward_pre_hook(
-            lambda module, args, kwargs: self.sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
+        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        if "use_cache" in kwargs:
+            self.sizes.append(len(kwargs["input_ids"]))
 
     @property
     def dropped(self) -> bool:
@@ -287,6 +289,17 @@ def test_private_methods_of_transformers_have_the_parameters_we_know(name, param
     assert " ".join(inspect.signature(method).parameters) == parameters
 
 
+def test_learned_prompts_are_plain(model):
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    options = {**prompts(), "max_new_tokens": 30, **DRAWN, "temperature": 3.0}
+    torch.manual_seed(0)
+    theirs = adapted.generate(**options)
+    counted = Rows(model)
+    torch.manual_seed(0)
+    assert torch.equal(generate(adapted, **options), theirs)
+    assert set(counted.sizes) == {24}
+
+
 # Who uses it
 
 
@@ -310,7 +323,7 @@ def test_the_model_is_as_it_was_afterwards(model):
     assert "generate" not in vars(model)
     own = model.generate = lambda **kwargs: 1  # somebody else's
     with finished_rows_dropped(model):
-        assert model.generate() == 1
+        assert model.generate is own and generate(model) == 1
     assert model.generate is own
 
 

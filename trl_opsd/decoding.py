@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed
+from accelerate.utils import is_peft_model
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -88,21 +90,22 @@ def generate(model: PreTrainedModel, **kwargs: Any) -> torch.LongTensor:
 @contextmanager
 def finished_rows_dropped(model: PreTrainedModel) -> Iterator[None]:
     """
-    Inside, `model.generate` is as [`generate`], for callers that cannot be told otherwise.
+    Inside, `model.generate` is as [`generate`], for callers that cannot be told otherwise. A model that has a `generate` of its
+    own keeps it.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model, not wrapped for distributed training.
     """
-    own = vars(model).get("generate")
-    method = model.generate
-    model.generate = partial(_generate, model, method)
+    base = model.get_base_model() if is_peft_model(model) else model
+    if "generate" in vars(base) or type(base).generate is not GenerationMixin.generate:
+        yield  # one of its own, as code on the Hub brings, does as it likes
+        return
+    model.generate = partial(_generate, model, model.generate)
     try:
         yield
     finally:
         del model.generate
-        if own is not None:
-            model.generate = own
 
 
 def _generate(model, method, *args, **kwargs):
@@ -214,7 +217,10 @@ def decode(
     Returns:
         `torch.LongTensor` of shape `(B, P + C)`: Prompts and completions, padded on the right.
     """
-    if not can_drop(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+    is_adapted = "prepare_inputs_for_generation" in vars(
+        model
+    )  # by PEFT, whose learned prompts come into the cache there
+    if is_adapted or not can_drop(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
     by_token = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)]
     pad_id = generation_config._pad_token_tensor

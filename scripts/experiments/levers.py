@@ -123,7 +123,7 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
         trainer = SeveralUpdates(
             model=str(path), args=config, train_dataset=rows, reward_funcs=math_reward, callbacks=[clock]
         )
-        clock.time_generation(trainer.model)
+        clock.time_generation()
         trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("opsd/completion_limit", "completions/mean_length", "completions/clipped_ratio", "opsd/correct", "loss")
@@ -144,8 +144,8 @@ def run(world: str, arm: str, seed: int, args: argparse.Namespace) -> dict:
     """The row of a run, which is made unless it is there."""
     name = f"{world}-{seed}-{''.join(letter if letter.isalnum() else '_' for letter in arm)}.json"
     kept = Path(args.runs) / "levers" / name
-    if not kept.is_file():
-        options = {name: vars(args)[name] for name in ("max_steps", "learning_rate", "max_samples")}
+    options = {name: vars(args)[name] for name in ("max_steps", "learning_rate", "max_samples")}
+    if not kept.is_file() or json.loads(kept.read_text())["run"]["config"] != options:
         write_results(kept, [run_alone(work, world, arm, seed, args.runs, options)], options)
     (row,) = json.loads(kept.read_text())["rows"]
     after = row["after"]["all"]

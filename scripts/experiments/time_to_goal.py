@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import GenerationMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.rewards import get_soft_overlong_punishment
@@ -142,8 +142,8 @@ class Clock(TrainerCallback):
         self.measure, self.start, self.limits = measure, start, limits
         self.rows, self.cpu, self.wall, self.generation = [], 0.0, 0.0, 0.0
 
-    def time_generation(self, model) -> None:
-        generate = model.generate
+    def time_generation(self) -> None:
+        generate = GenerationMixin.generate
 
         def timed(*args, **kwargs):
             begin = time.process_time()
@@ -152,7 +152,7 @@ class Clock(TrainerCallback):
             finally:
                 self.generation += time.process_time() - begin
 
-        model.generate = timed
+        GenerationMixin.generate = timed  # the process is this run's alone
 
     def go(self) -> None:
         self.begin = time.process_time(), time.perf_counter()
@@ -199,7 +199,7 @@ def work(world: str, method: str, setting: dict, seed: int, runs: str, limits: d
     start = measure()
     clock = Clock(measure, start, limits)
     trainer = make_trainer(world, method, setting, path, data, seed, clock)
-    clock.time_generation(trainer.model)
+    clock.time_generation()
     trainer.train()
     reached = [next((row for row in clock.rows if row[name]), None) for name in ("goal", "short")]
     row = {"method": method, "setting": setting, "seed": seed, "budget_cpu_s": limits["budget"], "start": start}
