@@ -358,9 +358,13 @@ SLOW = {
 }  # fmt: skip
 
 
+# Attacks that end with an error at once, where all goes well, so that one program can try them all
+TOGETHER = {*FILES, *(name for name in HARMS if name.startswith("system call "))}
+
+
 def sorted_by_cost(table):
-    """Names; those that take seconds are for the slow tier."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in table]
+    """Names; those that take seconds are for the slow tier, and so are those that are tried together too."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW | TOGETHER else []) for name in table]
 
 
 def number_of(name):
@@ -421,6 +425,16 @@ class TestNamespaces:
     @pytest.mark.parametrize("name", sorted_by_cost(PRINTS))
     def test_print(self, host, name):  # noqa: F811
         earns_nothing(printed(name))
+
+    def test_many_harms(self, host):  # noqa: F811
+        lines = ["done = []"]
+        for name in sorted(TOGETHER):
+            source = filled(name, {**HARMS, **FILES}[name])
+            lines.append(f"try:\n exec({source!r}, {{}})\n done.append({name!r})\nexcept OSError: pass")
+        verdict = run_tests(
+            "\n".join([*lines, "print(done)", "def add(a, b): return 5 if done else 0"]), TESTS, limits=SMALL
+        )
+        assert verdict.score == 0.0 and verdict.output == "[]\n", verdict
 
     def test_no_verdict(self, host):  # noqa: F811
         no_verdict_is_refused()
