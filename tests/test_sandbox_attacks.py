@@ -4,6 +4,7 @@ programs that want to be called right; those of `HARMS` are right as soon as the
 stands in their way; `PRINTS` are programs with tests on standard input and output.
 """
 
+import builtins
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from sandbox_server import serve
 from test_sandbox import LIBC, RIGHT, SMALL, TESTS, WRONG, host, running  # noqa: F401
 
-from trl_opsd.rewards import code_reward, sandbox
+from trl_opsd.rewards import code_reward, jail, sandbox
 from trl_opsd.rewards.sandbox import run_cases, run_tests
 
 
@@ -406,6 +407,17 @@ def no_verdict_is_refused():
         assert run_tests(program + ("" if "add" in program else WRONG), TESTS, limits=SMALL).score == 0.0, name
         if "add" not in program:
             assert run_cases(program, ["3 4"], ["7"], limits=SMALL).score == 0.0, name
+
+
+@pytest.mark.parametrize(
+    "name", "eval exec compile open __import__ getattr setattr delattr type vars globals super".split()
+)
+def test_what_reaches_into_objects_crosses_as_a_handle(name):
+    """As a function of the program's it is called in the program, and of the tests' in the tests: never in the other."""
+    peer = jail.Peer(0, 0, {})
+    assert peer.encode(vars(builtins)[name])[0] == "mine"
+    with pytest.raises(jail.Gone):
+        peer.decode(["builtin", name])
 
 
 def test_there_are_enough_of_them():
