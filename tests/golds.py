@@ -2,7 +2,7 @@
 Every reference answer of GSM8K's and MATH-500's test sets against spellings of itself and against wrong neighbours.
 
 `python tests/golds.py` judges all of them and writes what went wrong, by kind, to
-recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same. before.json beside it is
+recipes/results/math_reward/golds.json; test_rewards.py judges them again and expects the same, and each time a part. before.json beside it is
 what this made of the verifier that left to math-verify what is not a plain number.
 """
 
@@ -160,12 +160,12 @@ def neighbours(gold: str, following: str, percent: bool) -> Iterator[tuple[str, 
         yield "letters in another order", word[1][::-1] if len(word[1]) > 1 else "D" if word[1] != "D" else "A"
 
 
-def judge(name: str) -> dict:
-    """Returns how many spellings and neighbours of a set's answers were judged, and those judged wrongly."""
+def judge(name: str, every: int = 1) -> dict:
+    """Returns how many spellings and neighbours of a set's answers were judged, of one in `every`, and how wrongly."""
     dataset = load_prompts(f"{name}:{SETS[name]}", "test")
     gold, prompts = dataset["answer"][:], dataset["prompt"][:]
     wrong, right_count, wrong_count = [], 0, 0
-    for number in range(len(gold)):
+    for number in range(0, len(gold), every):
         following = gold[(number + 1) % len(gold)]
         percent = re.search(r"%|percent", prompts[number][-1]["content"]) is not None
         kinds, texts, only_flexible = zip(*spellings(gold[number], percent), strict=True)

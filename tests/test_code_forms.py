@@ -1,6 +1,5 @@
 """The forms that tests of code have, and what the judge cannot serve, which must never look like a wrong program."""
 
-import functools
 import json
 import os
 
@@ -55,10 +54,8 @@ VACUOUS = {
 class TestTestsThatNobodyCalls:
     @pytest.mark.parametrize("name", WAITING)
     def test_they_are_called(self, name):
-        columns = {"tests": [WAITING[name]] * 3}
-        assert code_reward([F, WRONG, "pass"], **columns) == [1.0, 0.0, 0.0]
-        partly = functools.partial(code_reward, partial_credit=True)
-        assert partly([F, "pass"], tests=columns["tests"][:2]) == [1.0, 0.0]
+        assert code_reward([F, WRONG], tests=[WAITING[name]] * 2) == [1.0, 0.0]
+        assert code_reward(["pass"], tests=[WAITING[name]], partial_credit=True) == [0.0]
 
     @pytest.mark.parametrize("partial_credit", [False, True])
     def test_what_an_empty_program_passes_is_no_test(self, partial_credit):
@@ -75,11 +72,12 @@ class TestTestsThatNobodyCalls:
         assert logged["code_reward/vacuous"] == len(tests) / (len(tests) + 1) and logged["code_reward/unserved"] == 0.0
         assert verdicts["verdict"][0] == "vacuous: a program that does nothing passes these tests too"
 
-    @pytest.mark.parametrize("name", VACUOUS)
-    def test_such_a_row_is_refused(self, name):
-        rows = [{"prompt": "p", "tests": "assert f(1) == 2"}] * 60 + [{"prompt": "p", "tests": VACUOUS[name]}]
-        with pytest.raises(UserError, match="`x.jsonl`, row 61: a program that does nothing passes its `tests`"):
-            check_rows(Dataset.from_list(rows), [code_reward], "x.jsonl")
+    @pytest.mark.parametrize("number", [4, len(VACUOUS)])
+    def test_such_rows_are_refused(self, number):
+        tests = ["assert f(1) == 2"] * 60 + list(VACUOUS.values())[-number:]
+        named = "61, 62, 63, 64" if number == 4 else "61, 62, 63, 64, 65, ..."
+        with pytest.raises(UserError, match=f"`x.jsonl`, row {named}: a program that does nothing passes its `tests`"):
+            check_rows(Dataset.from_list([{"prompt": "p", "tests": text} for text in tests]), [code_reward], "x.jsonl")
 
     def test_rows_of_every_form_are_looked_at(self):
         check = "def check(candidate):\n    assert candidate(1) == 2\n"
@@ -381,7 +379,7 @@ class TestABusyMachine:
         os.sched_setaffinity(0, {min(before)})
         try:
             limits = Limits(seconds=0.6, memory_bytes=128 << 20)
-            assert code_reward([work] * 8, tests=["assert f() == 1"] * 8, num_workers=8, limits=limits) == [1.0] * 8
+            assert code_reward([work] * 4, tests=["assert f() == 1"] * 4, num_workers=4, limits=limits) == [1.0] * 4
             late = work.replace("0.3", "0.9")
             assert code_reward([late], tests=["assert f() == 1"], limits=limits) == [0.0]
         finally:

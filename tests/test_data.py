@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_opsd.cli import UserError
-from trl_opsd.data import SOURCES, check_columns, decontaminate, hold_out, load_prompts
+from trl_opsd.data import SOURCES, check_columns, decontaminate, hold_out, load_prompts, record_held_out
 from trl_opsd.data.__main__ import main
 from trl_opsd.data.contamination import HELD_OUT, normalize, problem_text
 from trl_opsd.evaluate.tasks import TASKS
@@ -299,7 +299,8 @@ class TestDecontaminate:
         train = Dataset.from_list([{"prompt": text} for text in (self.LONG, self.SHORT, "New")])
         raw = write_jsonl(tmp_path / "a.jsonl", [{"problem": self.LONG, "answer": "72"}])
         own = write_jsonl(tmp_path / "b.jsonl", [{"prompt": self.SHORT}])
-        kept, line = hold_out(train, [f"math-500:{raw}", own])
+        kept, names, line = hold_out(train, [f"math-500:{raw}", own])
+        assert names == [f"math-500:{raw}", own]
         assert kept["prompt"][:] == ["New"] and line == f"held out: 2 of 3 rows (math-500:{raw} 1, {own} 1)"
         assert hold_out(train, ["none"])[0] is train
         with pytest.raises(UserError, match="There is no data at `c.jsonl`"):
@@ -308,15 +309,35 @@ class TestDecontaminate:
             hold_out(train.select([1]), [own])
         # By default: what an evaluation has left in the cache, as `datasets` names its folders
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-        kept, line = hold_out(train)
+        kept, _, line = hold_out(train)
         assert len(kept) == 3 and line.startswith("held out: 0 of 3 rows; not compared with gsm8k, math-500, aime24")
         (tmp_path / "HuggingFaceH4___math-500").mkdir()
         loaded = load_prompts(f"math-500:{raw}")
         monkeypatch.setattr("trl_opsd.data.contamination.load_prompts", lambda name, split: loaded)
-        kept, line = hold_out(train)
-        assert len(kept) == 2 and line.startswith(
-            "held out: 1 of 3 rows (math-500 1); not compared with gsm8k, aime24"
+        kept, names, line = hold_out(train)
+        assert len(kept) == 2 and names == ["math-500"]
+        assert line.startswith("held out: 1 of 3 rows (math-500 1); not compared with gsm8k, aime24")
+
+    @pytest.mark.parametrize(("began", "rows"), [([], 3), (["math-500"], 2), (["none"], 3)])
+    def test_a_resumed_run_leaves_out_what_it_began_with(self, tmp_path, monkeypatch, began, rows):
+        """Whatever has been evaluated on since: else the sampler would go on in other rows."""
+        train = Dataset.from_list([{"prompt": text} for text in (self.LONG, self.SHORT, "New")])
+        sets = {"math-500": [{"prompt": self.LONG}], "gsm8k": [{"prompt": self.SHORT}]}
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        monkeypatch.setattr(
+            "trl_opsd.data.contamination.load_prompts", lambda name, split: Dataset.from_list(sets[name])
         )
+        for name in ("HuggingFaceH4___math-500", "openai___gsm8k"):
+            (tmp_path / name).mkdir()
+        assert len(hold_out(train)[0]) == 1
+        record_held_out(str(tmp_path), began)
+        checkpoint = str(tmp_path / "checkpoint-3")
+        kept, names, line = hold_out(train, (), checkpoint)
+        assert len(kept) == rows and names == began
+        assert line.endswith(
+            "as when the run began" if began == ["none"] else "when the run began (name them in `held_out`)"
+        )
+        assert len(hold_out(train, ["gsm8k"], checkpoint)[0]) == 2  # what is asked for now goes first
 
     def test_every_benchmark_is_held_out(self):
         assert {name: task.dataset_split for name, task in TASKS.items() if name != "reasoning-gym"} == HELD_OUT

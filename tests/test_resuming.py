@@ -168,7 +168,11 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
     assert not (stopped / "model.safetensors").exists() and not (stopped / "config.json").exists()
     shutil.copytree(stopped / "checkpoint-3", stopped / "checkpoint-4")  # half-written by a later kill
     (stopped / "checkpoint-4" / "trainer_state.json").unlink()
+    held_out = stopped / "held_out.json"  # what is evaluated on meanwhile does not take rows from under the sampler
+    assert json.loads(held_out.read_text()) == []
+    held_out.write_text('["none"]')
     STAGES[stage]([*recipe(stage, "stopped"), "--resume_from_checkpoint", "true"])
+    assert "held out: nothing, as when the run began" in capsys.readouterr().out
     alone, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "stopped"))
     start = load_file(tmp_path / "stopped" / "checkpoint-3" / "model.safetensors")
     assert all(torch.equal(alone[name], resumed[name]) for name in alone)

@@ -353,8 +353,17 @@ class TestMathReward:
         assert (time.perf_counter() - start) / 2000 < 1e-3
 
     @pytest.mark.parametrize("name", golds.SETS)
-    def test_real_answers_in_other_spellings_and_their_neighbours(self, name):
+    def test_some_real_answers_in_other_spellings_and_their_neighbours(self, name):
         if not SHARED.is_dir():  # a checkout on its own has no benchmark data
+            return
+        found = golds.judge(name, every=11)
+        assert found["spellings"] > 500 and found["neighbours"] > 150
+        assert found["false_negatives"] == found["false_positives"] == 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", golds.SETS)
+    def test_real_answers_in_other_spellings_and_their_neighbours(self, name):
+        if not SHARED.is_dir():
             return
         recorded = json.loads((golds.ROOT / "recipes/results/math_reward/golds.json").read_text())["rows"]
         assert golds.judge(name) in recorded
@@ -443,7 +452,7 @@ class TestJudge:
             thread.join(60)
         assert results == [([[0.0]], [1.0])] * 2
 
-    @pytest.mark.parametrize("method", ["spawn", "fork"])
+    @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
     def test_process(self, method):
         judge = math_verifier._JUDGE
         assert judge.ask("parse", ["1"])
@@ -466,6 +475,7 @@ class TestJudge:
         assert f"Max address space         {2 << 30}" in limits
         judge.stop()
 
+    @pytest.mark.slow
     def test_the_cost_of_many_parts_is_bounded_together(self):
         gold = ", ".join(f"x^{{{n}}}+1" for n in range(2, 12))
         hostile = ", ".join([r"\sum_{k=1}^{10^{9}} \frac{1}{k}"] * 10)
@@ -484,7 +494,7 @@ class TestJudge:
         os.kill(int(child), signal.SIGKILL)
         asked.join(60)
         assert "out of memory" in failures[0]
-        assert judge.ask("compare", [["9^{9^{9^9}}", "1"]]) is None  # its own fault is a verdict
+        assert judge.ask("compare", [["1/2", "0.5"]]) == [True]
         judge.stop()
 
     def test_a_dead_helper_is_replaced(self):

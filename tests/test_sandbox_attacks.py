@@ -4,6 +4,7 @@ programs that want to be called right; those of `HARMS` are right as soon as the
 stands in their way; `PRINTS` are programs with tests on standard input and output.
 """
 
+import builtins
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from sandbox_server import serve
 from test_sandbox import LIBC, RIGHT, SMALL, TESTS, WRONG, host, running  # noqa: F401
 
-from trl_opsd.rewards import code_reward, sandbox
+from trl_opsd.rewards import code_reward, jail, sandbox
 from trl_opsd.rewards.sandbox import run_cases, run_tests
 
 
@@ -333,6 +334,23 @@ PRINTS = {
     "program of the next run": "import sys, os\nopen('solution.py', 'w').write('print(2)')\nopen('json.py', 'w').write('print(2)')\nimport json\nprint(7)",
     "input written over": "import os\nos.pwrite(0, b'7 0', 0)\nos.ftruncate(0, 1 << 40)",
 }  # fmt: skip
+# Wrong programs that want no verdict, since no verdict is no 0. Tests that pass plain data alone always give one.
+SIGNAL = "import os, fcntl, time\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, WHOM)\nfcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')\ntime.sleep(0.2)"
+EVASIONS = {
+    "error as of what is not served": "def add(a, b): raise TypeError('Remote')",
+    "attribute as of what is not served": "def add(a, b): raise AttributeError('Remote')",
+    "package that is not there": "class E(ImportError): pass\ndef add(a, b):\n e = E()\n e.__dict__['name'] = 'pandas'\n raise e",
+    "question about its own data": PEER + "def add(a, b):\n try: peer.ask('__getattr__', 5, 'x')\n except AttributeError: return 0",
+    "less processor time": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+    "less processor time, by the old call": CALL + "import os\ncall(160 if os.uname().machine == 'x86_64' else 164, 0, (ctypes.c_long * 2)(0, 0))\nwhile True: pass",
+    "timer that kills": CALL + "import os, time\nx86, timer = os.uname().machine == 'x86_64', ctypes.c_int()\n"
+    "call(222 if x86 else 107, 1, (ctypes.c_int * 16)(0, 0, 9, 0), ctypes.byref(timer))\n"
+    "call(223 if x86 else 110, timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1000), None)\ntime.sleep(0.2)",
+    "pipe that kills": SIGNAL.replace("WHOM", "os.getpid()"),
+    "pipe that kills the judge": SIGNAL.replace("WHOM", "os.getppid()"),
+    "socket that ends the judge": "import os, fcntl, time, socket\nr, w = socket.socketpair()\nfcntl.ioctl(r, 0x8901, os.getppid().to_bytes(4, 'little'))\n"
+    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nw.send(b'x')\ntime.sleep(0.2)",
+}  # fmt: skip
 INPUTS, OUTPUTS = ["3 4\n", "1 1\n"], ["7\n", "2\n"]
 SLOW = {
     "liar in a set", "right, from a thread that fails to end", "right, and an endless exit", "output closed", "asleep", "output closed, and asleep",
@@ -341,9 +359,13 @@ SLOW = {
 }  # fmt: skip
 
 
+# Attacks that end with an error at once, where all goes well, so that one program can try them all
+TOGETHER = {*FILES, *(name for name in HARMS if name.startswith("system call "))}
+
+
 def sorted_by_cost(table):
-    """Names; those that take seconds are for the slow tier."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in table]
+    """Names; those that take seconds are for the slow tier, and so are those that are tried together too."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW | TOGETHER else []) for name in table]
 
 
 def number_of(name):
@@ -379,6 +401,25 @@ def earns_nothing(verdict):
     assert len(verdict.output) <= SMALL.output_bytes
 
 
+def no_verdict_is_refused():
+    """All at once: what a program does to itself is its own fault, and 0."""
+    for name, program in EVASIONS.items():
+        assert run_tests(program + ("" if "add" in program else WRONG), TESTS, limits=SMALL).score == 0.0, name
+        if "add" not in program:
+            assert run_cases(program, ["3 4"], ["7"], limits=SMALL).score == 0.0, name
+
+
+@pytest.mark.parametrize(
+    "name", "eval exec compile open __import__ getattr setattr delattr type vars globals super".split()
+)
+def test_what_reaches_into_objects_crosses_as_a_handle(name):
+    """As a function of the program's it is called in the program, and of the tests' in the tests: never in the other."""
+    peer = jail.Peer(0, 0, {})
+    assert peer.encode(vars(builtins)[name])[0] == "mine"
+    with pytest.raises(jail.Gone):
+        peer.decode(["builtin", name])
+
+
 def test_there_are_enough_of_them():
     names = [*FORGERIES, *PROTOCOL, *HARMS, *FILES, *PRINTS]
     assert len(names) == len(set(names)) and len(names) >= 200 and set(names) >= SLOW
@@ -396,6 +437,19 @@ class TestNamespaces:
     @pytest.mark.parametrize("name", sorted_by_cost(PRINTS))
     def test_print(self, host, name):  # noqa: F811
         earns_nothing(printed(name))
+
+    def test_many_harms(self, host):  # noqa: F811
+        lines = ["done = []"]
+        for name in sorted(TOGETHER):
+            source = filled(name, {**HARMS, **FILES}[name])
+            lines.append(f"try:\n exec({source!r}, {{}})\n done.append({name!r})\nexcept OSError: pass")
+        verdict = run_tests(
+            "\n".join([*lines, "print(done)", "def add(a, b): return 5 if done else 0"]), TESTS, limits=SMALL
+        )
+        assert verdict.score == 0.0 and verdict.output == "[]\n", verdict
+
+    def test_no_verdict(self, host):  # noqa: F811
+        no_verdict_is_refused()
 
     def test_a_right_program_stands_beside_them(self, host):  # noqa: F811
         assert run_tests(RIGHT, TESTS, limits=SMALL).score == 1.0
@@ -424,6 +478,9 @@ class TestServer:
     def test_forgery(self, name):
         earns_nothing(forge(name))
 
+    def test_no_verdict(self):
+        no_verdict_is_refused()
+
     @pytest.mark.parametrize("name", [name for name in HARMS if name not in ("sparse file", "file without a name")])
     def test_harm(self, name):
         earns_nothing(harm(name))
@@ -449,6 +506,9 @@ class TestBubblewrap:
     @pytest.mark.parametrize("name", {**HARMS, **FILES})
     def test_harm(self, name):
         earns_nothing(harm(name))
+
+    def test_no_verdict(self):
+        no_verdict_is_refused()
 
     @pytest.mark.parametrize("name", PRINTS)
     def test_print(self, name):

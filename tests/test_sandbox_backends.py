@@ -4,6 +4,7 @@ import base64
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from trl_opsd.rewards.sandbox import Limits, require_isolation, run_cases, run_t
 
 
 SMALL = Limits(seconds=1.0, memory_bytes=256 << 20, folder_bytes=4 << 20, threads=16, output_bytes=1 << 16)
+SHORT = replace(SMALL, seconds=0.4)
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
-@pytest.fixture(params=["namespaces", "http", pytest.param("bubblewrap", marks=needs_bubblewrap)])
+@pytest.fixture(params=["namespaces", "http", pytest.param("bubblewrap", marks=[needs_bubblewrap, pytest.mark.slow])])
 def backend(request, monkeypatch):
     if request.param != "http":
         monkeypatch.setenv(sandbox.SANDBOX, request.param)
@@ -40,8 +42,8 @@ def test_verdicts_are_the_same(backend):
     assert run_tests("print('said')", "assert f", limits=SMALL).output.split() == ["said"]
     assert run_tests("import os\nos._exit(0)", tests, limits=SMALL).detail == "the program ended"
     assert run_tests("while True: print('x' * 65536)", tests, limits=SMALL).score == 0.0
-    assert run_tests("while True: pass", tests, limits=SMALL).status == "timeout"
-    assert run_tests("import time\ntime.sleep(600)", tests, limits=SMALL).status == "timeout"
+    assert run_tests("while True: pass", tests, limits=SHORT).status == "timeout"
+    assert run_tests("import time\ntime.sleep(600)", tests, limits=SHORT).status == "timeout"
     assert run_tests("def f(x): return x", "assert f(1)\nimport pandas", limits=SMALL).status == "unserved"
     double = "for line in open(0): print(2 * int(line), 'ü')"
     assert run_cases(double, ["1\n2\n", "3"], ["2 ü\n4 ü", "6 ü\n"], limits=SMALL).score == 1.0
@@ -49,7 +51,7 @@ def test_verdicts_are_the_same(backend):
         "another output for input 2 of 2"
     )
     assert run_cases(double, ["1\n", "x", "3"], ["2 ü", "?", "6 ü"], True, SMALL).score == 2 / 3
-    assert run_cases("while True: pass", ["1", "2"], ["1", "2"], limits=SMALL).status == "timeout"
+    assert run_cases("while True: pass", ["1", "2"], ["1", "2"], limits=SHORT).status == "timeout"
 
 
 def test_empty_tests_are_found_everywhere(backend):

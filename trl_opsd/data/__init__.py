@@ -6,14 +6,14 @@ from trl._lazy_module import _LazyModule
 
 
 _import_structure = {
-    "contamination": ["decontaminate", "hold_out"],
+    "contamination": ["decontaminate", "hold_out", "record_held_out"],
     "gym": ["generate_prompts"],
     "prompts": ["check_columns", "load_prompts"],
     "sources": ["SOURCES", "Source"],
 }
 
 if TYPE_CHECKING:
-    from .contamination import decontaminate, hold_out
+    from .contamination import decontaminate, hold_out, record_held_out
     from .gym import generate_prompts
     from .prompts import check_columns, load_prompts
     from .sources import SOURCES, Source

@@ -1,11 +1,13 @@
 """Which training problems are also in an evaluation set?"""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.naming import camelcase_to_snakecase
 
@@ -26,6 +28,8 @@ HELD_OUT = {
     "bbh": "test",
     "ifeval": "train",
 }
+# In the output folder of a run: which sets it has left out
+_RECORD = "held_out.json"
 
 
 _WORDINGS = sorted({source.prompt for source in SOURCES.values()}, key=len, reverse=True)
@@ -115,7 +119,9 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(_EMPHASIS.sub("", text.replace(r"\*", "*")).lower())
 
 
-def hold_out(train: Dataset, names: Sequence[str] = ()) -> tuple[Dataset, str]:
+def hold_out(
+    train: Dataset, names: Sequence[str] = (), resume_from: str | None = None
+) -> tuple[Dataset, list[str], str]:
     """
     Leaves out of a training set what is also in evaluation sets (see [`decontaminate`]).
 
@@ -124,33 +130,33 @@ def hold_out(train: Dataset, names: Sequence[str] = ()) -> tuple[Dataset, str]:
             Training rows, with `prompt`.
         names (`Sequence[str]`, *optional*, defaults to `()`):
             Evaluation sets, as [`load_prompts`] takes them; `["none"]` keeps all rows. Without names, those of
-            [`HELD_OUT`] that the cache of `datasets` on this machine holds, where an evaluation puts them.
+            [`HELD_OUT`] that the cache of `datasets` on the main process's machine holds, where an evaluation puts them.
+        resume_from (`str`, *optional*):
+            Checkpoint that a run goes on from. Without names, it leaves out what it began with (see
+            [`record_held_out`]), whatever has been evaluated on since: its rows are to be the same.
 
     Returns:
-        `tuple[Dataset, str]`: The rows that are left, and a line that counts those that went, and says which sets were
-        not compared with.
+        `tuple[Dataset, list[str], str]`: The rows that are left, the sets that were compared with, and a line that counts
+        those that went, and says which sets were not compared with.
 
     Raises:
         UserError: If a set that was named cannot be loaded, or no row is left.
     """
     if list(names) == ["none"]:
-        return train, "held out: nothing, as asked for"
-    evaluations, absent, total = {}, [], len(train)
-    for name in names or HELD_OUT:
-        split = HELD_OUT.get(name.partition(":")[0], "test")
-        if names:
-            evaluations[name] = load_prompts(name, split)
-        elif _is_cached(name):
-            try:
-                evaluations[name] = load_prompts(name, split)
-            except UserError:  # another part of it, or an older one
-                absent.append(name)
-        else:
-            absent.append(name)
-    went = {}
-    for name, evaluation in evaluations.items():
+        return train, ["none"], "held out: nothing, as asked for"
+    record = None if resume_from is None else Path(resume_from).parent / _RECORD
+    if names:
+        chosen = list(names)
+    elif record is not None and record.is_file():
+        chosen = json.loads(record.read_text())
+        if chosen == ["none"]:
+            return train, chosen, "held out: nothing, as when the run began"
+    else:
+        (chosen,) = broadcast_object_list([[name for name in HELD_OUT if _is_here(name)]])
+    went, total = {}, len(train)
+    for name in chosen:
         before = len(train)
-        train, _ = decontaminate(train, evaluation)
+        train, _ = decontaminate(train, load_prompts(name, _split(name)))
         went[name] = before - len(train)
     if len(train) == 0:
         raise UserError(
@@ -159,14 +165,33 @@ def hold_out(train: Dataset, names: Sequence[str] = ()) -> tuple[Dataset, str]:
         )
     parts = ", ".join(f"{name} {count}" for name, count in went.items())
     line = f"held out: {total - len(train)} of {total} rows" + (f" ({parts})" if parts else "")
+    absent = [] if names else [name for name in HELD_OUT if name not in chosen]
     if absent:
-        line += f"; not compared with {', '.join(absent)}, which are not on this machine (name them in `held_out`)"
-    return train, line
+        when = "were not on this machine when the run began" if record is not None else "are not on this machine"
+        line += f"; not compared with {', '.join(absent)}, which {when} (name them in `held_out`)"
+    return train, chosen, line
 
 
-def _is_cached(name: str) -> bool:
+def record_held_out(output_dir: str, names: list[str]) -> None:
+    """Keeps what [`hold_out`] has compared with beside the checkpoints, for when the run is resumed."""
+    temporary = Path(output_dir, f".{_RECORD}.tmp")
+    temporary.write_text(json.dumps(names) + "\n")
+    temporary.replace(Path(output_dir, _RECORD))
+
+
+def _split(name: str) -> str:
+    return HELD_OUT.get(name.partition(":")[0], "test")
+
+
+def _is_here(name: str) -> bool:
     namespace, _, hub_name = SOURCES[name].hub_id.partition("/")
-    return (Path(datasets.config.HF_DATASETS_CACHE) / f"{namespace}___{camelcase_to_snakecase(hub_name)}").is_dir()
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / f"{namespace}___{camelcase_to_snakecase(hub_name)}").is_dir():
+        return False
+    try:
+        load_prompts(name, _split(name))
+    except UserError:  # another part of it, or an older one
+        return False
+    return True
 
 
 def problem_text(prompt: list[dict[str, str]] | str) -> str:

@@ -11,7 +11,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
-from ..data import check_columns, hold_out, load_prompts
+from ..data import check_columns, hold_out, load_prompts, record_held_out
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
@@ -263,7 +263,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             datasets = [read_rollouts(script_args.dataset_name)]
         else:
             datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
+        datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
         if training_args.process_index == 0:
             print(counts)
         if script_args.rollout_bank is not None:
@@ -298,6 +298,8 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             }
 
         claim(training_args)
+        if training_args.process_index == 0:
+            record_held_out(training_args.output_dir, held_out)
 
     # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
     student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged/student")

@@ -41,26 +41,29 @@ MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 SYS_MOUNT_SETATTR = 442
 CLONE_THREAD, AF_UNIX = 0x00010000, 1
+# What sends a signal of the program's choice, to whom it wants
+F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 10, 15, 0x8901, 0x8902
 NOBODY = 65534
 
-# Per machine: its name for seccomp, pivot_root, clone, socketpair, prctl, prlimit64, what no program may call, in this order:
+# Per machine: its name for seccomp, pivot_root, clone, socketpair, prctl, prlimit64, fcntl, ioctl, what no program may call:
 # fork vfork execve execveat; kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo; setsid setpgid; ptrace
 # process_vm_readv process_vm_writev kcmp; unshare setns mount umount2 pivot_root chroot; shmget shmat semget msgget
 # mq_open memfd_create io_setup vmsplice (memory that no limit counts); inotify_init inotify_init1 fanotify_init
 # userfaultfd perf_event_open bpf; add_key request_key keyctl; personality name_to_handle_at open_by_handle_at; socket;
 # setpriority sched_setparam sched_setscheduler sched_setaffinity sched_setattr ioprio_set migrate_pages move_pages (of
-# other processes of the same user, the judge's among them); syslog. prlimit64 is given before them: of itself alone.
+# other processes of the same user, the judge's among them); syslog; setrlimit timer_create (a program that has itself
+# killed would look like one that the machine has ended).
 # fmt: off
 MACHINES = {
-    "x86_64": (0xC000003E, 155, 56, 53, 157, 302, (
+    "x86_64": (0xC000003E, 155, 56, 53, 157, 302, 72, 16, (
         57, 58, 59, 322, 62, 200, 234, 129, 297, 112, 109, 101, 310, 311, 312, 272, 308, 165, 166, 155, 161,
         29, 30, 64, 68, 240, 319, 206, 278, 253, 294, 300, 323, 298, 321, 248, 249, 250, 135, 303, 304, 41,
-        141, 142, 144, 203, 314, 251, 256, 279, 103,
+        141, 142, 144, 203, 314, 251, 256, 279, 103, 160, 222,
     )),
-    "aarch64": (0xC00000B7, 41, 220, 199, 167, 261, (
+    "aarch64": (0xC00000B7, 41, 220, 199, 167, 261, 25, 29, (
         221, 281, 129, 130, 131, 138, 240, 157, 154, 117, 270, 271, 272, 97, 268, 40, 39, 41, 51,
         194, 196, 190, 186, 180, 279, 0, 75, 26, 262, 282, 241, 280, 217, 218, 219, 92, 264, 265, 198,
-        140, 118, 119, 122, 274, 30, 238, 239, 116,
+        140, 118, 119, 122, 274, 30, 238, 239, 116, 164, 107,
     )),
 }
 # fmt: on
@@ -225,8 +228,8 @@ def limit_resources(config):
 
 
 def filter_system_calls(machine):
-    """No new process (threads only), no other program, no signal to others, no socket but a pair of local ones."""
-    name, _, clone, socketpair, prctl_number, prlimit, denied = MACHINES[machine]
+    """No new process (threads only), no other program, no signal to anybody, no socket but a pair of local ones."""
+    name, _, clone, socketpair, prctl_number, prlimit, fcntl, ioctl, denied = MACHINES[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes
     allow, kill = 0x7FFF0000, 0x80000000
     refuse, missing = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -236,14 +239,17 @@ def filter_system_calls(machine):
     code += [(at_least, 0, 1, FIRST_NEW_CALL), (give, 0, 0, missing)]
     for call in denied:
         code += [(equal, 0, 1, call), (give, 0, 0, refuse)]
-    for call, test, value, then, otherwise in (
-        (clone, any_bit, CLONE_THREAD, allow, refuse),
-        (socketpair, equal, AF_UNIX, allow, refuse),
-        (prctl_number, equal, PR_SET_PDEATHSIG, refuse, allow),
-        (prlimit, equal, 0, allow, refuse),  # the library's own setrlimit is this call on process 0, which is itself
+    for call, argument, test, value, is_wanted in (
+        (clone, 0, any_bit, CLONE_THREAD, True),
+        (socketpair, 0, equal, AF_UNIX, True),
+        (prctl_number, 0, equal, PR_SET_PDEATHSIG, False),
+        (prlimit, 0, equal, 0, True),  # the library's own setrlimit is this call on process 0, which is itself
+        (prlimit, 1, equal, resource.RLIMIT_CPU, False),
+        *((fcntl, 1, equal, command, False) for command in (F_SETOWN, F_SETSIG, F_SETOWN_EX)),
+        *((ioctl, 1, equal, command, False) for command in (FIOSETOWN, SIOCSPGRP)),
     ):
-        code += [(equal, 0, 4, call), (load, 0, 0, first), (test, 0, 1, value), (give, 0, 0, then)]
-        code += [(give, 0, 0, otherwise)]
+        code += [(load, 0, 0, number), (equal, 0, 3, call), (load, 0, 0, first + 8 * argument)]
+        code += [(test, is_wanted, not is_wanted, value), (give, 0, 0, refuse)]
     code += [(give, 0, 0, allow)]
     packed = b"".join(
         operation.to_bytes(2, sys.byteorder) + bytes((yes, no)) + value.to_bytes(4, sys.byteorder)
@@ -421,6 +427,7 @@ class Peer:
         self.objects, self.handles, self.remotes, self.errors = {}, {}, {}, {}
         self.printed = lambda: ""
         self.room = MAX_MESSAGE
+        self.thrown = None
 
     def encode(self, value):
         if value is None or isinstance(value, bool):
@@ -609,6 +616,7 @@ class Peer:
         for name, value in self.decode(attributes).items():
             if isinstance(name, str) and not name.startswith("_"):
                 setattr(error, name, value)
+        self.thrown = error
         raise error
 
     def answer(self, operation, args, kwargs):
@@ -760,7 +768,8 @@ def serves_of_tests(box):
 
     def refuse(value, operation):
         name = value.__name__ if isinstance(value, type) else type(value).__name__
-        box.unserved = f"the tests pass a {name}, of which the program wants {operation}"
+        if any(value is shown for shown in box.shown.values()):  # and no data that the program has brought along
+            box.unserved = f"the tests pass a {name}, of which the program wants {operation}"
         raise AttributeError(f"{name} is not served: {operation}")
 
     def get(value, name):
@@ -797,6 +806,7 @@ class Box:
     """Where the judge's end of the conversation writes down what it could not serve."""
 
     unserved = None
+    shown = {}  # by handle, what the tests have passed that is not plain data
 
 
 # ----------------------------------------------------------------------------------------------------------- verdict
@@ -907,9 +917,11 @@ def run_tests(tests, entry_point, partial_credit, peer):
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "tests" else line
             trace = trace.tb_next
         detail = type(error).__name__ + (f" at line {line} of the tests" if line else "")
-        if isinstance(error, (TypeError, AttributeError)) and "Remote" in str(error):
+        # An error of the program's own is its fault, unless it was given an object that is not quite what it is here
+        is_ours = error is not peer.thrown
+        if isinstance(error, (TypeError, AttributeError)) and "Remote" in str(error) and (is_ours or peer.objects):
             unserved = f"the tests do with an object of the program what cannot be served: {error}"[:200]
-        if isinstance(error, ImportError) and error.name not in (None, "solution"):
+        if isinstance(error, ImportError) and error.name not in (None, "solution") and is_ours:
             unserved = f"the tests import {error.name}, which the sandbox does not have"
     if partial_credit and total:
         score = len(passed) / (total if detail is None else max(total, len(passed) + 1))
@@ -1058,7 +1070,7 @@ def without_runners(tests):
 class Nothing:
     """The conversation with a program that defines nothing."""
 
-    box = Box()
+    box, thrown, objects = Box(), None, {}
 
     def ask(self, operation, *args):
         if operation == "names":
@@ -1378,7 +1390,7 @@ def main():
     without_runners(tests)
     box = Box()
     peer = Peer(from_candidate, to_candidate, serves_of_tests(box))
-    peer.box, peer.room = box, config["output_bytes"]
+    peer.box, peer.room, box.shown = box, config["output_bytes"], peer.objects
     verdict = run_tests(tests, config["entry_point"], config["partial_credit"], peer)
     if verdict["score"] == 0 and verdict["detail"] == "the program ended":
         _, status, usage = os.wait4(candidate, 0)

@@ -8,7 +8,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
-from ..data import check_columns, hold_out, load_prompts
+from ..data import check_columns, hold_out, load_prompts, record_held_out
 from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
@@ -75,7 +75,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
             check_rows(dataset, reward_funcs, script_args.dataset_name)
-        datasets[0], counts = hold_out(datasets[0], as_list(script_args.held_out))
+        datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
         if training_args.process_index == 0:
             print(counts)
         training_args.check_num_prompts(len(datasets[0]))
@@ -88,6 +88,8 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         }
         training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
         claim(training_args)
+        if training_args.process_index == 0:
+            record_held_out(training_args.output_dir, held_out)
 
     model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged")
     bank = Path(training_args.output_dir) / "bank"
