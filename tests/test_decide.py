@@ -66,6 +66,12 @@ class Coin:
                 answer = int(a) + int(b) + int(rng.random() >= self.chances[self.name])
                 yield index, self.tokenizer(rf"\boxed{{{answer}}}<eos>")["input_ids"]
 
+    def reset_peak_memory(self):
+        pass
+
+    def peak_memory(self):
+        return None
+
     def close(self):
         pass
 
