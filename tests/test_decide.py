@@ -66,6 +66,12 @@ class Coin:
                 answer = int(a) + int(b) + int(rng.random() >= self.chances[self.name])
                 yield index, self.tokenizer(rf"\boxed{{{answer}}}<eos>")["input_ids"]
 
+    def reset_peak_memory(self):
+        pass
+
+    def peak_memory(self):
+        return None
+
     def close(self):
         pass
 
@@ -128,6 +134,22 @@ class TestDecide:
         assert conclusion.answer is Answer.UNDECIDED
         assert {item.row.samples for item in load_results(output)} == {6}
         assert conclusion.level == pytest.approx(1 - 0.05 / 3)
+
+    def test_refuses_other_weights(self, evaluated, tmp_path, capsys):
+        """More samples are of what was measured, and not of what lies in its folder today."""
+        files = evaluated({"a": 0.9, "b": 0.9})
+        save_checkpoint(tmp_path / "b", seed=7)
+        with pytest.raises(SystemExit) as stop:
+            compare_command(["--compare", *files, "--decide", "4", "--margin", "0.001"])
+        assert stop.value.code == 2 and "has other weights than those" in capsys.readouterr().err
+        assert Coin.loaded == ["a", "b"]  # by the first evaluation
+
+    def test_refuses_other_problems(self, evaluated, tmp_path, capsys):
+        files = evaluated({"a": 0.9, "b": 0.9})
+        write_rows(tmp_path / "sums.jsonl", [{"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}])
+        with pytest.raises(SystemExit) as stop:
+            compare_command(["--compare", *files, "--decide", "4", "--margin", "0.001"])
+        assert stop.value.code == 2 and "problems have changed" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -55,7 +55,7 @@ class Rows:
         self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
-        if "use_cache" in kwargs:
+        if "use_cache" in kwargs:  # a pass that trains it has other arguments
             self.sizes.append(len(kwargs["input_ids"]))
 
     @property
@@ -352,9 +352,33 @@ def by_rlvr(model, tokenizer, rows, folder):
 
 def by_evaluation(model, tokenizer, rows, folder):
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in rows["prompt"][:16]]
-    requests = [Request(ids, 0) for ids in tokenizer(texts)["input_ids"]]
+    requests = [Request(ids, seed) for seed, ids in enumerate(tokenizer(texts)["input_ids"])]
     sampling = Sampling(max_tokens=40, eos_ids=(tokenizer.eos_token_id,), temperature=1.0, top_p=1.0, top_k=0)
     list(TransformersEngine(model, tokenizer.pad_token_id, 16).generate(requests, sampling))
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.9, "top_k": 20, "min_p": 0.01}])
+def test_completions_of_an_evaluation_do_not_depend_on_the_rows_that_are_left(model, limits, monkeypatch):
+    """A row keeps its own random numbers when others are taken out: as without taking any, and as alone."""
+    batch = prompts()
+    requests = [
+        Request(ids[mask == 1].tolist(), 100 + seed)
+        for seed, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True))
+    ]
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | limits
+    sampling = Sampling(max_tokens=50, eos_ids=tuple(ENDS), **values)
+
+    def completions(batch_size):
+        return dict(TransformersEngine(model, PAD, batch_size).generate(requests, sampling))
+
+    counted = Rows(model)
+    found = completions(24)
+    assert counted.dropped and len(set(map(len, found.values()))) > 5
+    assert completions(1) == found
+    monkeypatch.setattr(decoding, "DROPPED_SHARE", 2.0)  # never
+    counted.sizes.clear()
+    assert completions(24) == found
+    assert not counted.dropped
 
 
 def by_tiny(model, tokenizer, rows, folder):

@@ -286,7 +286,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--model_name_or_path", "no/such/checkpoint"], "there is no checkpoint at `no/such/checkpoint`"),
+            (["--model_name_or_path", "no/such/checkpoint"], "there is no folder `no/such/checkpoint`"),
             (["--dataset_name", "no/such.jsonl"], "There is no data at `no/such.jsonl`"),
             (["--dataset_name", "math-500", "--dataset_split", "train"], "`math-500` has no split `train`"),
             (["--reward_funcs", "accuracy_reward"], "The verifier `accuracy_reward` needs the column `solution`"),

@@ -62,7 +62,8 @@ def decide(
         [`Conclusion`]: That of the last look.
 
     Raises:
-        UserError: If nothing was sampled, if a file was not written by the evaluation, or if the two cannot be compared.
+        UserError: If nothing was sampled, if a file was not written by the evaluation, if the two cannot be compared, or
+            if weights or problems are no longer those that were measured.
     """
     if budget < 2:
         raise UserError(f"`decide` is how many times the samples there may be, at least 2, and is {budget}.")
@@ -93,7 +94,9 @@ def _drawn(
             "`decide` draws more samples of the same problems, and greedy decoding has one of each: evaluate both with "
             "`decoding: [sampled]`, or on more problems."
         )
-    runs = [_run_of(item, output) for single in sampled for item in single.pairs[0]]
+    items = [item for single in sampled for item in single.pairs[0]]
+    runs = [_run_of(item, output) for item in items]
+    measured = {run.model_name_or_path: item for run, item in zip(runs, items, strict=True)}
     if output.resolve() in {item.file.resolve() for single in first for item in single.pairs[0]}:
         raise UserError(f"`output`: `{output}` is one of the files that are compared: give another name.")
     yield first
@@ -104,6 +107,12 @@ def _drawn(
         jobs = [job for run in more for job in plan(run)]
         for job in jobs:
             job.checkpoint = opened.setdefault(job.checkpoint.path, job.checkpoint)
+            item = measured[job.config.model_name_or_path]
+            if job.checkpoint.hash != item.row.checkpoint_hash:
+                raise UserError(
+                    f"`{job.checkpoint.path}` has other weights than those that `{item.file}` has measured: evaluate it "
+                    "again."
+                )
         rows = evaluate_jobs(jobs)
         write_rows(output, rows, more[0])
         again = {
@@ -112,6 +121,8 @@ def _drawn(
         singles = []
         for single in first:
             pair = [again.get((i.row.stage, i.row.checkpoint, i.row.prompt, *i.key), i) for i in single.pairs[0]]
+            if any(new.questions != old.questions for new, old in zip(pair, single.pairs[0], strict=True)):
+                raise UserError(f"{single.where}: its problems have changed since they were measured: evaluate again.")
             singles.append(compare_measurements(*pair, single.margin))
         yield singles
 
