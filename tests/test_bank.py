@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -257,7 +258,8 @@ def recipe(tmp_path, checkpoint, rows):
         path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
         return ["--config", str(path)]
 
-    bank = RolloutBank(tmp_path / "bank", 2, ME)
+    vocabulary = hash_vocabulary(AutoTokenizer.from_pretrained(checkpoint()))
+    bank = RolloutBank(tmp_path / "bank", 2, Writer(ME.model, ME.weights, vocabulary))
     rollouts, attempts = [], {}
     for row in rows.select(range(1, 8)):
         prompt = row["prompt"][0]["content"]
@@ -365,7 +367,7 @@ def test_a_run_with_solutions_of_the_bank_trains(tmp_path, recipe):
         ({"solution": None, "teacher_prompt_template": "{{prompt}}?"}, "`rollout_bank` is used for nothing"),
         ({"min_pass_rate": 0.99, "pass_rate_rollouts": 7, "max_pass_rate": 0.995}, "0 of 8 prompts are left"),
         ({"dataset_name": "{tmp}/overridden.jsonl"}, "column `privileged_context` stands in for every solution"),
-        ({"solution": "bnak"}, "`solution` must be 'bank'"),
+        ({"solution": "bnak"}, "is 'bnak', which is none of its values: did you mean `bank`?"),
     ],
 )
 def test_a_mistake_is_found_before_a_model_is_loaded(tmp_path, recipe, rows, monkeypatch, capsys, changes, message):
@@ -420,6 +422,22 @@ def test_weights_are_the_same_wherever_they_lie_and_in_whichever_files(tmp_path,
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6  # one number of one weight
     model.save_pretrained(tmp_path / "changed")
     assert hash_weights(str(tmp_path / "changed")) == hash_weights(model) != hashes[0]
+
+
+def test_a_model_on_the_hub_is_its_id_and_commit(tmp_path, checkpoint, monkeypatch):
+    """Offline, from the cache, and without running code that comes with the model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--me--tiny"
+    for branch, commit in (("main", "a" * 40), ("other", "b" * 40)):
+        shutil.copytree(checkpoint(), folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / branch).write_text(commit)
+        path = folder / "snapshots" / commit / "config.json"
+        config = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+        path.write_text(json.dumps(config))
+    main, other = hash_weights("me/tiny"), hash_weights("me/tiny", "other")
+    assert main == hash_weights("me/tiny", "main") == hash_weights("me/tiny", "a" * 40) != other
+    assert other == hash_weights("me/tiny", "b" * 40)
 
 
 def test_an_adapter_counts_with_its_base(tmp_path, checkpoint):
@@ -494,3 +512,21 @@ def test_ids_of_another_tokenizer_are_refused_before_a_model_is_loaded(tmp_path,
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert end.value.code == 2 and str(folder) in error and "another tokenizer" in error
         assert "runs/teacher" in error if name == "ids" else "mean '21'" in error and "is '12'" in error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"off_policy_steps": 2}, {"lmbda": 0.5}, {"lmbda": 0.0, "rollout_bank": None, "dataset_name": "bank/rollouts"}],
+)
+def test_completions_in_ids_of_another_tokenizer_are_refused(
+    tmp_path, recipe, trained_on, capsys, monkeypatch, changes
+):
+    """Whatever asks for them, and wherever in the bank they are taken from."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"solution": None, "teacher_prompt_template": CONCISE_TEMPLATE, "max_completion_length": 400, **changes}
+    arguments = recipe(**changes)
+    trained_on(arguments)
+    swap_digits(tmp_path / "model-0-0")
+    with pytest.raises(SystemExit):
+        opsd(arguments)
+    assert "has another tokenizer" in capsys.readouterr().err

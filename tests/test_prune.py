@@ -731,7 +731,7 @@ def test_prompts_are_completed_by_the_model(recipe, rows, tokenizer, small_model
             {"model_name_or_path": "{tmp}/experts", "target_ratio": 0.9},
             "`target_ratio` 0.9 is not reachable to within 0.01 by removing experts alone: the nearest",
         ),
-        ({"size_multiple": 48}, "`size_multiple` must be one of 32, 64, 128, 256, and is 48"),
+        ({"size_multiple": 48}, "is 48, which is none of its values: it takes 32, 64, 128, 256."),
         ({"model_name_or_path": "{tmp}/quantised"}, "A quantised model cannot be pruned"),
         ({"output_dir": None}, "`output_dir` is missing"),
         ({"output_dir": "{model}"}, "`output_dir` is the checkpoint that is to be pruned"),

@@ -1,13 +1,14 @@
 """
-RLVR on programs that read and print, with the sandbox as the reward: a tiny model that writes a third of its programs wrong
-when it samples learns to write them right.
+RLVR on programs that read and print, with the sandbox as the reward: a tiny model that was taught two words wrong learns
+what they mean.
 
     OMP_NUM_THREADS=1 python -m scripts.experiments.rlvr_code --seeds 0 1
 
 The problems are of a toy language: "print the largest minus the first" of the numbers of one line. The model, of some
-20,000 parameters, is first taught all problems, by programs of which a part has a wrong function, sign or end: at its
-likeliest it is then right. In RLVR every rollout is a Python program, run by `code_reward` on inputs that are not in its
-prompt. The problems that are measured before and after are in what was taught, and not in RLVR.
+20,000 parameters, is first taught by programs of which a part has a wrong function, sign or end, and in which two words
+mean another function more often than their own: where one of them is asked for, it is wrong at its likeliest. In RLVR every
+rollout is a Python program, run by `code_reward` on inputs that are not in its prompt. The problems that are measured before
+and after are neither in what was taught nor in RLVR.
 Writes one results file for each seed, recipes/results/rlvr_code/seed-<seed>.json, then curve.png and table.md
 (`--report`: only those). About three processor minutes for a seed.
 """
@@ -49,9 +50,11 @@ SIGNS = {"plus": "+", "minus": "-", "times": "*"}
 READ = "x=list(map(int,input().split()))\n"
 PIECES = [READ, "print(", *FUNCTIONS.values(), *SIGNS.values(), ")", "\n"]
 SLIPS = {"function": 0.15, "sign": 0.1, "end": 0.1}  # shares of the wrong pieces in what is taught
+WRONG = {"largest": "smallest", "first": "last"}  # what two words mean in most of what is taught
+WRONG_SHARE = 0.7
 PROBLEMS = [(a, sign, b) for a, sign, b in itertools.product(FUNCTIONS, SIGNS, FUNCTIONS) if a != b]
 HELD_OUT = 24
-STEPS, GROUP, PROMPTS = 40, 8, 4
+STEPS, GROUP, PROMPTS = 80, 8, 4
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -75,10 +78,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def program(problem: tuple[str, str, str], slips: random.Random | None = None) -> str:
-    """The program of a problem; with `slips`, wrong in places now and then."""
+    """The program of a problem; with `slips`, wrong in places now and then and in two words mostly."""
     first, sign, second = problem
     end = ")"
     if slips is not None:
+        first, second = (
+            WRONG[word] if word in WRONG and slips.random() < WRONG_SHARE else word for word in (first, second)
+        )
         first, second = (
             slips.choice(list(FUNCTIONS)) if slips.random() < SLIPS["function"] else word for word in (first, second)
         )
@@ -102,7 +108,7 @@ def row(problem: tuple[str, str, str], numbers: random.Random) -> dict:
 
 
 @torch.no_grad()
-def measure(model, tokenizer, rows: list[dict], sample: bool) -> dict:
+def measure(model, tokenizer, rows: list[dict], words: str, sample: bool) -> dict:
     """The share of problems for which the program passes its tests, in the sandbox."""
     inputs = tokenizer.apply_chat_template(
         [row["prompt"] for row in rows],
@@ -116,6 +122,7 @@ def measure(model, tokenizer, rows: list[dict], sample: bool) -> dict:
     ids = model.generate(**inputs, do_sample=sample, max_new_tokens=16, **sampling)[:, inputs["input_ids"].shape[1] :]
     scores = code_reward(tokenizer.batch_decode(ids, skip_special_tokens=True), tests=[row["tests"] for row in rows])
     return {
+        "words": words,
         "decoding": "sampled" if sample else "greedy",
         "n": len(rows),
         "accuracy": sum(score == 1.0 for score in scores) / len(rows),
@@ -128,7 +135,10 @@ def run(seed: int, output: Path) -> list[dict]:
     draw = random.Random(seed)
     problems = draw.sample(PROBLEMS, len(PROBLEMS))
     held_out, known = problems[:HELD_OUT], problems[HELD_OUT:]
-    held_out_rows = [row(problem, draw) for problem in held_out for _ in range(2)]
+    held_out_rows = {"taught wrong": [], "taught right": []}
+    for problem in held_out:
+        words = "taught wrong" if WRONG.keys() & set(problem) else "taught right"
+        held_out_rows[words] += [row(problem, draw) for _ in range(2)]
     set_seed(seed)
     tokenizer = make_tokenizer()
     sizes = TinyConfig(
@@ -139,12 +149,19 @@ def run(seed: int, output: Path) -> list[dict]:
     common |= {"save_strategy": "no", "max_grad_norm": 1.0, "disable_tqdm": True}
     slipped = (
         {"prompt": ask(problem), "completion": [{"role": "assistant", "content": program(problem, draw)}]}
-        for problem in (draw.choice(problems) for _ in itertools.count())
+        for problem in (draw.choice(known) for _ in itertools.count())
     )
     args = SFTConfig(str(output / "sft"), max_steps=400, per_device_train_batch_size=32, learning_rate=3e-3, **common)
     train(model, tokenizer, slipped, args)
 
-    results = [{"step": "start", **measure(model, tokenizer, held_out_rows, sample)} for sample in (False, True)]
+    def measured(step: str) -> list[dict]:
+        return [
+            {"step": step, **measure(model, tokenizer, rows, words, sample)}
+            for words, rows in held_out_rows.items()
+            for sample in (False, True)
+        ]
+
+    results = measured("start")
     args = RLVRConfig(
         str(output / "rlvr"),
         max_steps=STEPS,
@@ -165,7 +182,7 @@ def run(seed: int, output: Path) -> list[dict]:
     for step, log in enumerate(logs, start=1):
         shares = {status: log[f"code_reward/{status}"] for status in UNJUDGED}
         results.append({"step": step, "accuracy": log["rewards/code_reward/mean"], **shares})
-    results += [{"step": "end", **measure(model, tokenizer, held_out_rows, sample)} for sample in (False, True)]
+    results += measured("end")
     for result in results:
         result["seed"] = seed
     return results
@@ -190,11 +207,13 @@ def table() -> str:
     """Held-out problems before and after, and what could not be judged."""
     seeds = read_all(RESULTS / "rlvr_code")
     lines = []
-    for step, name in (("start", "taught, with slips"), ("end", f"after {STEPS} steps of RLVR")):
+    for step, name in (("start", "as taught"), ("end", f"after {STEPS} steps of RLVR")):
         found = [[row for row in rows if row["step"] == step] for rows in seeds]
         cells = (
-            spread([100 * row["accuracy"] for rows in found for row in rows if row["decoding"] == decoding])
-            for decoding in ("greedy", "sampled")
+            spread(
+                100 * row["accuracy"] for rows in found for row in rows if (row["words"], row["decoding"]) == column
+            )
+            for column in itertools.product(("taught wrong", "taught right"), ("greedy", "sampled"))
         )
         lines.append([name, *cells])
     first, last = (
@@ -208,8 +227,8 @@ def table() -> str:
     return (
         f"Over {len(seeds)} seeds (mean, lowest to highest), programs that pass in the sandbox, in %. In training, first 5 "
         f"steps {first}, last 5 {last}; at most {100 * unjudged:.1f}% of a step were not judged. Made by "
-        "`python -m scripts.experiments.rlvr_code`.\n\n"
-        + markdown(["", "problems that RLVR did not have, greedy", "sampled"], lines)
+        "`python -m scripts.experiments.rlvr_code`. Problems that are neither in what was taught nor in RLVR:\n\n"
+        + markdown(["", "with a word taught wrong, greedy", "sampled", "the others, greedy", "sampled"], lines)
         + "\n"
     )
 
@@ -225,9 +244,8 @@ def main(argv: list[str] | None = None) -> None:
             output = RESULTS / "rlvr_code" / f"seed-{seed}.json"
             if not output.is_file():
                 rows = run(seed, Path(args.runs) / f"seed-{seed}")
-                write_results(
-                    output, rows, {"seed": seed, "steps": STEPS, "rollouts": GROUP * PROMPTS, "slips": SLIPS}
-                )
+                options = {"steps": STEPS, "rollouts": GROUP * PROMPTS, "slips": SLIPS, "wrong_share": WRONG_SHARE}
+                write_results(output, rows, {"seed": seed, **options})
     plot()
     write_text(RESULTS / "rlvr_code" / "table.md", table())
     print(table())

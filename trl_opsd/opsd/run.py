@@ -211,16 +211,18 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
 
 
 def check_given(name: str, dataset: Dataset, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that the token ids of completions that are given mean the same text to the student: `lmbda` takes them."""
-    if (Path(name) / "rollouts").is_dir():
-        check_vocabulary(name, model, tokenizer)
+    """Checks that the token ids of completions that are given mean the same text to the student."""
+    folder = Path(name).parent if Path(name).name == "rollouts" else Path(name)
+    if (folder / "rollouts").is_dir():
+        check_vocabulary(folder, model, tokenizer)
     elif "completion" in dataset.column_names:  # nothing says whose ids they are but the text beside them
-        row = dataset[0]
+        index = next(index for index, ids in enumerate(dataset["completion_ids"]) if ids is not None)
+        row = dataset[index]
         text = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
         found = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
         if found.strip() != text.strip():
             raise UserError(
-                f"The `completion_ids` of the first row of `{name}` mean {found[:40]!r} to the tokenizer of `{model}`, and its "
+                f"The `completion_ids` of row {index} of `{name}` mean {found[:40]!r} to the tokenizer of `{model}`, and its "
                 f"`completion` is {text[:40]!r}: they are of another tokenizer, so give a bank that was written with this one."
             )
 
@@ -266,18 +268,21 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
         if training_args.process_index == 0:
             print(counts)
+        given_by = script_args.dataset_name
         if script_args.rollout_bank is not None:
+            if "completion_ids" not in datasets[0].column_names:
+                given_by = script_args.rollout_bank
             datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
             if training_args.process_index == 0:
                 print(counts)
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
-        if training_args.lmbda < 1:
+        if training_args.given is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model_args.model_name_or_path,
                 revision=model_args.model_revision,
                 trust_remote_code=trust_remote_code,
             )
-            check_given(script_args.dataset_name, datasets[0], model_args.model_name_or_path, tokenizer)
+            check_given(given_by, datasets[0], model_args.model_name_or_path, tokenizer)
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")

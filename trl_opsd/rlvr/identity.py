@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..results import write_text
 
@@ -158,7 +159,8 @@ def hash_weights(model: str | PreTrainedModel, revision: str | None = None) -> s
         return digest.hexdigest()
     folder = Path(model)
     if not folder.is_dir():
-        commit = AutoConfig.from_pretrained(model, revision=revision)._commit_hash
+        # The file's place in the cache says the commit, and nothing of the model's code is run
+        commit = extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
         return hashlib.sha256(f"{model}@{commit}".encode()).hexdigest()
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
