@@ -70,11 +70,13 @@ def test_a_collection_is_one_waking_one_push_and_one_sleep(tmp_path, small_model
     with fake_engine(write):
         trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
         engine = trainer.vllm_generation
+        own = engine.generate
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.train()
     generated = ["generate 4", "generate 3", "generate 2"]
     assert engine.llm.calls == ["sleep", *2 * [*COLLECTION, *generated, "sleep"]]
     assert engine.enable_sleep_mode and engine._llm_weights_sleeping
+    assert engine.generate == own  # else each collection would wrap it once more
     assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
 
 
@@ -96,6 +98,29 @@ def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, small_model, t
         assert weights.keys() == own.keys()
         assert all(torch.equal(weights[name], value) for name, value in own.items())
     assert not torch.equal(seen[0][1]["lm_head.weight"], seen[-1][1]["lm_head.weight"])
+
+
+def test_a_second_evaluation_at_a_step_is_written_with_weights(tmp_path, small_model, tokenizer, rows, write):
+    """The trainer pushes them once a step, and the sleep after the first evaluation has forgotten them."""
+    with fake_engine(write):
+        trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
+        for _ in range(2):
+            trainer.evaluate(rows.select(range(4)))
+    assert trainer.vllm_generation.llm.calls == ["sleep", *2 * [*COLLECTION, "generate 4", "sleep"]]
+
+
+@pytest.mark.parametrize("build", [opsd, rlvr])
+def test_rollouts_end_where_the_trainer_says(tmp_path, small_model, tokenizer, rows, write, build):
+    """Not where the files of the checkpoint say, which a model in memory may not have."""
+    model = small_model(0)
+    [another] = tokenizer("5")["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, another]
+    given = {"repetition_penalty": 1.1}
+    with fake_engine(write):
+        trainer = build(tmp_path, model, tokenizer, rows, only_the_third, max_steps=1, generation_kwargs=given)
+        trainer.train()
+    assert sorted(trainer.vllm_generation.llm.stop_token_ids) == sorted({tokenizer.eos_token_id, another})
+    assert trainer.args.generation_kwargs == given  # which are the user's
 
 
 def test_between_the_rounds_of_rlvr_the_engine_sleeps(tmp_path, small_model, tokenizer, rows, write):
