@@ -7,6 +7,7 @@ from peft import LoraConfig
 from test_opsd_trainer import settings
 
 from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
+from trl_opsd.rollout_engine import EngineError
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -145,6 +146,19 @@ def test_an_engine_sleeps_after_an_error_too(tmp_path, small_model, tokenizer, r
             trainer.train()
     assert trainer.vllm_generation.llm.calls[-1] == "sleep"
     assert trainer.vllm_generation.enable_sleep_mode and trainer.vllm_generation._llm_weights_sleeping
+
+
+def test_an_engine_that_has_died_is_not_put_to_sleep(tmp_path, small_model, tokenizer, rows):
+    """It would fail once more, and hide what it died of."""
+
+    def dead(prompt_ids):
+        raise RuntimeError("gone")
+
+    with fake_engine(dead):
+        trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
+        with pytest.raises(EngineError, match="gone"):
+            trainer.train()
+    assert trainer.vllm_generation.llm.calls == ["sleep", *COLLECTION, "generate 4"]
 
 
 def test_an_engine_that_never_sleeps_is_left_alone(tmp_path, small_model, tokenizer, rows, write):
