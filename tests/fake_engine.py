@@ -23,6 +23,8 @@ class FakeLLM:
             What was pushed last, and is not forgotten.
         wrote_with (`dict[str, torch.Tensor]`):
             What the last completions were written with.
+        stop_token_ids (`list[int]`, *optional*):
+            What they were to end in.
     """
 
     def __init__(self, write):
@@ -59,6 +61,7 @@ class FakeLLM:
         assert all(self.is_awake.values()) and self.weights
         self.calls.append(f"generate {len(prompts)}")
         self.wrote_with = self.weights
+        self.stop_token_ids = getattr(sampling_params, "stop_token_ids", None)
         written = [self.write(prompt["prompt_token_ids"]) for prompt in prompts]
         logprobs = [
             None if sampling_params.logprobs is None else [{id: SimpleNamespace(rank=1, logprob=-1.0)} for id in ids]

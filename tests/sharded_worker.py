@@ -43,6 +43,13 @@ def let_fsdp_run_on_cpus() -> None:
     AcceleratorState.__init__ = init
 
 
+def let_torch_load_to_indexed_cpus() -> None:
+    """transformers 5.17 resumes several processes on CPUs by loading to `cpu:0`, which torch does not know; 5.23 does not."""
+    torch.serialization.register_package(
+        5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
+
+
 def held(parameters) -> float:
     """Share of the parameters that lies on this process."""
     here = total = 0
@@ -220,6 +227,7 @@ parser.add_argument("--output", type=Path)
 arguments = parser.parse_args()
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     let_fsdp_run_on_cpus()
+let_torch_load_to_indexed_cpus()
 results = {}
 for case in torch.load(arguments.cases):
     run = rlvr if case["teacher"] is None else opsd

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from test_opsd_trainer import settings
 
 from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
+from trl_opsd.rollout_engine import EngineError
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -70,11 +71,13 @@ def test_a_collection_is_one_waking_one_push_and_one_sleep(tmp_path, small_model
     with fake_engine(write):
         trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
         engine = trainer.vllm_generation
+        own = engine.generate
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.train()
     generated = ["generate 4", "generate 3", "generate 2"]
     assert engine.llm.calls == ["sleep", *2 * [*COLLECTION, *generated, "sleep"]]
     assert engine.enable_sleep_mode and engine._llm_weights_sleeping
+    assert engine.generate == own  # else each collection would wrap it once more
     assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
 
 
@@ -96,6 +99,29 @@ def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, small_model, t
         assert weights.keys() == own.keys()
         assert all(torch.equal(weights[name], value) for name, value in own.items())
     assert not torch.equal(seen[0][1]["lm_head.weight"], seen[-1][1]["lm_head.weight"])
+
+
+def test_a_second_evaluation_at_a_step_is_written_with_weights(tmp_path, small_model, tokenizer, rows, write):
+    """The trainer pushes them once a step, and the sleep after the first evaluation has forgotten them."""
+    with fake_engine(write):
+        trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
+        for _ in range(2):
+            trainer.evaluate(rows.select(range(4)))
+    assert trainer.vllm_generation.llm.calls == ["sleep", *2 * [*COLLECTION, "generate 4", "sleep"]]
+
+
+@pytest.mark.parametrize("build", [opsd, rlvr])
+def test_rollouts_end_where_the_trainer_says(tmp_path, small_model, tokenizer, rows, write, build):
+    """Not where the files of the checkpoint say, which a model in memory may not have."""
+    model = small_model(0)
+    [another] = tokenizer("5")["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, another]
+    given = {"repetition_penalty": 1.1}
+    with fake_engine(write):
+        trainer = build(tmp_path, model, tokenizer, rows, only_the_third, max_steps=1, generation_kwargs=given)
+        trainer.train()
+    assert sorted(trainer.vllm_generation.llm.stop_token_ids) == sorted({tokenizer.eos_token_id, another})
+    assert trainer.args.generation_kwargs == given  # which are the user's
 
 
 def test_between_the_rounds_of_rlvr_the_engine_sleeps(tmp_path, small_model, tokenizer, rows, write):
@@ -120,6 +146,19 @@ def test_an_engine_sleeps_after_an_error_too(tmp_path, small_model, tokenizer, r
             trainer.train()
     assert trainer.vllm_generation.llm.calls[-1] == "sleep"
     assert trainer.vllm_generation.enable_sleep_mode and trainer.vllm_generation._llm_weights_sleeping
+
+
+def test_an_engine_that_has_died_is_not_put_to_sleep(tmp_path, small_model, tokenizer, rows):
+    """It would fail once more, and hide what it died of."""
+
+    def dead(prompt_ids):
+        raise RuntimeError("gone")
+
+    with fake_engine(dead):
+        trainer = opsd(tmp_path, small_model(0), tokenizer, rows)
+        with pytest.raises(EngineError, match="gone"):
+            trainer.train()
+    assert trainer.vllm_generation.llm.calls == ["sleep", *COLLECTION, "generate 4"]
 
 
 def test_an_engine_that_never_sleeps_is_left_alone(tmp_path, small_model, tokenizer, rows, write):

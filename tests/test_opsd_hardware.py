@@ -307,10 +307,10 @@ def test_with_an_engine_the_base_is_restored_after_every_sync(tmp_path, small_mo
     """An engine that merges and takes out as TRL's does, and writes given completions."""
 
     class Engine:
-        syncs = 0
+        mode, syncs = "server", 0
 
-        def __init__(self, model, **kwargs):
-            self.model = model
+        def __init__(self, model, generation_kwargs=None, **kwargs):
+            self.model, self.generation_kwargs = model, generation_kwargs or {}
 
         def sync_weights(self):
             type(self).syncs += 1

@@ -245,7 +245,7 @@ def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
         def __init__(self, *, model, keeps_logprobs, **kwargs):
             assert keeps_logprobs
             self.model, self.written = model, {}
-            self.mode, self.enable_sleep_mode = "colocate", False
+            self.mode, self.enable_sleep_mode, self.generation_kwargs = "colocate", False, {}
 
         def sync_weights(self):
             pass

@@ -37,7 +37,7 @@ class RolloutEngine(VLLMGeneration):
       A server has a precision of its own, and one that differs is warned of.
     - Starting it leaves the random numbers to `seed`: vLLM draws from those of the process, and would begin with 0, 1, ...
       in every run.
-    - A rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens.
+    - With [`end_rollouts`], a rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens.
     - One that no launcher has given a port takes any that is free. TRL chooses among four, long before it is listened at, so
       that runs that start together would collide.
     - On a CPU it does not compile, which takes longer than most runs there, and keeps its weights as they are: where the
@@ -126,6 +126,21 @@ def rollout_engine(trainer_module: ModuleType, seed: int, keeps_logprobs: bool =
 
     with _replaced(trainer_module, "VLLMGeneration", build):
         yield
+
+
+def end_rollouts(engine: VLLMGeneration, eos_token_ids: list[int]) -> None:
+    """
+    Ends rollouts where the trainer says that they end. By itself the engine reads that from the files of the checkpoint, and
+    knows nothing of a tokenizer or a generation configuration that the trainer was given instead.
+
+    Args:
+        engine ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            Engine.
+        eos_token_ids (`list[int]`):
+            End-of-sequence tokens of the trainer.
+    """
+    own = engine.generation_kwargs
+    engine.generation_kwargs = {**own, "stop_token_ids": [*eos_token_ids, *(own.get("stop_token_ids") or ())]}
 
 
 def around_syncs(engine: VLLMGeneration, *contexts: Callable[[], AbstractContextManager]) -> None:

@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..rollout_engine import around_syncs, awake, rollout_engine
+from ..rollout_engine import around_syncs, awake, end_rollouts, rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -224,8 +224,10 @@ class OPSDTrainer(DistillationTrainer):
                     partial(self._apply_chat_template, self.teacher_chat_template_kwargs),
                 )
 
-        if args.use_vllm and has_adapter:
-            around_syncs(self.vllm_generation, self.teacher.hidden, FrozenBase(self.model).restored)
+        if args.use_vllm:
+            end_rollouts(self.vllm_generation, self.eos_token_ids)
+            if has_adapter:
+                around_syncs(self.vllm_generation, self.teacher.hidden, FrozenBase(self.model).restored)
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
         self.engine_mismatch = {mode: EngineMismatch() for mode in self._metrics}
         # Sum of the losses of an evaluation, batches that have one, and those that have none
