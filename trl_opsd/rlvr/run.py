@@ -113,8 +113,6 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     interruption = StopOnSignal(trainer)
     trainer.add_callback(interruption)
     trainer.train(resume_from_checkpoint=resume_from)
-    if training_args.use_vllm:
-        trainer.vllm_generation.close()
     interruption.end(training_args.output_dir)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
@@ -122,4 +120,6 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if training_args.use_vllm:
+        trainer.vllm_generation.close()  # and with it the process group of one of several
     trainer.accelerator.end_training()
