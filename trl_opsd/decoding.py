@@ -98,8 +98,8 @@ def finished_rows_dropped(model: PreTrainedModel) -> Iterator[None]:
             Model, not wrapped for distributed training.
     """
     base = model.get_base_model() if is_peft_model(model) else model
-    if "generate" in vars(base) or type(base).generate is not GenerationMixin.generate:
-        yield  # one of its own, as code on the Hub brings, does as it likes
+    if "generate" in vars(base) or type(base).generate is not GenerationMixin.generate or _keeps_step(model):
+        yield  # one of its own, as code on the Hub brings, does as it likes, and sharding wraps what it finds
         return
     model.generate = partial(_generate, model, model.generate)
     try:
@@ -112,6 +112,12 @@ def _generate(model, method, *args, **kwargs):
     if not args and can_call(model, **kwargs):
         kwargs["custom_generate"] = decode
     return method(*args, **kwargs)
+
+
+def _keeps_step(model: PreTrainedModel) -> bool:
+    """Whether other processes have to compute as many tokens, because each holds a part of the weights."""
+    is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def can_call(model: PreTrainedModel, generation_config: GenerationConfig | None = None, **kwargs: Any) -> bool:
@@ -133,8 +139,7 @@ def can_call(model: PreTrainedModel, generation_config: GenerationConfig | None 
     """
     if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True) is not model.config:
         return False
-    is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-    if is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if _keeps_step(model):
         return False
     generation_config, others = model._prepare_generation_config(generation_config, **kwargs)
     if not others.keys() <= {"input_ids", "attention_mask", "logits_processor", "stopping_criteria"}:
