@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fake_vllm import fake_vllm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.generation import vllm_generation
@@ -26,6 +27,13 @@ from trl_opsd.rollout_engine import (
     rollout_engine,
     training_precision,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_precision_of_another_test():
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture
