@@ -10,6 +10,7 @@ from peft import LoraConfig
 from test_opsd_trainer import reference_loss, same_rollouts, settings, train
 from torch import nn
 from transformers import TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.adapters import FrozenBase
@@ -306,24 +307,22 @@ def test_merging_for_an_engine_leaves_the_base_bit_for_bit(small_model, dtype):
 def test_with_an_engine_the_base_is_restored_after_every_sync(tmp_path, small_model, tokenizer, rows, completions):
     """An engine that merges and takes out as TRL's does, and writes given completions."""
 
-    class Engine:
-        mode, syncs = "server", 0
+    syncs = 0
 
-        def __init__(self, model, generation_kwargs=None, **kwargs):
-            self.model, self.generation_kwargs = model, generation_kwargs or {}
+    def init(self, model, generation_kwargs=None, **kwargs):
+        self.model, self.generation_kwargs, self.mode = model, generation_kwargs or {}, "server"
 
-        def sync_weights(self):
-            type(self).syncs += 1
-            merged_and_taken_out(self.model, 1)
+    def sync_weights(self):
+        nonlocal syncs
+        syncs += 1
+        merged_and_taken_out(self.model, 1)
 
-        def generate(self, prompts, **kwargs):
-            return prompts, [list(completions[i % 4]) for i in range(len(prompts))], None, None
+    def generate(self, prompts, **kwargs):
+        return prompts, [list(completions[i % 4]) for i in range(len(prompts))], None, None
 
     module = "trl.trainer.distillation_trainer"
-    with (
-        mock.patch("trl_opsd.rollout_engine.RolloutEngine", Engine),
-        mock.patch(f"{module}.is_vllm_available", lambda: True),
-    ):
+    trl_engine = {"__init__": init, "sync_weights": sync_weights, "generate": generate}
+    with mock.patch.multiple(VLLMGeneration, **trl_engine), mock.patch(f"{module}.is_vllm_available", lambda: True):
         trainer = build(
             tmp_path,
             small_model(0).bfloat16(),
@@ -334,9 +333,9 @@ def test_with_an_engine_the_base_is_restored_after_every_sync(tmp_path, small_mo
             max_steps=6,
             learning_rate=0.05,
         )
-    original = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".base_layer." in n}
-    trainer.train()
-    assert Engine.syncs == 6 and changed_share(trainer.model, original) == 0
+        original = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".base_layer." in n}
+        trainer.train()
+    assert syncs == 6 and changed_share(trainer.model, original) == 0
 
 
 def test_an_adapter_that_has_been_trained_is_no_initial_teacher(tmp_path, small_model, tokenizer, rows):

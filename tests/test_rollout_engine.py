@@ -249,26 +249,24 @@ def test_what_is_logged_is_the_difference_of_the_rollouts_that_are_trained_on(
         )
     )
 
-    class Engine:
-        def __init__(self, *, model, keeps_logprobs, **kwargs):
-            assert keeps_logprobs
-            self.model, self.written = model, {}
-            self.mode, self.enable_sleep_mode, self.generation_kwargs = "colocate", False, {}
+    def init(self, *, model, logprobs, **kwargs):
+        assert logprobs == 0
+        self.model, self.mode, self.enable_sleep_mode, self.generation_kwargs = model, "colocate", False, {}
 
-        def sync_weights(self):
-            pass
+    def generate(self, prompts, **kwargs):
+        completions = [[7 + i] * (3 + i) + [tokenizer.eos_token_id] for i in range(len(prompts))]
+        found = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = torch.tensor([prompt + completion])
+            with torch.no_grad():
+                logprobs = (self.model(ids).logits[0] / 0.5).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+            own = logprobs.gather(1, torch.tensor(completion)[:, None])
+            found.append((own + 0.1).tolist())
+        return prompts, completions, found, None
 
-        def generate(self, prompts, **kwargs):
-            completions = [[7 + i] * (3 + i) + [tokenizer.eos_token_id] for i in range(len(prompts))]
-            for prompt, completion in zip(prompts, completions, strict=True):
-                ids = torch.tensor([prompt + completion])
-                with torch.no_grad():
-                    logprobs = (self.model(ids).logits[0] / 0.5).log_softmax(dim=-1)[len(prompt) - 1 : -1]
-                own = logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-                self.written[*prompt, *completion] = (own + 0.1).tolist()
-            return prompts, completions, None, None
-
-    monkeypatch.setattr("trl_opsd.rollout_engine.RolloutEngine", Engine)
+    monkeypatch.setattr(VLLMGeneration, "__init__", init)
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
+    monkeypatch.setattr(VLLMGeneration, "generate", generate)
     monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
     trainer = OPSDTrainer(
         model=model,

@@ -6,7 +6,6 @@ import socket
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +36,11 @@ class RolloutEngine(VLLMGeneration):
       A server has a precision of its own, and one that differs is warned of.
     - Starting it leaves the random numbers to `seed`: vLLM draws from those of the process, and would begin with 0, 1, ...
       in every run.
-    - With [`end_rollouts`], a rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens.
+    - With `end_at`, a rollout ends where the trainer says that it ends, in any of its end-of-sequence tokens. By itself it
+      reads that from the files of the checkpoint, and knows nothing of a tokenizer or a generation configuration that the
+      trainer was given instead.
+    - Contexts can be entered around every push of the weights (`sync_within`).
+    - In sleep mode it can be kept awake for several calls (`awake`).
     - One that no launcher has given a port takes any that is free. TRL chooses among four, long before it is listened at, so
       that runs that start together would collide.
     - On a CPU it does not compile, which takes longer than most runs there, and keeps its weights as they are: where the
@@ -63,6 +66,8 @@ class RolloutEngine(VLLMGeneration):
         self._seed = seed
         self.keeps_logprobs = keeps_logprobs
         self.written: dict[tuple[int, ...], list[float]] = {}
+        self._around_sync: tuple[Callable[[], AbstractContextManager], ...] = ()
+        self._stays_awake = False
         if keeps_logprobs:
             kwargs["logprobs"] = 0  # of the token that was drawn, and of no other
         super().__init__(**kwargs)
@@ -87,12 +92,63 @@ class RolloutEngine(VLLMGeneration):
                         f"a slightly different model. Start the server with `--dtype {precision}`."
                     )
 
+    def end_at(self, eos_token_ids: list[int]) -> None:
+        """
+        Args:
+            eos_token_ids (`list[int]`):
+                End-of-sequence tokens of the trainer, each of which ends a rollout from now on.
+        """
+        own = self.generation_kwargs
+        self.generation_kwargs = {**own, "stop_token_ids": [*eos_token_ids, *(own.get("stop_token_ids") or ())]}
+
+    def sync_within(self, *contexts: Callable[[], AbstractContextManager]) -> None:
+        """
+        Args:
+            *contexts (`Callable`):
+                Context managers that are entered around every push of the weights from now on, whoever asks for it: the
+                trainer after a step, and the engine itself, whose sleep forgets them.
+        """
+        self._around_sync = contexts
+
     def sync_weights(self) -> None:
-        with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts did not take the new weights"):
-            super().sync_weights()
+        with ExitStack() as stack:
+            for context in self._around_sync:
+                stack.enter_context(context())
+            with engine_failure(
+                f"The engine (vLLM, {self.mode}) that writes the rollouts did not take the new weights"
+            ):
+                super().sync_weights()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """
+        Inside, an engine in sleep mode that has generated stays awake, and goes to sleep at the end. By itself it goes to
+        sleep after each call, and because its sleep forgets the weights, a push of all of them precedes each one.
+        """
+        self._stays_awake = self.mode == "colocate" and self.enable_sleep_mode
+        is_dead = False
+        try:
+            yield
+        except EngineError:
+            is_dead = True
+            raise
+        finally:
+            if self._stays_awake and not self.enable_sleep_mode and not is_dead:
+                self.enable_sleep_mode = True
+                self.llm.sleep(level=2)
+                self._llm_weights_sleeping = True
+            self._stays_awake = False
+
+    def _wake(self) -> None:
+        if self._llm_weights_sleeping:
+            self.sync_weights()
+        self.llm.wake_up(tags=["kv_cache"])
+        self.enable_sleep_mode = False  # to the base class it is an engine that is always awake
 
     def generate(self, prompts, *args, **kwargs) -> tuple:
         with engine_failure(f"The engine (vLLM, {self.mode}) that writes the rollouts failed"):
+            if self._stays_awake and self.enable_sleep_mode:
+                self._wake()
             outputs = super().generate(prompts, *args, **kwargs)
         if self.keeps_logprobs:
             for prompt, completion, logprobs in zip(prompts, *outputs[1:3], strict=True):
@@ -126,82 +182,6 @@ def rollout_engine(trainer_module: ModuleType, seed: int, keeps_logprobs: bool =
 
     with _replaced(trainer_module, "VLLMGeneration", build):
         yield
-
-
-def end_rollouts(engine: VLLMGeneration, eos_token_ids: list[int]) -> None:
-    """
-    Ends rollouts where the trainer says that they end. By itself the engine reads that from the files of the checkpoint, and
-    knows nothing of a tokenizer or a generation configuration that the trainer was given instead.
-
-    Args:
-        engine ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Engine.
-        eos_token_ids (`list[int]`):
-            End-of-sequence tokens of the trainer.
-    """
-    own = engine.generation_kwargs
-    engine.generation_kwargs = {**own, "stop_token_ids": [*eos_token_ids, *(own.get("stop_token_ids") or ())]}
-
-
-def around_syncs(engine: VLLMGeneration, *contexts: Callable[[], AbstractContextManager]) -> None:
-    """
-    Enters contexts around every push of the weights, whoever asks for it: the trainer after a step, and the engine itself,
-    whose sleep forgets them.
-
-    Args:
-        engine ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Engine.
-        *contexts (`Callable`):
-            Context managers.
-    """
-    sync_weights = engine.sync_weights
-
-    @wraps(sync_weights)
-    def guarded() -> None:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            sync_weights()
-
-    engine.sync_weights = guarded
-
-
-@contextmanager
-def awake(engine: VLLMGeneration) -> Iterator[None]:
-    """
-    Inside, an engine in sleep mode that has generated stays awake, and goes to sleep at the end. By itself it goes to sleep
-    after each call, and because its sleep forgets the weights, a push of all of them precedes each one.
-
-    Args:
-        engine ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Engine.
-    """
-    if engine.mode != "colocate" or not engine.enable_sleep_mode:
-        yield
-        return
-    generate = engine.generate
-
-    def woken(*args, **kwargs):
-        if engine.enable_sleep_mode:
-            if engine._llm_weights_sleeping:
-                engine.sync_weights()
-            engine.llm.wake_up(tags=["kv_cache"])
-            engine.enable_sleep_mode = False  # to `generate` it is an engine that is always awake
-        return generate(*args, **kwargs)
-
-    engine.generate = woken
-    is_dead = False
-    try:
-        yield
-    except EngineError:
-        is_dead = True
-        raise
-    finally:
-        engine.generate = generate
-        if not engine.enable_sleep_mode and not is_dead:
-            engine.enable_sleep_mode = True
-            engine.llm.sleep(level=2)
-            engine._llm_weights_sleeping = True
 
 
 def training_precision(model: PreTrainedModel, accelerator: Accelerator) -> torch.dtype:

@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..rollout_engine import around_syncs, awake, end_rollouts, rollout_engine
+from ..rollout_engine import rollout_engine
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -225,9 +225,9 @@ class OPSDTrainer(DistillationTrainer):
                 )
 
         if args.use_vllm:
-            end_rollouts(self.vllm_generation, self.eos_token_ids)
+            self.vllm_generation.end_at(self.eos_token_ids)
             if has_adapter:
-                around_syncs(self.vllm_generation, self.teacher.hidden, FrozenBase(self.model).restored)
+                self.vllm_generation.sync_within(self.teacher.hidden, FrozenBase(self.model).restored)
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
         self.engine_mismatch = {mode: EngineMismatch() for mode in self._metrics}
         # Sum of the losses of an evaluation, batches that have one, and those that have none
@@ -277,7 +277,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        with awake(self.vllm_generation) if self.use_vllm else nullcontext():
+        with self.vllm_generation.awake() if self.use_vllm else nullcontext():
             collected = self.rollouts.collect(inputs, self.state, is_training=self.model.training)
         for name, value in collected.metrics.items():
             self._metrics[mode][name].append(value)

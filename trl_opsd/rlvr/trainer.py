@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
-from ..rollout_engine import around_syncs, end_rollouts, rollout_engine
+from ..rollout_engine import rollout_engine
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
@@ -146,9 +146,9 @@ class RLVRTrainer(GRPOTrainer):
             )
 
         if args.use_vllm:
-            end_rollouts(self.vllm_generation, self.eos_token_ids)
+            self.vllm_generation.end_at(self.eos_token_ids)
             if is_peft_model(self.model):
-                around_syncs(self.vllm_generation, FrozenBase(self.model).restored)
+                self.vllm_generation.sync_within(FrozenBase(self.model).restored)
         self._punishments = int(args.soft_punish_cache is not None)  # the last reward function, if there is one
         functions = self.reward_funcs[: len(self.reward_funcs) - self._punishments]
         self._verifiers = [index for index, func in enumerate(functions) if not isinstance(func, nn.Module)]
