@@ -399,7 +399,7 @@ class TestABusyMachine:
             os.sched_setaffinity(0, before)
 
     def test_a_machine_that_is_too_busy_gives_no_verdict(self, monkeypatch):
-        monkeypatch.setattr(sandbox, "_BACKSTOP", 0.2)
+        monkeypatch.setattr(sandbox.run, "_BACKSTOP", 0.2)
         logged = {}
         program = "import time\nwhile True: time.sleep(0.01)"
         limits = Limits(seconds=5.0)
@@ -410,7 +410,7 @@ class TestABusyMachine:
 
     def test_processors(self, monkeypatch, tmp_path):
         number = len(os.sched_getaffinity(0))
-        monkeypatch.setattr(sandbox, "_control_groups", lambda name: [])
+        monkeypatch.setattr(sandbox.limits, "_control_groups", lambda name: [])
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         assert available_processors() == number
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
@@ -418,7 +418,7 @@ class TestABusyMachine:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
         assert available_processors() == 8
         (tmp_path / "below").mkdir()
-        monkeypatch.setattr(sandbox, "_control_groups", lambda name: [tmp_path / "below", tmp_path])
+        monkeypatch.setattr(sandbox.limits, "_control_groups", lambda name: [tmp_path / "below", tmp_path])
         (tmp_path / "cpu.max").write_text("1600000 100000\n")
         assert available_processors() == 2
         (tmp_path / "below" / "cpu.max").write_text("max 100000\n")
@@ -430,20 +430,20 @@ class TestABusyMachine:
         assert available_processors() == 1
 
     def test_memory_of_all_together(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(sandbox, "_control_groups", lambda name: [tmp_path])
+        monkeypatch.setattr(sandbox.limits, "_control_groups", lambda name: [tmp_path])
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         (tmp_path / "memory.max").write_text(str(2 << 30))
         assert available_memory() == 1 << 30
         limits = Limits(memory_bytes=300 << 20)  # of which one fits
-        most, listen = [], sandbox._listen
+        most, listen = [], sandbox.local._listen
 
         def watch(*args):
-            most.append(sandbox._memory.held)
+            most.append(sandbox.limits.memory.held)
             return listen(*args)
 
-        monkeypatch.setattr(sandbox, "_listen", watch)
+        monkeypatch.setattr(sandbox.local, "_listen", watch)
         assert code_reward([F] * 3, tests=["assert f(1) == 2"] * 3, num_workers=3, limits=limits) == [1.0] * 3
-        assert most and max(most) == limits.total_bytes <= available_memory() and sandbox._memory.held == 0
+        assert most and max(most) == limits.total_bytes <= available_memory() and sandbox.limits.memory.held == 0
         (tmp_path / "memory.max").write_text(str(512 << 20))
         with pytest.raises(UserError, match="may take 616 MiB, and all together 256 MiB"):
             code_reward([F], tests=["assert f(1) == 2"], limits=limits)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from trl_opsd.cli import UserError
-from trl_opsd.rewards import jail, sandbox
-from trl_opsd.rewards.sandbox import Limits, require_isolation, run_tests
+from trl_opsd.rewards import sandbox
+from trl_opsd.rewards.sandbox import Limits, jail, require_isolation, run_tests
 
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -275,8 +275,8 @@ def host(tmp_path, monkeypatch):
     temporary.mkdir()
     secret.write_text("secret")
     script = tmp_path / "jail.py"  # a name of its own, by which its processes are found
-    script.write_bytes(sandbox._JAIL.read_bytes())
-    monkeypatch.setattr(sandbox, "_JAIL", script)
+    script.write_bytes(sandbox.local.JAIL.read_bytes())
+    monkeypatch.setattr(sandbox.local, "JAIL", script)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("SECRET", "secret")
     name = f"test-sandbox-{os.getpid()}"
@@ -340,7 +340,7 @@ class TestHostilePrograms:
     def run(self, host, program, tests, entry_point=None):
         start = time.monotonic()
         verdict = run_tests(program, tests, entry_point, limits=SMALL)
-        assert time.monotonic() - start < SMALL.seconds * sandbox._BACKSTOP  # a busy machine takes its time
+        assert time.monotonic() - start < SMALL.seconds * sandbox.run._BACKSTOP  # a busy machine takes its time
         assert not verdict.score, verdict
         assert len(verdict.output) <= SMALL.output_bytes
         return verdict
@@ -492,10 +492,10 @@ class TestIsolation:
         thread = threading.Thread(target=run_tests, args=(program, TESTS, None, False, SMALL))
         thread.start()
         deadline = time.monotonic() + 20
-        while len(running(sandbox._JAIL)) < 3 and time.monotonic() < deadline:
+        while len(running(sandbox.local.JAIL)) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.3)
-        candidate = max(running(sandbox._JAIL))  # the last to be started
+        candidate = max(running(sandbox.local.JAIL))  # the last to be started
         status = dict(line.split(":\t") for line in Path(f"/proc/{candidate}/status").read_text().splitlines())
         spaces = {}
         if os.geteuid() == 0:  # nobody else may look, not even whose process it is
@@ -511,9 +511,9 @@ class TestIsolation:
 
     def test_required(self, host, monkeypatch):
         require_isolation()
-        broken = sandbox._JAIL.read_text().replace("0x40000000\n", "0x40000001\n")  # no such namespace
-        assert broken != sandbox._JAIL.read_text()
-        sandbox._JAIL.write_text(broken)
+        broken = sandbox.local.JAIL.read_text().replace("0x40000000\n", "0x40000001\n")  # no such namespace
+        assert broken != sandbox.local.JAIL.read_text()
+        sandbox.local.JAIL.write_text(broken)
         message = r"does not let programs be isolated \(unshare: Invalid argument\)\. .* by TRL_OPSD_SANDBOX=unsafe"
         with pytest.raises(UserError, match=message):
             require_isolation()
@@ -531,7 +531,7 @@ class TestIsolation:
         assert run_tests(HARMS[name] + RIGHT, TESTS, limits=SMALL).score == 0.0
 
     def test_jail_that_does_not_start(self, host):
-        sandbox._JAIL.write_text("raise RuntimeError('broken')")
+        sandbox.local.JAIL.write_text("raise RuntimeError('broken')")
         with pytest.raises(RuntimeError, match="did not start: .*broken"):
             run_tests(RIGHT, TESTS)
 
@@ -548,13 +548,13 @@ class TestIsolation:
                 os._exit(0)
         deadline = time.monotonic() + 20
         number = 2 if backend == "bubblewrap" else 3  # its own processes have the name, and not those inside
-        while len(running(sandbox._JAIL)) < number and time.monotonic() < deadline:
+        while len(running(sandbox.local.JAIL)) < number and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(running(sandbox._JAIL)) >= number
+        assert len(running(sandbox.local.JAIL)) >= number
         time.sleep(0.5)
         os.kill(trainer, number)
         os.waitpid(trainer, 0)
-        while running(sandbox._JAIL) and time.monotonic() < deadline:
+        while running(sandbox.local.JAIL) and time.monotonic() < deadline:
             time.sleep(0.01)
         for folder in Path(tempfile.gettempdir()).iterdir():  # only without isolation, and only when killed
             assert backend == "unsafe" and number != signal.SIGINT

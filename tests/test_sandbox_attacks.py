@@ -16,8 +16,8 @@ import pytest
 from sandbox_server import serve
 from test_sandbox import LIBC, RIGHT, SMALL, TESTS, WRONG, host, running  # noqa: F401
 
-from trl_opsd.rewards import code_reward, jail, sandbox
-from trl_opsd.rewards.sandbox import run_cases, run_tests
+from trl_opsd.rewards import code_reward, sandbox
+from trl_opsd.rewards.sandbox import jail, run_cases, run_tests
 
 
 PEER = "import gc\npeer = next(x for x in gc.get_objects() if type(x).__name__ == 'Peer')\n"

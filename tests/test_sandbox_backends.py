@@ -79,7 +79,7 @@ class TestServer:
             "another form": (200, ["?"]),
             "late": (200, {"status": "Failed", "run_result": {**finished, "status": "TimeLimitExceeded"}}),
         }
-        monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(sandbox.server.time, "sleep", lambda seconds: None)
         logged = {}
         for name, answer in answers.items():
             with serve(lambda question, answer=answer: answer) as server:
@@ -95,7 +95,7 @@ class TestServer:
             load_reward_funcs(["code_reward"])
 
     def test_it_is_asked_again(self, monkeypatch):
-        monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(sandbox.server.time, "sleep", lambda seconds: None)
         with serve() as server:
             monkeypatch.setenv(sandbox.SANDBOX, server.url)
             server.answer = lambda question: (503, {}) if len(server.asked) == 1 else run_code(question)
@@ -122,12 +122,12 @@ class TestRefusals:
     @pytest.mark.parametrize(("works", "message"), [(True, "TRL_OPSD_SANDBOX=bubblewrap works here"),
                                                     (False, "bubblewrap does not either .*bwrap: no way")])  # fmt: skip
     def test_what_would_work_is_named(self, tmp_path, monkeypatch, works, message):
-        monkeypatch.setattr(sandbox, "_JAIL", tmp_path / "jail.py")
+        monkeypatch.setattr(sandbox.local, "JAIL", tmp_path / "jail.py")
         # No such namespace; and a `bwrap` that starts what it is given without more ado
         broken = Path(sandbox.__file__).with_name("jail.py").read_text().replace("0x40000000\n", "0x40000001\n")
-        sandbox._JAIL.write_text(broken)
+        sandbox.local.JAIL.write_text(broken)
         program = tmp_path / "bwrap"
-        script = f'while [ "$1" != -- ]; do shift; done; shift; exec "$1" -I -S -X utf8 {sandbox._JAIL}'
+        script = f'while [ "$1" != -- ]; do shift; done; shift; exec "$1" -I -S -X utf8 {sandbox.local.JAIL}'
         program.write_text("#!/bin/sh\n" + (script if works else "echo 'bwrap: no way' >&2; exit 1"))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
