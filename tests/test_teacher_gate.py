@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from test_opsd_probe import sides
@@ -16,6 +15,7 @@ from test_opsd_trainer import NoModel, Recorder, reference_loss, same_rollouts, 
 from transformers import AutoTokenizer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.compress.bank import main as fill_bank
 from trl_opsd.decoding import generate
 from trl_opsd.opsd.__main__ import main
 from trl_opsd.opsd.alarms import AlarmCallback
@@ -26,7 +26,7 @@ from trl_opsd.opsd.probe import _warnings, probe
 from trl_opsd.opsd.teacher import Teacher
 from trl_opsd.opsd.teacher_gate import TeacherGate
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id
-from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights
+from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from trl_opsd.tiny.task import BRIEF_TEMPLATE, CONCISE_TEMPLATE
 
 
@@ -35,7 +35,7 @@ SIBLING_TEMPLATE = "{prompt} solution {sibling}"
 
 def gate_of(templates, threshold, num_rollouts=4):
     contexts = [TeacherContext(template) for template in templates]
-    return TeacherGate(contexts, threshold, num_rollouts, None, None, Accelerator(cpu=True), seed=0)
+    return TeacherGate(contexts, threshold, num_rollouts, None, None, None, seed=0)
 
 
 @pytest.mark.parametrize("source", ["measured", "given", "both"])
@@ -381,7 +381,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(tmp_path, small_model, tokenizer
 
 def test_a_batch_of_anchors_alone_is_no_alarm_but_a_run_of_them_is(tmp_path, small_model, tokenizer, rows, world):
     plain = texts_of(rows)
-    options = {"max_steps": 4, "per_device_train_batch_size": 8}
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "weight_decay": 0.0}
     # In the first step nothing but anchors, whose divergence is zero
     world.right = lambda text, time: text.removesuffix(" concise") not in plain[:8]
     trainer = build(tmp_path, small_model(0), tokenizer, rows, world, **options)
@@ -406,7 +406,9 @@ def test_a_batch_of_anchors_alone_is_no_alarm_but_a_run_of_them_is(tmp_path, sma
 @pytest.mark.parametrize("column", ["num_ops", "length", None])
 def test_the_probe_sees_where_the_teacher_fails(tmp_path, small_model, tokenizer, rows, column, caplog):
     """The student is right everywhere, in the context on problems of up to three operations."""
-    rows = rows.select(range(36)).add_column("length", [len(text) for text in texts_of(rows.select(range(36)))])
+    of_each = [[index for index, n in enumerate(rows["num_ops"]) if n == number][:6] for number in range(1, 7)]
+    rows = rows.select([index for same in of_each for index in same])
+    rows = rows.add_column("length", [100 * number + index for index, number in enumerate(rows["num_ops"])])
     num_ops = dict(zip(texts_of(rows), rows["num_ops"], strict=True))
 
     def generate(self, prompt_ids, *args):
@@ -436,7 +438,7 @@ def test_the_probe_sees_where_the_teacher_fails(tmp_path, small_model, tokenizer
         assert [group["group"] for group in groups] == [f"`num_ops` {number}" for number in range(1, 7)]
         assert [group["contexts"][0]["correct"] for group in groups] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
         assert [group["student"]["tokens"] for group in groups] == [2, 3, 4, 5, 6, 7]
-        assert [group["num_prompts"] for group in groups] == [rows["num_ops"].count(number) for number in range(1, 7)]
+        assert [group["num_prompts"] for group in groups] == [6] * 6
     else:
         which = (
             ("shortest third", "longest third") if column is None else ("lowest third of `length`", "highest third")
@@ -618,6 +620,27 @@ def test_banks_that_say_nothing_of_the_teacher_are_refused(command, tmp_path):
     ):
         status, error = command(**changes)
         assert status == 2 and words in error, (changes, error)
+
+
+def test_a_bank_says_what_it_was_asked_in(command, tmp_path, rows):
+    """The command that fills it and the one that takes it agree on model, prompts and context."""
+    bank = str(tmp_path / "filled")
+    fill_bank(
+        ["--model_name_or_path", str(tmp_path / "model-0-0"), "--dataset_name", str(tmp_path / "train.jsonl")]
+        + ["--dataset_split", "train", "--reward_funcs", "math_reward", "--prompt_template", CONCISE_TEMPLATE]
+        + ["--max_completion_length", "4", "--rollouts_per_prompt", "2", "--max_samples", "4", "--bank", bank]
+        + ["--output", f"{bank}.json"]
+    )
+    assert read_writer(bank).context == CONCISE_TEMPLATE
+    given, _ = command(teacher_bank=[bank])
+    known = [rates for _, rates in given["train_dataset"]["teacher_pass_rates"] if rates is not None]
+    assert len(known) == 4 and set(known) <= {0.0, 0.5, 1.0}
+    status, error = command(teacher_bank=[bank], teacher_prompt_template=BRIEF_TEMPLATE)
+    assert status == 2 and f"asked in `{CONCISE_TEMPLATE}`" in error
+    # And what is asked in another way is another bank
+    plain = Writer("me", read_writer(bank).weights, read_writer(bank).vocabulary)
+    with pytest.raises(ValueError, match="their rollouts are not mixed"):
+        RolloutBank(bank, 1, plain)
 
 
 def test_what_is_saved_is_json(tmp_path):
