@@ -162,7 +162,8 @@ class OPSDConfig(DistillationConfig):
             "to 50 for 'snapshot'."
         },
     )
-    teacher_context: str | list[str] | None = field(
+    # A single one may be text: command lines know one type for a field
+    teacher_context: list[str] | None = field(
         default=None,
         metadata={
             "help": "What the teacher sees and the student does not: 'solution', 'answer', 'concise', "
@@ -177,7 +178,7 @@ class OPSDConfig(DistillationConfig):
             "'answer'. If not set, such rollouts are not trained on."
         },
     )
-    teacher_prompt_template: str | list[str] | None = field(
+    teacher_prompt_template: list[str] | None = field(
         default=None,
         metadata={
             "help": "Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: "

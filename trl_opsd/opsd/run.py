@@ -353,7 +353,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         is_probed = script_args.probe_prompts > 0 and resume_from is None
         if is_probed:
             check_probe(training_args)
-        is_judged = training_args.lmbda > 0 or training_args.gate != "all"
+        is_judged = training_args.lmbda > 0 or training_args.gate != "all" or training_args.teacher_gate is not None
         reward_funcs = load_reward_funcs(as_list(script_args.reward_funcs) if is_judged else [])
         check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
 
