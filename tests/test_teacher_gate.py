@@ -548,7 +548,7 @@ def command(tmp_path, checkpoint, rows, monkeypatch, capsys):
         RolloutBank(tmp_path / name, 1, writer).add(0, [], attempts)
         return str(tmp_path / name)
 
-    def run(**changes):
+    def run(*words, **changes):
         config = {
             "model_name_or_path": model,
             "dataset_name": str(tmp_path / "train.jsonl"),
@@ -574,7 +574,7 @@ def command(tmp_path, checkpoint, rows, monkeypatch, capsys):
 
         monkeypatch.setattr("trl_opsd.opsd.run.OPSDTrainer", trainer)
         with pytest.raises(SystemExit) as end:
-            main(["--config", str(path)])
+            main(["--config", str(path), *words])
         output = capsys.readouterr()
         return (given[0], output.out) if given else (end.value.code, output.err.strip().splitlines()[-1])
 
@@ -620,6 +620,18 @@ def test_banks_that_say_nothing_of_the_teacher_are_refused(command, tmp_path):
     ):
         status, error = command(**changes)
         assert status == 2 and words in error, (changes, error)
+
+
+@pytest.mark.parametrize("value", ["concise", ["answer", "concise"]])
+def test_contexts_are_one_or_several_in_the_file_and_behind_the_option(command, value):
+    """One in a file may stand without brackets; the option takes as many words as there are."""
+    words = ["--teacher_context", *([value] if isinstance(value, str) else value)]
+    for given, _ in (
+        command(teacher_prompt_template=None, teacher_context=value),
+        command(*words, teacher_prompt_template=None),
+        command(*words, teacher_prompt_template=None, teacher_context="sibling"),
+    ):
+        assert given["args"].teacher_context == value
 
 
 def test_a_bank_says_what_it_was_asked_in(command, tmp_path, rows):
