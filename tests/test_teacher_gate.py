@@ -354,7 +354,7 @@ def test_the_teachers_weights_write(tmp_path, small_model, tokenizer, rows, teac
 def test_a_resumed_run_goes_on_as_it_would_have(tmp_path, small_model, tokenizer, rows, world):
     world.right = lambda text, time: len(text) % 2 == 0
     rows = rows.select(range(16))
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "shuffle_dataset": True}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     runs = []
     for checkpoint in (None, tmp_path / "out" / "checkpoint-4"):
         world.asked.clear()
