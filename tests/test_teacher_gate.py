@@ -616,7 +616,6 @@ def test_banks_that_say_nothing_of_the_teacher_are_refused(command, tmp_path):
         ({"teacher_bank": [concise, again]}, "Two of `teacher_bank`"),
         ({"teacher_bank": [elsewhere]}, "have none of the prompts"),
         ({"probe_difficulty": "depth"}, "`probe_difficulty` needs the column `depth`"),
-        ({"probe_difficulty": "num_ops", "probe_prompts": 0}, "`probe_prompts` is 0"),
     ):
         status, error = command(**changes)
         assert status == 2 and words in error, (changes, error)

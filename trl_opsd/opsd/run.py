@@ -393,10 +393,6 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
                 print(counts)
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
         if script_args.probe_difficulty is not None:
-            if script_args.probe_prompts < 1:
-                raise UserError(
-                    "`probe_difficulty` groups the prompts of the probe, and `probe_prompts` is 0: set it."
-                )
             check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
         if training_args.given is not None:
             tokenizer = AutoTokenizer.from_pretrained(
