@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
@@ -65,16 +66,26 @@ PLAIN_TOKENS = np.linspace(50, 150, NUM)
 class TestPromise:
     def test_of_a_context_that_is_as_right(self):
         found = Promise.of("x", measurement(share(0.9), PLAIN_TOKENS), measurement(share(0.9), PLAIN_TOKENS / 4), 0.01)
-        assert found.competent == [True] * 3
+        assert found.as_right == found.usable == [True] * 3
+        assert not found.needs_gate
         assert found.saving == pytest.approx(0.75)
 
     def test_only_where_it_is_right_is_anything_saved(self):
         right = share(0.95)
         in_context = np.where(PLAIN_TOKENS > np.quantile(PLAIN_TOKENS, 2 / 3), share(0.2), right)
         found = Promise.of("x", measurement(right, PLAIN_TOKENS), measurement(in_context, PLAIN_TOKENS * 1e-9), 0.01)
-        assert found.competent == [True, True, False]
+        assert found.as_right == found.usable == [True, True, False]
+        assert found.needs_gate
         kept = PLAIN_TOKENS[200:].sum() / PLAIN_TOKENS.sum()
         assert found.saving == pytest.approx(1 - kept)
+
+    def test_where_it_is_nearly_right_a_gate_makes_it_usable(self):
+        right = share(0.99)
+        in_context = np.where(np.arange(NUM) < 100, share(0.85), share(0.2))
+        found = Promise.of("x", measurement(right, PLAIN_TOKENS), measurement(in_context, PLAIN_TOKENS / 2), 0.01)
+        assert found.as_right == [False] * 3
+        assert found.usable == [True, False, False]
+        assert found.saving == pytest.approx(PLAIN_TOKENS[:100].sum() / 2 / PLAIN_TOKENS.sum())
 
     def test_problems_are_paired_by_their_id_whatever_the_order(self):
         right = share(0.5)
@@ -195,6 +206,19 @@ class TestDecisions:
         assert second["resume_from_checkpoint"].endswith("round-1/checkpoint-5")
         assert third["resume_from_checkpoint"].endswith("round-2/checkpoint-10")
         assert third["max_steps"] == 15
+
+    def test_a_context_that_fails_somewhere_gets_a_gate_of_the_teachers(self, told):
+        automatic = told(
+            {"base": (0.98, 1.0), **CONTEXTS, "context-1": (0.9, 0.5), "round-1": (0.98, 0.5)}, max_rounds=1
+        )
+        promise, _ = take(automatic)
+        assert promise.needs_gate
+        (_, recipe), *_ = automatic.trained
+        assert yaml.safe_load(Path(recipe).read_text())["teacher_gate"] == 0.5
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.5)}, max_rounds=1)
+        take(automatic)
+        (_, recipe), *_ = automatic.trained
+        assert "teacher_gate" not in yaml.safe_load(Path(recipe).read_text())
 
     def test_every_decision_has_its_numbers(self, told):
         automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7), "round-2": (0.98, 0.7)})

@@ -42,6 +42,8 @@ from .config import CompressConfig
 
 # A round that saves less than this share of the tokens of the one before is the last
 LEAST_GAIN = 0.03
+# Share of the accuracy without it from which on a context is worth a gate that sorts out where it is wrong
+USABLE = 0.8
 # Of the adapter, where the weights themselves do not fit
 LORA = {"use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_target_modules": ["all-linear"]}
 
@@ -64,16 +66,17 @@ class Promise:
             Name or template.
         comparison ([`~trl_opsd.evaluate.compare.Comparison`]):
             The checkpoint in this context against itself without.
-        competent (`list[bool]`):
-            Whether it is as right as without, within twice the error, in each third of the problems, by the length of its
-            replies without.
+        as_right, usable (`list[bool]`):
+            For each third of the problems, by the length of its replies without: whether it is as right as without, within
+            twice the error, and whether it is nearly so, at least `USABLE` times.
         saving (`float`):
-            Share of the tokens that go if the context is used where it is competent and nowhere else.
+            Share of the tokens that go if it is used in the thirds in which it is usable and nowhere else.
     """
 
     context: str
     comparison: Comparison
-    competent: list[bool]
+    as_right: list[bool]
+    usable: list[bool]
     saving: float
 
     @classmethod
@@ -83,14 +86,20 @@ class Promise:
         rows, others = (list(side) for side in zip(*both, strict=True))
         tokens = [m.samples.tokens[index].mean(axis=1) for m, index in ((before, rows), (after, others))]
         correct = [m.samples.correct[index].mean(axis=1) for m, index in ((before, rows), (after, others))]
-        competent, left = [], 0.0
+        as_right, usable, left = [], [], 0.0
         for third in np.array_split(np.argsort(tokens[0], kind="stable"), 3):
             lost = correct[0][third] - correct[1][third]
             error = lost.std() / max(len(third), 1) ** 0.5
-            competent.append(bool(lost.mean() <= 2 * error))
-            left += tokens[1 if competent[-1] else 0][third].sum()
+            as_right.append(bool(lost.mean() <= 2 * error))
+            usable.append(as_right[-1] or bool(correct[1][third].mean() >= USABLE * correct[0][third].mean()))
+            left += tokens[1 if usable[-1] else 0][third].sum()
         comparison = compare_measurements(before, after, margin)
-        return cls(context, comparison, competent, float(1 - left / tokens[0].sum()))
+        return cls(context, comparison, as_right, usable, float(1 - left / tokens[0].sum()))
+
+    @property
+    def needs_gate(self) -> bool:
+        """Whether it is wrong where the student is right, so that a gate of the teacher's has to choose the problems."""
+        return not all(self.as_right)
 
 
 class Automatic:
@@ -349,16 +358,18 @@ class Automatic:
                 continue
             promise = Promise.of(context, base, found, self.arguments.max_accuracy_drop)
             promises.append(promise)
-            thirds = "".join("✓" if good else "✗" for good in promise.competent)
+            signs = zip(promise.as_right, promise.usable, strict=True)
+            thirds = " ".join("✓" if right else "~" if usable else "✗" for right, usable in signs)
             self.decide(
                 "context measured",
                 f"{context!r}: {100 * found.row.accuracy:.1f}% in {found.row.mean_tokens:.1f} tokens (plain "
-                f"{100 * base.row.accuracy:.1f}% in {base.row.mean_tokens:.1f}); as right as plain by thirds {thirds}; "
+                f"{100 * base.row.accuracy:.1f}% in {base.row.mean_tokens:.1f}); as right as plain from the third with the shortest replies to that with the longest {thirds}; "
                 f"promises {promise.saving:.0%} of the tokens",
                 context=context,
                 accuracy=found.row.accuracy,
                 mean_tokens=found.row.mean_tokens,
-                competent=promise.competent,
+                as_right=promise.as_right,
+                usable=promise.usable,
                 saving=promise.saving,
             )
         best = max(promises, key=lambda promise: promise.saving, default=None)
@@ -371,7 +382,7 @@ class Automatic:
                 saving=None if best is None else best.saving,
             )
             return None
-        gate = "" if all(best.competent) else ", used where the teacher is right in it (`teacher_gate`)"
+        gate = "" if not best.needs_gate else ", used where the teacher is right in it (`teacher_gate`)"
         self.decide("context", f"the teacher sees {best.context!r}{gate}", context=best.context, saving=best.saving)
         return best
 
@@ -384,7 +395,7 @@ class Automatic:
         recipe = dict(self.recipe)
         is_name = promise.context in TEACHER_PROMPT_TEMPLATES
         recipe["teacher_context" if is_name else "teacher_prompt_template"] = promise.context
-        if not all(promise.competent):
+        if promise.needs_gate:
             recipe["teacher_gate"] = 0.5
         path = self.write_recipe("opsd", recipe)
         good, last = [], base.row.mean_tokens
@@ -472,7 +483,9 @@ class Automatic:
         if promise is None:
             return 3
         folder = self.train(promise, base)
-        return 1 if folder is None else self.conclude(folder).status
+        status = 1 if folder is None else self.conclude(folder).status
+        self.say(f"{(time.monotonic() - start) / 60:.1f} minutes in all, what was there from an earlier run not counted")
+        return status
 
     def tell_time(self, base: Measurement, seconds: float) -> None:
         """How long the rest will take, from the tokens that were just written."""
