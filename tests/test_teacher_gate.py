@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -661,3 +662,22 @@ def test_what_is_saved_is_json(tmp_path):
     other = gate_of([CONCISE_TEMPLATE], 0.5)
     other.load(str(tmp_path))
     assert other.state_dict() == gate.state_dict() == json.loads((tmp_path / "teacher_gate.json").read_text())
+
+
+def test_the_recipes_of_the_world_differ_from_those_of_the_default_where_they_say():
+    def of(name):
+        return yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny" / f"{name}.yaml").read_text())
+
+    changed = {
+        "sft": {"short_ways_max_ops"},
+        "rlvr": set(),
+        "opsd": {"teacher_gate", "teacher_gate_rollouts", "probe_prompts", "probe_difficulty"},
+    }
+    chain = of("competence_compress")
+    for stage, keys in changed.items():
+        default, own = of(stage), of(f"competence_{stage}")
+        paths = {"output_dir", "model_name_or_path", "dataset_name"} & own.keys()
+        assert {key for key in default | own if default.get(key) != own.get(key)} == keys | paths
+        assert all(own[path].startswith("runs/tiny_competence/") for path in paths)
+        assert chain[stage] == f"recipes/tiny/competence_{stage}.yaml"
+    assert chain["prompt_only_template"] == of("competence_opsd")["teacher_prompt_template"] == CONCISE_TEMPLATE

@@ -31,7 +31,7 @@ class AlarmCallback(DivergenceCallback):
     | alarm | raised when | what happens |
     |---|---|---|
     | dead teacher | its entropy is within 1% of that of the uniform distribution, and the student's is not | [`OPSDAlarm`], before the optimizer step |
-    | nothing to learn | the divergence is zero; on anchors alone, only when the first 256 rollouts have all been such | the run stops |
+    | nothing to learn | the divergence is zero, and not because some batches are anchors alone | the run stops |
     | accuracy falls | the share of correct rollouts is `correct_drop` below that of the start | the run stops |
     | nothing trained on | no rollout of the whole run passed the gate | the run counts as stopped |
     | truncation | the share of truncated rollouts is above `truncated` | warning |
