@@ -10,7 +10,7 @@ import argparse
 import json
 from functools import partial
 
-from scripts.benchmarks import attention_mask, divergence, gpu, sandbox, scaling, step, teacher_memory
+from scripts.benchmarks import attention_mask, divergence, gpu, memory_plan, sandbox, scaling, step, teacher_memory
 from scripts.benchmarks.decoding import table as decoding_table
 from scripts.experiments import ablations, bank, coverage, recover, rlvr_code, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
@@ -164,6 +164,7 @@ BLOCKS = {
     "scaling, extrapolated": scaling.extrapolation_table,
     "scaling, prompts": scaling.prompt_table,
     "teacher memory": teacher_memory.table,
+    "memory plan": memory_plan.table,
     "attention mask": attention_mask.table,
     "gpu": gpu.table,
     "sandbox": sandbox.table,

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import DistillationTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd.teacher import Teacher
 from trl_opsd.opsd.view import RolloutPages
 from trl_opsd.tiny import TinyConfig, make_model, problems, row
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
@@ -25,7 +26,8 @@ parser.add_argument(
     "--kept",
     nargs="+",
     help="gates: for each prompt of a batch the round in which its rollout passes, 0 is never. With an s in front the "
-    "same batch comes again, and what is not solved is skipped",
+    "same batch comes again, and what is not solved is skipped. With a t in front all pass, and it says for each prompt "
+    "whether the teacher is right in its context",
 )
 parser.add_argument("--max_tokens", type=int, help="budget of a micro-batch")
 args = parser.parse_args()
@@ -56,11 +58,22 @@ def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False)
 def train(kept: str) -> dict:
     asked.clear()
     calls.clear()
-    skip, kept = kept.startswith("s"), kept.removeprefix("s")
+    skip, gated, kept = kept.startswith("s"), kept.startswith("t"), kept.removeprefix("s").removeprefix("t")
+
+    def write(self, input_ids, attention_mask, **kwargs):
+        """The teacher's: two 5 where it is right, else 4, three tokens in all."""
+        prompts = [tokenizer.decode(ids).split("\n")[1].removesuffix("<|im_end|>") for ids in input_ids]
+        prompts = [prompt.removesuffix(" concise") for prompt in prompts]
+        calls.append(len(prompts))
+        reply = {"1": "55", "0": "44"}
+        replies = [[*tokenizer(reply[kept[index[prompt]]])["input_ids"], tokenizer.eos_token_id] for prompt in prompts]
+        return torch.cat([input_ids, torch.tensor(replies)], dim=1)
 
     def verifier(prompts, completion_ids, log_extra, **kwargs):
         log_extra("ids", [str(ids) for ids in completion_ids])
         rows = [index[prompt[0]["content"]] for prompt in prompts]
+        if gated:
+            return [float(tokenizer.decode(ids[:2]) != "44") for ids in completion_ids]
         rounds = [1 + len(ids) - len(completions[row]) for row, ids in zip(rows, completion_ids, strict=True)]
         return [float(0 < int(kept[row]) <= number) for row, number in zip(rows, rounds, strict=True)]
 
@@ -73,6 +86,8 @@ def train(kept: str) -> dict:
         max_tokens_per_microbatch=args.max_tokens,
         teacher_prompt_template=CONCISE_TEMPLATE,
         max_completion_length=64,
+        teacher_gate=0.5 if gated else None,
+        teacher_gate_rollouts=3 if gated else None,
         max_generation_rounds=max(1, int(max(kept))),
         min_pass_rate=0.01 if skip else None,
         pass_rate_rollouts=1,
@@ -108,7 +123,8 @@ def train(kept: str) -> dict:
             gathered.append(gather_object([sizes]))
 
     trainer.add_callback(Look(trainer))
-    trainer.train()
+    with mock.patch.object(Teacher, "generate", write):
+        trainer.train()
     return {
         "gathered": gathered,
         "num_processes": trainer.accelerator.num_processes,
@@ -116,6 +132,7 @@ def train(kept: str) -> dict:
         "wrapper": type(trainer.model_wrapped).__name__,
         "pass_rates": trainer.rollouts.pass_rates.state_dict() if skip else None,
         "calls": list(calls),
+        "teacher_gate": trainer.teacher_gate.state_dict() if gated else {},
         "logs": trainer.state.log_history[:2],
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }

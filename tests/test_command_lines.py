@@ -16,6 +16,7 @@ from trl_opsd.data.__main__ import ARGUMENTS as DATA
 from trl_opsd.evaluate.__main__ import ARGUMENTS as EVALUATE
 from trl_opsd.opsd.__main__ import ARGUMENTS as OPSD
 from trl_opsd.opsd.__main__ import main
+from trl_opsd.plan.__main__ import ARGUMENTS as PLAN
 from trl_opsd.prune.__main__ import ARGUMENTS as PRUNE
 from trl_opsd.rlvr.__main__ import ARGUMENTS as RLVR
 from trl_opsd.shadows import Computed, Unreadable, read_dataclass
@@ -30,6 +31,7 @@ STAGES = {
     "prune": PRUNE,
     "opsd": OPSD,
     "evaluate": EVALUATE,
+    "plan": PLAN,
     "compress": COMPRESS,
 }
 

@@ -41,7 +41,7 @@ def test_a_template_may_be_the_wording_of_a_context(tmp_path):
     config = OPSDConfig(
         **settings(tmp_path), teacher_context="solution", teacher_prompt_template="{prompt} See {solution}"
     )
-    assert config.build_teacher_context().template == "{prompt} See {solution}"
+    assert [context.template for context in config.build_teacher_contexts()] == ["{prompt} See {solution}"]
 
 
 @pytest.mark.parametrize(

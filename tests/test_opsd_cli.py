@@ -134,7 +134,7 @@ def test_the_recipes_parse(name, monkeypatch):
         (OPSDScriptArguments, OPSDConfig, ModelConfig), ["--config", str(ROOT / name), *overrides]
     )
     assert config.gate == "correct" and script_args.reward_funcs == ["math_reward"]
-    assert config.build_teacher_context() is not None
+    assert config.build_teacher_contexts()
     assert model_args.model_name_or_path and script_args.dataset_name
 
 

@@ -19,12 +19,15 @@ GATES = ["11010000", "01100111", "00000000"]
 REFILLS = ["11110230", "20311111"]
 # The same batch twice, with what is not solved skipped the second time
 SKIPS = ["s11110110", "s00010111"]
+# All are kept, and the teacher is right in its context on some, of the second process on none, of both on some
+TEACHERS = ["t11010000", "t01100111"]
+CASES = GATES + REFILLS + SKIPS + TEACHERS
 
 
 def run(output, processes, per_device, accumulation, *options):
     command = [sys.executable, "-m"]
     command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(TESTS / "distributed_worker.py"), "--output", str(output), "--kept", *GATES, *REFILLS, *SKIPS]
+    command += [str(TESTS / "distributed_worker.py"), "--output", str(output), "--kept", *CASES]
     command += ["--per_device", str(per_device), "--accumulation", str(accumulation), *options]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -47,21 +50,30 @@ def runs(folder):
     }
 
 
-@pytest.mark.parametrize("case", range(len(GATES + REFILLS + SKIPS)), ids=GATES + REFILLS + SKIPS)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=CASES)
 @pytest.mark.parametrize("other", ["two", "budget"])
 def test_two_processes_do_what_one_does(runs, case, other):
     one, two = runs["one"][case], runs[other][case]
-    gate = (GATES + REFILLS + SKIPS)[case]
+    gate = CASES[case]
     # Without these, two processes may silently be one
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["wrapper"] == "DistributedDataParallel"
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-6)
     assert one["pass_rates"] == two["pass_rates"]
+    for name in ("contexts", "counts", "tokens"):
+        assert one["teacher_gate"].get(name) == two["teacher_gate"].get(name)
     for step, (ours, theirs) in enumerate(zip(one["logs"], two["logs"], strict=True)):
         skips = gate.startswith("s")
-        assert ours["opsd/correct"] == gate.count("1") / 8
-        assert ours["opsd/kept"] == (1 if skips and step == 1 else 1 - gate.count("0") / 8)
+        if gate in TEACHERS:
+            assert ours["opsd/correct"] == ours["opsd/kept"] == theirs["opsd/kept"] == 1
+            assert ours["opsd/anchored"] == theirs["opsd/anchored"] == gate.count("0") / 8
+            # Eight prompts in each step, three rollouts of three tokens each, dealt evenly
+            assert ours["opsd/teacher_gate_tokens"] == theirs["opsd/teacher_gate_tokens"] == 72 * (step + 1)
+            assert sum(one["calls"]) == 48 and sum(two["calls"]) == 24
+        else:
+            assert ours["opsd/correct"] == gate.count("1") / 8
+            assert ours["opsd/kept"] == (1 if skips and step == 1 else 1 - gate.count("0") / 8)
         if gate in REFILLS:
             assert ours["opsd/generation_rounds"] == 3
             # What is asked again is dealt evenly, though one process has all of it
@@ -79,6 +91,7 @@ def test_two_processes_do_what_one_does(runs, case, other):
             "opsd/top1_agreement",
             "opsd/generation_rounds",
             "opsd/skipped",
+            "opsd/anchored",
             "completions/mean_length",
         ):
             assert (key in ours) == (key in theirs)

@@ -98,6 +98,7 @@ def sides(student_correct, student_tokens, context_correct, context_tokens, kl=0
         "num_prompts": num_prompts,
         "student": {"correct": student_correct, "tokens": student_tokens},
         "prompt_only": {"correct": context_correct, "tokens": context_tokens},
+        "by_difficulty": [],
         "teacher": {"kl": kl},
     }
 

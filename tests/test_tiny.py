@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +86,28 @@ def test_every_reply_is_right_in_its_form(config):
         seen[mode] += 1
         seen[problem.count(":")] += 1
     assert set(seen) == {*TEMPLATES, *range(config.min_ops, config.max_ops + 1)}
+
+
+def test_short_ways_can_be_taught_on_short_problems_only():
+    config, seen = replace(CONFIG, short_ways_max_ops=3), {True: Counter(), False: Counter()}
+    for example in islice(sft_rows(config, seed=0), 2000):
+        num_ops = example["prompt"][0]["content"].split("solution")[0].count(":")
+        seen[num_ops <= 3][example["mode"]] += 1
+    assert set(seen[True]) == set(TEMPLATES) and set(seen[False]) == {"plain"}
+    assert all(config.teaches(mode, 3) and config.teaches(mode, 4) == (mode == "plain") for mode in TEMPLATES)
+    # Learning ends by what is taught, and not by what is not
+    stop = StopAtAccuracy(config, None, seed=0)
+    measured = {}
+
+    def measure(model, tokenizer, tasks, mode, length):
+        measured[mode] = {len(task.ops) for task in tasks}
+        return {"accuracy": 1.0}
+
+    with mock.patch("trl_opsd.tiny.sft.measure", measure):
+        stop.on_step_end(None, SimpleNamespace(global_step=config.accuracy_steps, max_steps=0), SimpleNamespace())
+    assert measured == {"plain": {1, 2, 3, 4, 5, 6}, "concise": {1, 2, 3}}
+    with pytest.raises(ValueError, match="`short_ways_max_ops` is 7 and must lie between `min_ops` 1 and `max_ops` 6"):
+        replace(CONFIG, short_ways_max_ops=7)
 
 
 def test_blur_moves_redundancy_and_nothing_else():

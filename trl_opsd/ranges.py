@@ -45,6 +45,8 @@ RANGES: dict[str, str] = {
             "test_size",
             "hidden_size",
             "num_layers",
+            "num_processes",
+            "prompt_tokens",
         ),
         _AT_LEAST_ONE,
     ),
@@ -64,7 +66,9 @@ RANGES: dict[str, str] = {
         ),
         _AT_LEAST_ZERO,
     ),
-    **dict.fromkeys(("temperature", "kl_clip", "logging_steps", "save_steps", "eval_steps"), _ABOVE_ZERO),
+    **dict.fromkeys(
+        ("temperature", "kl_clip", "logging_steps", "save_steps", "eval_steps", "gpu_memory"), _ABOVE_ZERO
+    ),
     **dict.fromkeys(
         (
             "min_p",

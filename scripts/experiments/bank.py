@@ -28,10 +28,11 @@ from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
 
 def concise_bank(model: Path, data: Path, seed: int, folder: Path) -> Path:
     """A bank of rollouts that were asked to be concise; they are filed under the plain prompts."""
-    if not (folder / "bank.json").is_file():
+    output = folder.with_suffix(".json")  # beside the bank, whose own `bank.json` says who wrote it
+    if not output.is_file():
         options = {"model_name_or_path": model, "dataset_name": data, "dataset_split": "train", "seed": seed}
         options |= {"prompt_template": CONCISE_TEMPLATE, "decoding": "sampled", "rollouts_per_prompt": 4}
-        options |= {"bank": folder, "output": folder / "bank.json"}
+        options |= {"bank": folder, "output": output}
         run_stage("trl_opsd.compress.bank", "recipes/tiny/evaluate.yaml", **options)
     return folder
 

@@ -19,6 +19,7 @@ TEACHERS = {
     "strong": ("recipes/tiny/", {}, True),
     "weak": ("recipes/tiny/", {"target_accuracy": 0.35, "accuracy_steps": 10, "slip_steps": 0}, False),
     "long": ("recipes/tiny/long_", {}, True),
+    "competence": ("recipes/tiny/competence_", {}, True),
 }
 # What is kept of a measured checkpoint
 MEASURED = ("decoding", "n", "accuracy", "accuracy_low", "accuracy_high", "mean_tokens", "p90_tokens", "truncated")

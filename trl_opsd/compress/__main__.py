@@ -8,12 +8,17 @@ ends in a sweep of smaller students (`recipes/tiny/size.yaml`).
 from ..cli import parse, silence, user_errors
 
 
-ARGUMENTS = ("trl_opsd.compress.config.CompressConfig",)
+ARGUMENTS = ("trl_opsd.compress.config.CompressConfig", "trl_opsd.compress.auto_config.AutoConfig")
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        (config,) = parse(ARGUMENTS, args, prog="trl_opsd.compress")
+        config, arguments = parse(ARGUMENTS, args, prog="trl_opsd.compress")
+    if config.is_automatic:
+        from .auto import run as run_automatic
+
+        run_automatic(config, arguments)
+        return
     from .run import run
 
     run(config)

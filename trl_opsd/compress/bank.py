@@ -5,7 +5,8 @@ Fills a rollout bank with verified rollouts of a finished model:
         --model_name_or_path CHECKPOINT --dataset_name DATA --bank FOLDER --output FOLDER.json
 
 For a teacher that no RLVR run of ours has trained, or whose bank is to hold what it writes now. A bank of another model
-that lies there is moved aside, because a chain that is run again with another teacher fills its bank again.
+that lies there, or of the same asked in another way, is moved aside, because a chain that is run again with another teacher
+fills its bank again.
 """
 
 import logging
@@ -54,7 +55,10 @@ def main(args: list[str] | None = None) -> None:
             raise UserError("`thinking_budget` forces an end that the teacher did not write: leave it out of a bank.")
         (job,) = plan(replace(config, decoding=["sampled"]))
         path = job.checkpoint.path
-        writer = Writer(path, hash_weights(path), hash_vocabulary(job.tokenizer))
+        context = job.config.context()
+        writer = Writer(
+            path, hash_weights(path), hash_vocabulary(job.tokenizer), None if context is None else context.template
+        )
         make_room(arguments.bank, writer)
     rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt, writer))
     write_results(config.output, rows, config)
@@ -62,7 +66,7 @@ def main(args: list[str] | None = None) -> None:
 
 def make_room(folder: str, writer: Writer) -> None:
     """
-    Moves the bank of another model aside, and says where it is.
+    Moves the bank of another model, or of another prompt template, aside, and says where it is.
 
     Args:
         folder (`str`):

@@ -137,6 +137,14 @@ class CompressConfig:
     )
 
     def __post_init__(self):
+        if self.is_automatic:
+            for name in ("model_name_or_path", "dataset_name"):
+                if vars(self)[name] is None:
+                    raise UserError(
+                        f"`{name}` is missing: give a checkpoint and prompts, or the recipes of a chain of your own (`opsd` "
+                        "and `evaluate`)."
+                    )
+            return
         for name in ("opsd", "evaluate"):
             if getattr(self, name) is None:
                 raise UserError(f"`{name}` is missing: give its recipe, a YAML file.")
@@ -155,6 +163,12 @@ class CompressConfig:
             self._check_sweep()
         if self.smoke:
             self.output_dir += "-smoke"
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether no recipe of a stage is given, so that the chain chooses for itself."""
+        recipes = (self.sft, self.rlvr, self.opsd, self.evaluate, self.prune, self.student_sft, self.student_rlvr)
+        return not any(recipes)
 
     @property
     def compressed_from(self) -> str:

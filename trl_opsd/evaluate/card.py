@@ -38,6 +38,8 @@ _RECIPE = (
     "teacher_weights",
     "teacher_context",
     "teacher_prompt_template",
+    "teacher_gate",
+    "teacher_gate_rollouts",
     "teacher_update_rate",
     "teacher_sync_steps",
     "gate",

@@ -31,7 +31,7 @@ class AlarmCallback(DivergenceCallback):
     | alarm | raised when | what happens |
     |---|---|---|
     | dead teacher | its entropy is within 1% of that of the uniform distribution, and the student's is not | [`OPSDAlarm`], before the optimizer step |
-    | nothing to learn | the divergence is zero | the run stops |
+    | nothing to learn | the divergence is zero, and not because some batches are anchors alone | the run stops |
     | accuracy falls | the share of correct rollouts is `correct_drop` below that of the start | the run stops |
     | nothing trained on | no rollout of the whole run passed the gate | the run counts as stopped |
     | truncation | the share of truncated rollouts is above `truncated` | warning |
@@ -82,6 +82,7 @@ class AlarmCallback(DivergenceCallback):
         self.lengths: list[float] = []
         self.kls: list[float] = []
         self.kept: list[float] = []
+        self.anchored: list[float] = []  # share on the plain prompt, one entry for each log
         self.checkpoints: list[tuple[str, float, float]] = []
         self.stopped_by: str | None = None
         # Of the probe, where there was one: rollouts of the student before training, and how many were correct
@@ -140,7 +141,16 @@ class AlarmCallback(DivergenceCallback):
         recent = self.kls[-RECENT:]
         kl, truncated = logs["opsd/kl"], logs["completions/clipped_ratio"]
         self.kls.append(kl)
-        if kl < 1e-9:
+        self.anchored.append(logs.get("opsd/anchored", 0.0))
+        if all(share == 1.0 for share in self.anchored):
+            # On an anchor the student starts out as its teacher. Some batches may hold nothing else, but not all
+            if state.global_step >= self.window and kl < 1e-9:
+                self._stop(
+                    control,
+                    "The divergence is zero, so nothing is learned: in none of its contexts was the teacher right on any "
+                    f"prompt so far (`teacher_gate={self.trainer.args.teacher_gate}`).",
+                )
+        elif kl < 1e-9 and self.anchored[-1] < 1.0:
             self._stop(
                 control,
                 f"The divergence is {kl:.1e} nats, so nothing is learned: the teacher gives what the student gives. "

@@ -41,6 +41,8 @@ class Rollout:
             Reward of each verifier (`rewards/{name}`), and what they add up to (`reward`).
         extra (`dict[str, Any]`, *optional*):
             What the verifiers logged of it with `log_extra`.
+        correct (`bool`, *optional*):
+            Whether it is correct. `None` without verifiers.
         kl (`float`, *optional*):
             Divergence before the clip, mean over its tokens, in nats. `None` where it was not measured.
         token_ids (`list[int]`, *optional*):
@@ -59,6 +61,7 @@ class Rollout:
     kept: bool
     rewards: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    correct: bool | None = None
     kl: float | None = None
     token_ids: list[int] | None = None
     prompt_ids: list[int] | None = None
@@ -125,6 +128,9 @@ class RolloutLog:
             Rollout(*row, extra={column: values[i] for column, values in collected.columns.items()})
             for i, row in enumerate(zip(prompts, completions, map(len, ids), kept, rewards, strict=True))
         ]
+        if collected.correct is not None:
+            for rollout, correct in zip(rollouts, collected.correct.tolist(), strict=True):
+                rollout.correct = correct
         for i in sorted(range(len(ids)), key=lambda i: not kept[i])[: self.num_shown]:
             rollouts[i].token_ids, rollouts[i].prompt_ids = ids[i], prompt_ids[i]
             if "teacher_prompt_ids" in batch:

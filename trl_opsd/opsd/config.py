@@ -4,6 +4,7 @@ from typing import Any
 
 import pyarrow.compute
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DistillationConfig
@@ -12,6 +13,11 @@ from .context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 
 
 TEACHER_WEIGHTS = ("initial", "ema", "snapshot", "live", "external")
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """A field that is one text, several or none, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 @dataclass
@@ -35,18 +41,29 @@ class OPSDConfig(DistillationConfig):
         teacher_sync_steps (`int`, *optional*):
             Number of optimizer steps between two updates of `"ema"` or `"snapshot"`. Defaults to `1` for `"ema"` and
             to `50` for `"snapshot"`.
-        teacher_context (`str`, *optional*):
+        teacher_context (`str` or `list[str]`, *optional*):
             What the teacher sees and the student does not. One of `"solution"` (column `solution`), `"answer"` (column
             `answer`), `"concise"` (an instruction to leave out what the result does not depend on),
             `"concise_by_difficulty"` (the same, with room for what is hard), `"sibling"` (the shortest correct rollout
             of the same prompt, other than the one being scored), or `None` (on the command line `none`) for the plain
-            prompt. A column `privileged_context` stands in for `solution` and `answer` where a row has it.
+            prompt. A column `privileged_context` stands in for `solution` and `answer` where a row has it. With
+            `teacher_gate` it may be several, in order of preference.
         sibling_fallback (`str`, *optional*):
             Context of a rollout without a correct sibling: `"concise"`, `"concise_by_difficulty"`, `"solution"` or
             `"answer"`. If `None`, such a rollout is not trained on.
-        teacher_prompt_template (`str`, *optional*):
+        teacher_prompt_template (`str` or `list[str]`, *optional*):
             Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: `{prompt}`,
-            `{solution}`, `{answer}`, `{sibling}`, `{privileged_context}`; a literal brace is written twice.
+            `{solution}`, `{answer}`, `{sibling}`, `{privileged_context}`; a literal brace is written twice. With
+            `teacher_gate` it may be several, in order of preference.
+        teacher_gate (`float`, *optional*):
+            Pass rate of the teacher from which on it is competent. On each prompt it sees the first context of
+            `teacher_context` (or `teacher_prompt_template`) in which it is; where it is in none it sees the plain prompt,
+            as an anchor. `None` uses the context on every prompt, whatever the teacher would answer there.
+        teacher_gate_rollouts (`int`, *optional*):
+            Rollouts that its pass rate in a context is measured by, on a prompt of which it is not known, the first time
+            that a rollout of the prompt is trained on. They are the teacher's own, by its weights as they are then, and
+            their tokens and seconds are logged. With `0` a prompt of which nothing is known has the plain prompt. Defaults
+            to `4`, and to `0` if the training data has pass rates (column `teacher_pass_rates`, one for each context).
         max_teacher_prompt_length (`int`, *optional*):
             Most tokens of the teacher's prompt. In one that is longer the privileged text is cut, never the problem.
             Defaults to what the teacher's positions leave beside the longest completion of the batch.
@@ -145,11 +162,12 @@ class OPSDConfig(DistillationConfig):
             "to 50 for 'snapshot'."
         },
     )
-    teacher_context: str | None = field(
+    # A single one may be text: command lines know one type for a field
+    teacher_context: list[str] | None = field(
         default=None,
         metadata={
             "help": "What the teacher sees and the student does not: 'solution', 'answer', 'concise', "
-            "'concise_by_difficulty', 'sibling', or 'none'.",
+            "'concise_by_difficulty', 'sibling', or 'none'. With `teacher_gate` several, in order of preference.",
             "choices": [*TEACHER_PROMPT_TEMPLATES, "none"],
         },
     )
@@ -160,11 +178,26 @@ class OPSDConfig(DistillationConfig):
             "'answer'. If not set, such rollouts are not trained on."
         },
     )
-    teacher_prompt_template: str | None = field(
+    teacher_prompt_template: list[str] | None = field(
         default=None,
         metadata={
             "help": "Prompt of the teacher, in place of the wording that comes with `teacher_context`. Placeholders: "
-            "{prompt}, {solution}, {answer}, {sibling}, {privileged_context}; a literal brace is written twice."
+            "{prompt}, {solution}, {answer}, {sibling}, {privileged_context}; a literal brace is written twice. With "
+            "`teacher_gate` several, in order of preference."
+        },
+    )
+    teacher_gate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Pass rate of the teacher from which on it is competent: on each prompt it sees the first context in "
+            "which it is, and the plain prompt where it is in none. If not set, the context is used on every prompt."
+        },
+    )
+    teacher_gate_rollouts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rollouts that its pass rate in a context is measured by, the first time that a prompt of which it is "
+            "not known is trained on. Defaults to 4, and to 0 if the data has pass rates (column `teacher_pass_rates`)."
         },
     )
     max_teacher_prompt_length: int | None = field(
@@ -306,24 +339,30 @@ class OPSDConfig(DistillationConfig):
             value = self.__dict__[name]
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, and is {value}: use None for no limit.")
+        for name in ("teacher_context", "teacher_prompt_template"):
+            value = vars(self)[name]
+            if isinstance(value, list) and len(value) < 2:  # as the command line gives a single one
+                setattr(self, name, value[0] if value else None)
         # The command line has no other way to take back what a recipe sets
         if self.teacher_context == "none":
             self.teacher_context = None
-        if self.teacher_context is not None and self.teacher_context not in TEACHER_PROMPT_TEMPLATES:
-            raise ValueError(
-                f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
-                f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
-            )
-        context = self.build_teacher_context()
+        for name in as_list(self.teacher_context):
+            if name not in TEACHER_PROMPT_TEMPLATES:
+                raise ValueError(
+                    f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
+                    f"{name!r}: for wording of your own set `teacher_prompt_template`."
+                )
+        self._check_preference()
+        contexts = self.build_teacher_contexts()
         if self.teacher_prompt_template is not None and self.teacher_context is not None:
             own = TeacherContext(TEACHER_PROMPT_TEMPLATES[self.teacher_context]).fields
-            if not own or not own <= context.fields:
+            if not own or not own <= contexts[0].fields:
                 instead = f", or put {{{sorted(own)[0]}}} into the template" if own else ""
                 raise ValueError(
                     f"`teacher_prompt_template` takes the place of the wording of `teacher_context="
                     f"{self.teacher_context!r}`, and has nothing of that context: drop one of the two{instead}."
                 )
-        uses_sibling = context is not None and "sibling" in context.fields
+        uses_sibling = any("sibling" in context.fields for context in contexts)
         if uses_sibling and self.num_generations < 2:
             raise ValueError(
                 f"The sibling context needs other rollouts of the same prompt, and `num_generations` is "
@@ -334,6 +373,11 @@ class OPSDConfig(DistillationConfig):
             raise ValueError(
                 f"`sibling_fallback` is for the sibling context and one of {fallbacks}, and is "
                 f"{self.sibling_fallback!r}."
+            )
+        if self.sibling_fallback is not None and self.teacher_gate is not None:
+            raise ValueError(
+                f"With `teacher_gate` a rollout without a sibling has the next context, or the plain prompt: drop "
+                f"`sibling_fallback`, and set `teacher_context: [sibling, {self.sibling_fallback}]`."
             )
 
         if not 0 <= self.lmbda <= 1:
@@ -430,11 +474,49 @@ class OPSDConfig(DistillationConfig):
                 "leave one of them at None."
             )
         # Rewards and contexts read the other columns of a row. With reward functions see `check_arguments`
-        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or context is not None or skips):
+        if self.remove_unused_columns and (self.gate in ("correct", "incorrect") or contexts or skips):
             raise ValueError(
                 "`remove_unused_columns=True` drops the columns that the gate and the teacher context read: leave it "
                 "at False."
             )
+
+    def _check_preference(self) -> None:
+        """Checks several contexts, and the gate that chooses among them."""
+        both = as_list(self.teacher_context), as_list(self.teacher_prompt_template)
+        preference = max(both, key=len)
+        if len(preference) > 1:
+            name = "teacher_context" if preference is both[0] else "teacher_prompt_template"
+            if self.teacher_gate is None:
+                raise ValueError(
+                    f"`{name}` has {len(preference)} contexts, and which of them a prompt has is what `teacher_gate` decides: "
+                    "set it, for instance to 0.5, or give one context."
+                )
+            if all(both):
+                raise ValueError(
+                    "`teacher_context` and `teacher_prompt_template` are both set, and one of them is an order of preference: "
+                    "give all contexts in `teacher_prompt_template`, or all in `teacher_context`."
+                )
+            if len(set(preference)) < len(preference):
+                raise ValueError(f"`{name}` has a context twice: name each once.")
+        if self.teacher_gate is None:
+            if self.teacher_gate_rollouts is not None:
+                raise ValueError(
+                    f"`teacher_gate_rollouts={self.teacher_gate_rollouts}` measures what `teacher_gate` decides by, and that "
+                    "is not set: set it, for instance to 0.5, or drop the rollouts."
+                )
+            return
+        if not 0 < self.teacher_gate <= 1:
+            raise ValueError(
+                f"`teacher_gate` is a pass rate above 0 and at most 1, and is {self.teacher_gate}: use None to use the "
+                "context on every prompt."
+            )
+        if not preference:
+            raise ValueError(
+                f"`teacher_gate={self.teacher_gate}` decides on which prompts the teacher's context is used, and it has none: "
+                "set `teacher_context`, or drop the gate."
+            )
+        if self.teacher_gate_rollouts is not None and self.teacher_gate_rollouts < 0:
+            raise ValueError(f"`teacher_gate_rollouts` must be at least 0, and is {self.teacher_gate_rollouts}.")
 
     @property
     def given(self) -> str | None:
@@ -482,17 +564,32 @@ class OPSDConfig(DistillationConfig):
         """
         return self.gate or ("correct" if has_verifier else "all")
 
-    def build_teacher_context(self) -> TeacherContext | None:
+    def resolve_teacher_gate_rollouts(self, columns: list[str] | None) -> int:
         """
-        The context that `teacher_context` and `teacher_prompt_template` describe.
+        Args:
+            columns (`list[str]` or `None`):
+                Columns of the training data, as far as they are known.
 
         Returns:
-            [`~trl_opsd.opsd.context.TeacherContext`] or `None`: `None` if the teacher sees the plain prompt.
+            `int`: `teacher_gate_rollouts`, or what it is where it is not set. `0` without `teacher_gate`.
         """
-        template = self.teacher_prompt_template
-        if template is None and self.teacher_context is not None:
-            template = TEACHER_PROMPT_TEMPLATES[self.teacher_context]
-        return None if template is None else TeacherContext(template)
+        if self.teacher_gate is None:
+            return 0
+        if self.teacher_gate_rollouts is not None:
+            return self.teacher_gate_rollouts
+        return 0 if "teacher_pass_rates" in (columns or ()) else 4
+
+    def build_teacher_contexts(self) -> list[TeacherContext]:
+        """
+        The contexts that `teacher_context` and `teacher_prompt_template` describe.
+
+        Returns:
+            `list[~trl_opsd.opsd.context.TeacherContext]`: In order of preference. One, unless a gate chooses; none if the
+            teacher sees the plain prompt.
+        """
+        templates = as_list(self.teacher_prompt_template)
+        templates = templates or [TEACHER_PROMPT_TEMPLATES[name] for name in as_list(self.teacher_context)]
+        return [TeacherContext(template) for template in templates]
 
     def build_sibling_fallback(self) -> TeacherContext | None:
         """
@@ -547,7 +644,7 @@ def check_arguments(
     _check_gate(args, reward_funcs or [])
     if args.remove_unused_columns and reward_funcs:
         raise ValueError("`remove_unused_columns=True` drops the columns that `reward_funcs` read: leave it at False.")
-    _check_datasets(args, train_dataset, eval_dataset)
+    _check_datasets(args, train_dataset, eval_dataset, tools)
     if args.given is not None and tools:
         raise ValueError(
             f"`{args.given}` takes whole completions from the data set, and with `tools` one is written turn by turn: leave "
@@ -591,7 +688,7 @@ def _check_teacher(
     same_weights = weights != "external" or teacher_model is model
     same_weights = same_weights or (isinstance(model, str) and model == teacher_model)
     own_template_kwargs = args.teacher_chat_template_kwargs not in (None, args.chat_template_kwargs or {})
-    if same_weights and args.build_teacher_context() is None and not own_template_kwargs:
+    if same_weights and not args.build_teacher_contexts() and not own_template_kwargs:
         raise ValueError(
             "Teacher and student are the same in weights and context, so the divergence is zero and nothing would be "
             "learned: set `teacher_context`, or `teacher_model_name_or_path` to another model."
@@ -604,8 +701,13 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
         raise ValueError(
             f"`gate='{gate}'` needs a verifier to decide it, and there is none: set `reward_funcs`, or `gate='all'`."
         )
-    context = args.build_teacher_context()
-    if not reward_funcs and context is not None and "sibling" in context.fields:
+    if not reward_funcs and args.teacher_gate is not None:
+        raise ValueError(
+            f"`teacher_gate={args.teacher_gate}` needs a verifier to say where the teacher is right, and there is none: set "
+            "`reward_funcs`."
+        )
+    takes_sibling = any("sibling" in context.fields for context in args.build_teacher_contexts())
+    if not reward_funcs and takes_sibling:
         raise ValueError(
             "The sibling context needs a verifier to find correct siblings, and there is none: set `reward_funcs`."
         )
@@ -619,7 +721,7 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
             f"`max_generation_rounds={args.max_generation_rounds}` asks again for the rollouts that the gate rejects, and "
             "`gate='all'` rejects none: leave it at 1, or set `reward_funcs` and another gate."
         )
-    if args.max_generation_rounds > 1 and gate == "incorrect" and context is not None and "sibling" in context.fields:
+    if args.max_generation_rounds > 1 and gate == "incorrect" and takes_sibling:
         raise ValueError(
             f"`max_generation_rounds={args.max_generation_rounds}` with `gate='incorrect'` replaces the correct rollouts "
             "that the sibling context lives on: leave it at 1, or take another context."
@@ -644,14 +746,18 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
         )
 
 
-def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    context = args.build_teacher_context()
+def _check_datasets(
+    args: OPSDConfig, train_dataset: Any, eval_dataset: Any, tools: list[Callable] | None = None
+) -> None:
+    contexts = args.build_teacher_contexts()
     for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
-        if context is not None and dataset is not None and dataset.column_names is not None:
-            context.check_columns(dataset.column_names)
+        if dataset is not None and dataset.column_names is not None:
+            for context in contexts:
+                context.check_columns(dataset.column_names)
     if train_dataset is None:
         return
     columns = train_dataset.column_names
+    _check_teacher_gate(args, train_dataset, tools)
     if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
             f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "
@@ -679,6 +785,43 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
             f"The training data has {len(train_dataset)} prompts and a batch takes {batch}, so there would be no step at "
             "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
         )
+
+
+def _check_teacher_gate(args: OPSDConfig, dataset: Dataset | IterableDataset, tools: list[Callable] | None) -> None:
+    """Checks what the teacher's gate decides by."""
+    if args.teacher_gate is None:
+        return
+    columns, number = dataset.column_names or [], len(args.build_teacher_contexts())
+    if args.resolve_teacher_gate_rollouts(columns) == 0 and "teacher_pass_rates" not in columns:
+        raise ValueError(
+            "`teacher_gate_rollouts=0` measures nothing, and the training data has no pass rates of the teacher (column "
+            "`teacher_pass_rates`; on the command line `--teacher_bank` adds it): give them, or let it write rollouts."
+        )
+    if "teacher_pass_rates" in columns and isinstance(dataset, Dataset):
+        for row, rates in enumerate(dataset["teacher_pass_rates"]):
+            if rates is not None and (
+                len(rates) != number or not all(rate is None or 0 <= rate <= 1 for rate in rates)
+            ):
+                raise ValueError(
+                    f"`teacher_pass_rates` of row {row} is {rates}: it must have a share from 0 to 1, or None, for each of "
+                    f"the teacher's {number} contexts."
+                )
+    if args.resolve_teacher_gate_rollouts(columns) == 0:
+        return
+    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    for name, is_set in (
+        ("use_vllm", args.use_vllm),
+        ("tools", bool(tools)),
+        ("FSDP", is_fsdp),
+        ("DeepSpeed", args.deepspeed_plugin is not None),
+    ):
+        if is_set:
+            raise ValueError(
+                f"`teacher_gate_rollouts` are written in one turn by transformers' `generate` from whole weights, which "
+                f"`{name}` excludes: fill a rollout bank in the teacher's context before (`python -m "
+                "trl_opsd.compress.bank --prompt_template ...`), give it with `--teacher_bank`, and set "
+                "`teacher_gate_rollouts: 0`."
+            )
 
 
 def _check_given(dataset: Dataset, max_completion_length: int) -> None:
@@ -739,7 +882,7 @@ def check_text_only(args: OPSDConfig) -> None:
             "`teacher_chat_template_kwargs` give the teacher a prompt of its own, which is text, and the processing class "
             "is a multimodal processor: leave it at None."
         )
-    if args.build_teacher_context() is not None:
+    if args.build_teacher_contexts():
         raise ValueError(
             "`teacher_context` and `teacher_prompt_template` work on text, and the processing class is a multimodal "
             "processor: use an external teacher without a context."

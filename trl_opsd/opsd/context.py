@@ -177,13 +177,19 @@ class TeacherContext:
         return [*earlier, {**last, "content": self.template.format(prompt=last["content"], **texts)}]
 
 
+def takes_sibling(context: TeacherContext | None) -> bool:
+    """Whether what the teacher sees in a context is known only when the rollouts are written."""
+    return context is not None and "sibling" in context.fields
+
+
 class TeacherPrompts:
     """
     The prompts of a batch as the teacher sees them.
 
     Args:
-        context ([`TeacherContext`], *optional*):
-            Context of the teacher. If `None`, it sees the plain prompt, rendered in its own way.
+        contexts (`list[TeacherContext]`):
+            Contexts of the teacher, in order of preference. If there is none, it sees the plain prompt, rendered in its own
+            way.
         sibling_fallback ([`TeacherContext`], *optional*):
             Context of a rollout without a correct sibling, where the context takes one.
         render (`Callable`):
@@ -194,21 +200,34 @@ class TeacherPrompts:
 
     def __init__(
         self,
-        context: TeacherContext | None,
+        contexts: list[TeacherContext],
         sibling_fallback: TeacherContext | None,
         render: Callable[[list], list[list[int]]],
         tokenizer: PreTrainedTokenizerBase,
     ):
-        self.context, self.sibling_fallback = context, sibling_fallback
+        self.contexts, self.sibling_fallback = contexts, sibling_fallback
         self.render, self.tokenizer = render, tokenizer
 
-    @property
-    def takes_sibling(self) -> bool:
-        """Whether what the teacher sees is known only when the rollouts are written."""
-        return self.context is not None and "sibling" in self.context.fields
+    def context_of(self, sibling: str | None) -> TeacherContext | None:
+        """
+        The context of a rollout where there is no gate that chooses it.
+
+        Args:
+            sibling (`str`, *optional*):
+                Shortest correct rollout of the same prompt.
+
+        Returns:
+            [`TeacherContext`] or `None`: `None` for the plain prompt.
+        """
+        context = self.contexts[0] if self.contexts else None
+        return self.sibling_fallback if sibling is None and takes_sibling(context) else context
 
     def prompt(
-        self, row: dict[str, Any], sibling: str | None = None, cut: Callable[[str], str] | None = None
+        self,
+        row: dict[str, Any],
+        context: TeacherContext | None,
+        sibling: str | None = None,
+        cut: Callable[[str], str] | None = None,
     ) -> list[dict[str, Any]] | str:
         """
         A prompt in the teacher's context.
@@ -216,6 +235,8 @@ class TeacherPrompts:
         Args:
             row (`dict[str, Any]`):
                 Row of the dataset.
+            context ([`TeacherContext`], *optional*):
+                Context. `None` for the plain prompt.
             sibling (`str`, *optional*):
                 Shortest correct rollout of the same prompt.
             cut (`Callable`, *optional*):
@@ -224,7 +245,6 @@ class TeacherPrompts:
         Returns:
             `list[dict[str, Any]]` or `str`: Prompt of the same format as the row's own.
         """
-        context = self.sibling_fallback if self.takes_sibling and sibling is None else self.context
         if context is None:
             return row["prompt"]
         texts = context.privileged_texts(row, sibling)
@@ -233,7 +253,11 @@ class TeacherPrompts:
         return context.prompt(row, texts)
 
     def encode(
-        self, rows: list[dict[str, Any]], siblings: list[str | None], max_length: int
+        self,
+        rows: list[dict[str, Any]],
+        contexts: list[TeacherContext | None],
+        siblings: list[str | None],
+        max_length: int,
     ) -> tuple[list[list[int]], int]:
         """
         Token ids of the prompts of a batch. In one that is too long the privileged text is cut, never the problem.
@@ -241,6 +265,8 @@ class TeacherPrompts:
         Args:
             rows (`list[dict[str, Any]]`):
                 Rows of the dataset.
+            contexts (`list[TeacherContext | None]`):
+                Context of each, `None` for the plain prompt.
             siblings (`list[str | None]`):
                 Shortest correct rollout of the same prompt, for each of them.
             max_length (`int`):
@@ -252,23 +278,25 @@ class TeacherPrompts:
         Raises:
             ValueError: If a prompt does not fit even without its privileged text.
         """
-        pairs = list(zip(rows, siblings, strict=True))
-        prompt_ids = self.render([self.prompt(*pair) for pair in pairs])
-        if self.context is None:
+        parts = list(zip(rows, contexts, siblings, strict=True))
+        prompt_ids = self.render([self.prompt(*part) for part in parts])
+        if not self.contexts:
             return prompt_ids, 0
         too_long = [index for index, ids in enumerate(prompt_ids) if len(ids) > max_length]
         for index in too_long:
-            prompt_ids[index] = self._cut(*pairs[index], max_length)
+            prompt_ids[index] = self._cut(*parts[index], max_length)
         return prompt_ids, len(too_long)
 
-    def _cut(self, row: dict[str, Any], sibling: str | None, max_length: int) -> list[int]:
+    def _cut(
+        self, row: dict[str, Any], context: TeacherContext | None, sibling: str | None, max_length: int
+    ) -> list[int]:
         """Ids of a prompt that fits, with as many tokens of each privileged text as there is room for."""
 
         def prompt_ids(num_tokens: int) -> list[int]:
             def cut(text: str) -> str:
                 return self.tokenizer.decode(self.tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens])
 
-            return self.render([self.prompt(row, sibling, cut)])[0]
+            return self.render([self.prompt(row, context, sibling, cut)])[0]
 
         if len(prompt_ids(0)) > max_length:
             raise ValueError(
@@ -311,8 +339,8 @@ class TeacherPrompts:
         too_long = []
         for row in suspects:
             example = dataset[row]
-            prompt = self.prompt(example, "", lambda text: "") if self.context is not None else example["prompt"]
-            if len(self.render([prompt])[0]) > max_length:
+            prompts = [self.prompt(example, context, "", lambda text: "") for context in self.contexts or [None]]
+            if max(map(len, self.render(prompts))) > max_length:
                 too_long.append(row)
         if too_long:
             raise ValueError(
@@ -340,17 +368,19 @@ class TeacherPrompts:
         if not is_conversational({"prompt": row["prompt"]}):
             return
         endings = []
-        for render, prompt in ((student, row["prompt"]), (teacher, self.prompt(row, sibling=""))):
+        in_contexts = [(teacher, self.prompt(row, context, sibling="")) for context in self.contexts or [None]]
+        for render, prompt in ((student, row["prompt"]), *in_contexts):
             ids, without = render(prompt, True), render(prompt, False)
             # Not always a prefix: some templates end a conversation that has no generation prompt
             same = next(
                 (i for i, pair in enumerate(zip(ids, without, strict=False)) if pair[0] != pair[1]), len(without)
             )
             endings.append(ids[same:])
-        if endings[0] != endings[1]:
+        other = next((ending for ending in endings if ending != endings[0]), None)
+        if other is not None:
             raise ValueError(
                 "The student and the teacher are asked for the completion in different ways, so the teacher would "
                 f"score tokens in a place where it never writes them: the student's prompt ends in "
-                f"{self.tokenizer.decode(endings[0])!r} and the teacher's in {self.tokenizer.decode(endings[1])!r}. "
+                f"{self.tokenizer.decode(endings[0])!r} and the teacher's in {self.tokenizer.decode(other)!r}. "
                 "Make `chat_template_kwargs` and `teacher_chat_template_kwargs` agree on it."
             )

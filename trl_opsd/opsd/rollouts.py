@@ -20,6 +20,7 @@ from trl.data_utils import is_conversational
 
 from .batches import padded, unpadded
 from .config import OPSDConfig, completion_lengths
+from .context import takes_sibling
 from .gate import Verdicts, judge, shortest, shortest_siblings
 from .limit import CompletionLimit
 from .pass_rates import PassRates, prompt_key
@@ -49,6 +50,8 @@ class CollectedRollouts:
             Reward by each verifier and, last, what they add up to, of shape `(B, functions + 1)`.
         columns (`dict[str, list]`):
             What the verifiers have logged of each.
+        correct (`torch.Tensor`, *optional*):
+            Which are correct, `bool`, of shape `(B,)`. `None` without verifiers.
     """
 
     rows: list[dict[str, Any]]
@@ -57,6 +60,7 @@ class CollectedRollouts:
     metrics: dict[str, float] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
     columns: dict[str, list] = field(default_factory=dict)
+    correct: torch.Tensor | None = None
 
 
 class Rollouts:
@@ -106,8 +110,7 @@ class Rollouts:
         self.args = args
         self.gate = args.resolve_gate(verifiers is not None)
         self.verifiers = verifiers
-        context = args.build_teacher_context()
-        self.takes_sibling = context is not None and "sibling" in context.fields
+        self.takes_sibling = any(map(takes_sibling, args.build_teacher_contexts()))
         self.pass_rates: PassRates | None = None
         if args.min_pass_rate is not None or args.max_pass_rate is not None:
             self.pass_rates = PassRates(
@@ -199,7 +202,7 @@ class Rollouts:
         """Decides which rollouts are trained on, after those that the gate rejects have been written again."""
         rows, batch, metrics = rollouts.rows, rollouts.batch, rollouts.metrics
         completion_ids = unpadded(batch["completion_ids"], batch["completion_mask"])
-        verdicts = self._verify(rows, completion_ids, state)
+        verdicts = self.verify(rows, completion_ids, state)
         if self.given is None:  # what the data set holds does not speak for the student
             for name, column in zip(self.verifiers.names, verdicts.rewards_per_func.unbind(dim=1), strict=True):
                 metrics[f"rewards/{name}/mean"] = column.nanmean().item()
@@ -232,7 +235,7 @@ class Rollouts:
             texts = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
             texts = gather_object(texts)
             rollouts.siblings = [None if index is None else texts[index] for index in chosen][mine]
-            if self.args.sibling_fallback is None:
+            if self.args.sibling_fallback is None and self.args.teacher_gate is None:
                 kept = kept & torch.tensor([index is not None for index in chosen], device=kept.device)
         metrics["opsd/kept"] = kept.float().mean().item()
         batch["kept"] = kept[mine]
@@ -250,11 +253,25 @@ class Rollouts:
             )
         total = verdicts.rewards.where(verdicts.verified, torch.nan)
         rollouts.rewards = torch.cat([verdicts.rewards_per_func, total.unsqueeze(1)], dim=1)[mine]
+        rollouts.correct = verdicts.correct[mine]
         rollouts.columns = dict(self.verifiers.columns)
         self.verifiers.columns.clear()
 
-    def _verify(self, rows: list[dict[str, Any]], completion_ids: list[list[int]], state: TrainerState) -> Verdicts:
-        """Verdicts on the rollouts of all processes, `(B × processes,)`, those of a prompt side by side."""
+    def verify(self, rows: list[dict[str, Any]], completion_ids: list[list[int]], state: TrainerState) -> Verdicts:
+        """
+        Has rollouts judged, whoever wrote them. Called on every process, with as many each.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Row of the dataset of each.
+            completion_ids (`list[list[int]]`):
+                Token ids of each.
+            state ([`~transformers.TrainerState`]):
+                State of the training.
+
+        Returns:
+            [`~trl_opsd.opsd.gate.Verdicts`]: Verdicts on those of all processes, one process after the other.
+        """
         completions = self.messages
         if completions is None:
             completions = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -290,7 +307,7 @@ class Rollouts:
             dealt = slots.repeat(num_processes)[: share * num_processes]
             own = dealt.view(num_processes, share)[process].tolist()
             answers = self._ask([prompt_ids[slot] for slot in own])
-            answered = self._verify([all_rows[slot] for slot in own], answers, state)
+            answered = self.verify([all_rows[slot] for slot in own], answers, state)
             taken = answered.passed.clone()
             taken[len(slots) :] = False
             verdicts.replace(dealt[taken], answered, taken)

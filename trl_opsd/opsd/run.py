@@ -16,7 +16,7 @@ from ..results import write_results
 from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
-from ..rlvr.identity import check_vocabulary
+from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
 from ..rollout_engine import check_engine
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
@@ -48,6 +48,13 @@ class OPSDScriptArguments(ScriptArguments):
             `"bank"` takes the reference solution of a prompt from `rollout_bank`, for data that has none: its shortest
             correct rollout, without the thinking trace. Prompts that have no correct rollout are left out. By default
             the solution is the column of that name.
+        teacher_bank (`list[str]`, *optional*):
+            Folders of rollout banks that the teacher has filled in its contexts (`python -m trl_opsd.compress.bank
+            --prompt_template concise`), one for each context at most. `teacher_gate` decides by their pass rates. A bank of
+            another model than the teacher's first weights, or asked in none of its contexts, is refused.
+        probe_difficulty (`str`, *optional*):
+            Column by whose values the probe groups the prompts, to see where the teacher fails. A column of many numbers is
+            cut in thirds. Defaults to thirds by the length of the student's rollouts.
         qat (`str`, *optional*):
             Precision that the student's weights will be served in, `"int8"` or `"int4"`: it is trained, and writes its
             rollouts, with weights rounded to it (see [`~trl_opsd.opsd.qat.fake_quantise`]). Needs `torchao`.
@@ -91,6 +98,20 @@ class OPSDScriptArguments(ScriptArguments):
             "choices": ["bank"],
         },
     )
+    teacher_bank: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders of rollout banks that the teacher has filled in its contexts (trl_opsd.compress.bank with "
+            "`prompt_template`), by whose pass rates `teacher_gate` decides."
+        },
+    )
+    probe_difficulty: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column by whose values the probe groups the prompts. Defaults to thirds by the length of the student's "
+            "rollouts."
+        },
+    )
     qat: str | None = field(
         default=None,
         metadata={
@@ -116,11 +137,16 @@ class OPSDScriptArguments(ScriptArguments):
 
 
 def show_probe(result: dict) -> None:
-    """Prints what the probe found, a line for each of the two and one for the teacher."""
+    """Prints what the probe found: a line for each of the two, one for each group of prompts and one for the teacher."""
     for name, label in (("student", "student"), ("prompt_only", "in the teacher's context")):
         if result[name] is not None:
             correct = "" if result[name]["correct"] is None else f"{result[name]['correct']:.1%} correct, "
             print(f"probe, {label}: {correct}{result[name]['tokens']:.1f} tokens")
+    for group in result["by_difficulty"]:
+        parts = [f"student {group['student']['correct']:.1%} in {group['student']['tokens']:.1f} tokens"]
+        for place, found in enumerate(group["contexts"], start=1):
+            parts.append(f"in context {place} {found['correct']:.1%} in {found['tokens']:.1f}")
+        print(f"probe, {group['group']} ({group['num_prompts']} prompts): {', '.join(parts)}")
     teacher = result["teacher"]
     kl, agreement, *parts = (
         "unknown" if value is None else f"{value:.3f}"
@@ -139,7 +165,7 @@ def check_bank(script_args: OPSDScriptArguments, training_args: OPSDConfig) -> N
     if script_args.solution == "bank":
         if script_args.rollout_bank is None:
             raise UserError("`solution: bank` needs a bank: give its folder with `--rollout_bank`.")
-        contexts = (training_args.build_teacher_context(), training_args.build_sibling_fallback())
+        contexts = (*training_args.build_teacher_contexts(), training_args.build_sibling_fallback())
         if not any(context is not None and "solution" in context.fields for context in contexts):
             raise UserError(
                 "`solution: bank` is for a teacher that sees a solution: set `teacher_context: solution`, or a "
@@ -210,6 +236,87 @@ def apply_bank(dataset: Dataset, script_args: OPSDScriptArguments, args: OPSDCon
     return dataset, counts
 
 
+def find_teacher_banks(
+    folders: list[str], args: OPSDConfig, teacher: str, revision: str | None
+) -> dict[int, dict[str, tuple[int, int]]]:
+    """
+    Reads the banks that the teacher has filled in its contexts.
+
+    Args:
+        folders (`list[str]`):
+            Their folders.
+        args ([`OPSDConfig`]):
+            Configuration.
+        teacher (`str`):
+            Folder or id of the model that the teacher's weights are at the start.
+        revision (`str`, *optional*):
+            Branch, tag or commit of it on the Hub.
+
+    Returns:
+        `dict[int, dict[str, tuple[int, int]]]`: By the place of a context in the order of preference, how often each prompt
+        was tried and solved in it.
+
+    Raises:
+        UserError: If there is no gate that decides by them, or one was filled by another model or in another context.
+    """
+    if args.teacher_gate is None:
+        raise UserError(
+            "`teacher_bank` says where the teacher is right in its context, and nothing asks: set `teacher_gate`, for "
+            "instance to 0.5, or drop it."
+        )
+    templates = [context.template for context in args.build_teacher_contexts()]
+    weights, found = hash_weights(teacher, revision), {}
+    for folder in folders:
+        writer = read_writer(folder)
+        if writer is None:
+            raise UserError(
+                f"There is no rollout bank at `{folder}`: fill one with `python -m trl_opsd.compress.bank "
+                "--prompt_template ...`."
+            )
+        if writer.weights != weights:
+            raise UserError(
+                f"The rollout bank at `{folder}` is of {writer}, and the teacher is `{teacher}` (weights {weights[:8]}): "
+                "fill one with it, because another model is right elsewhere."
+            )
+        if writer.context not in templates:
+            raise UserError(
+                f"The rollout bank at `{folder}` is of {writer}, and the teacher's contexts are {templates}: fill one with "
+                "`--prompt_template` set to one of them."
+            )
+        place = templates.index(writer.context)
+        if place in found:
+            raise UserError(f"Two of `teacher_bank` are of the context `{writer.context}`: give one for each context.")
+        found[place] = read_attempts(folder)
+    return found
+
+
+def add_pass_rates(
+    dataset: Dataset, banks: dict[int, dict[str, tuple[int, int]]], args: OPSDConfig, name: str
+) -> tuple[Dataset, str]:
+    """The training set with the column `teacher_pass_rates` out of the teacher's banks, and a line that counts it."""
+    if "teacher_pass_rates" in dataset.column_names:
+        raise UserError(
+            f"`{name}` has a column `teacher_pass_rates`, which `teacher_bank` would replace: drop one of the two."
+        )
+    places = range(len(args.build_teacher_contexts()))
+    rates, first = [], []
+    for prompt in dataset["prompt"]:
+        key = prompt_id(prompt)
+        counts = [banks.get(place, {}).get(key, (0, 0)) for place in places]
+        rates.append([correct / tried if tried else None for tried, correct in counts])
+        first.append(next((place for place, rate in enumerate(rates[-1]) if (rate or 0) >= args.teacher_gate), None))
+    known = sum(any(rate is not None for rate in row) for row in rates)
+    if known == 0:
+        raise UserError(
+            f"The teacher's rollout banks have none of the prompts of `{name}`: they are of other data, or of the same with "
+            "another wording."
+        )
+    shares = ", ".join(f"{first.count(place)} have context {place + 1}" for place in places)
+    return dataset.add_column("teacher_pass_rates", rates), (
+        f"teacher's gate: of {len(rates)} prompts the banks know {known}; {shares}, {first.count(None)} the plain prompt"
+    )
+
+
 def check_given(name: str, dataset: Dataset, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that the token ids of completions that are given mean the same text to the student."""
     folder = Path(name).parent if Path(name).name == "rollouts" else Path(name)
@@ -246,7 +353,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         is_probed = script_args.probe_prompts > 0 and resume_from is None
         if is_probed:
             check_probe(training_args)
-        is_judged = training_args.lmbda > 0 or training_args.gate != "all"
+        is_judged = training_args.lmbda > 0 or training_args.gate != "all" or training_args.teacher_gate is not None
         reward_funcs = load_reward_funcs(as_list(script_args.reward_funcs) if is_judged else [])
         check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
 
@@ -258,6 +365,11 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
             raise UserError("`qat` needs torchao: run `pip install torchao`.")
         check_bank(script_args, training_args)
+        if script_args.teacher_bank is not None:
+            first = (model_args.model_name_or_path, model_args.model_revision)
+            if teacher is not None:
+                first = (teacher, training_args.teacher_model_revision)
+            banks = find_teacher_banks(as_list(script_args.teacher_bank), training_args, *first)
         splits = [script_args.dataset_train_split]
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
@@ -275,7 +387,13 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
             if training_args.process_index == 0:
                 print(counts)
+        if script_args.teacher_bank is not None:
+            datasets[0], counts = add_pass_rates(datasets[0], banks, training_args, script_args.dataset_name)
+            if training_args.process_index == 0:
+                print(counts)
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
+        if script_args.probe_difficulty is not None:
+            check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
         if training_args.given is not None:
             tokenizer = AutoTokenizer.from_pretrained(
                 model_args.model_name_or_path,
@@ -329,7 +447,8 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         trainer.add_callback(RolloutPages(trainer))
     warn_of_precision(trainer)
     if is_probed:
-        found = probe(trainer, script_args.probe_prompts, f"{training_args.output_dir}/probe.html")
+        page = f"{training_args.output_dir}/probe.html"
+        found = probe(trainer, script_args.probe_prompts, page, script_args.probe_difficulty)
         if trainer.accelerator.is_main_process:
             show_probe(found)
             write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())

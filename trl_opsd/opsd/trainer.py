@@ -1,3 +1,4 @@
+import copy
 import os
 import textwrap
 import time
@@ -11,7 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerState
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer import distillation_trainer
@@ -32,13 +33,16 @@ from .batches import (
 )
 from .completions import RolloutLog
 from .config import OPSDConfig, check_arguments, check_text_only
-from .context import TeacherPrompts
+from .context import TeacherContext, TeacherPrompts
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .ends import check_ends, check_lengths
+from .gate import Verdicts
 from .head import Head
 from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics, check_finite
-from .rollouts import Rollouts
+from .rollouts import CollectedRollouts, Rollouts
+from .saved import Saved
 from .teacher import Teacher
+from .teacher_gate import TeacherGate
 from .verify import RewardFunc, Verifiers
 
 
@@ -62,6 +66,8 @@ class OPSDTrainer(DistillationTrainer):
     - a gate: rollouts are scored by reward functions before any forward pass, and only those that pass are trained on;
       what it rejects can be asked again (`max_generation_rounds`), and prompts that are always or never solved can be
       left out (`min_pass_rate`, `max_pass_rate`);
+    - a gate of the teacher's: its context is used on the prompts on which it is verified right in it, and the plain prompt
+      elsewhere (`teacher_gate`);
     - the divergence can be clipped per vocabulary entry without going negative (`kl_clip`).
 
     With none of them used, and an external teacher, it is `DistillationTrainer`, step by step. It ends on a divergence
@@ -209,11 +215,11 @@ class OPSDTrainer(DistillationTrainer):
 
         own_kwargs = args.teacher_chat_template_kwargs
         self.teacher_chat_template_kwargs = self.chat_template_kwargs if own_kwargs is None else own_kwargs
-        context = args.build_teacher_context()
+        contexts = args.build_teacher_contexts()
         self.teacher_prompts: TeacherPrompts | None = None  # where it sees what the student sees
-        if context is not None or self.teacher_chat_template_kwargs != self.chat_template_kwargs:
+        if contexts or self.teacher_chat_template_kwargs != self.chat_template_kwargs:
             self.teacher_prompts = TeacherPrompts(
-                context, args.build_sibling_fallback(), self._tokenize_for_teacher, self._tokenizer
+                contexts, args.build_sibling_fallback(), self._tokenize_for_teacher, self._tokenizer
             )
             if isinstance(train_dataset, Dataset):
                 self.teacher_prompts.check_lengths(train_dataset, self._max_teacher_prompt(args.max_completion_length))
@@ -223,6 +229,18 @@ class OPSDTrainer(DistillationTrainer):
                     partial(self._apply_chat_template, self.chat_template_kwargs),
                     partial(self._apply_chat_template, self.teacher_chat_template_kwargs),
                 )
+
+        self.teacher_gate: TeacherGate | None = None
+        if args.teacher_gate is not None:
+            self.teacher_gate = TeacherGate(
+                contexts,
+                args.teacher_gate,
+                args.resolve_teacher_gate_rollouts(None if train_dataset is None else train_dataset.column_names),
+                self._write_as_teacher,
+                self._verify_teacher,
+                self.accelerator,
+                args.seed,
+            )
 
         if args.use_vllm:
             self.vllm_generation.end_at(self.eos_token_ids)
@@ -283,8 +301,11 @@ class OPSDTrainer(DistillationTrainer):
             self._metrics[mode][name].append(value)
         batch = collected.batch
         if self.teacher_prompts is not None:
+            contexts = None if self.teacher_gate is None else self._gate_teacher(mode, collected)
             batch.update(
-                self._tokenize_teacher_prompts(collected.rows, collected.siblings, batch["completion_ids"].size(1))
+                self._tokenize_teacher_prompts(
+                    collected.rows, collected.siblings, batch["completion_ids"].size(1), contexts
+                )
             )
         if self.args.log_engine_mismatch:
             batch["engine_logprobs"] = self._engine_logprobs(batch)
@@ -329,16 +350,80 @@ class OPSDTrainer(DistillationTrainer):
             **kwargs,
         )["input_ids"][0]
 
+    def _gate_teacher(self, mode: str, collected: CollectedRollouts) -> list[TeacherContext | None]:
+        """Context of each rollout, as the teacher's gate has chosen it."""
+        contexts, metrics = self.teacher_gate.choose(
+            collected.rows, collected.siblings, collected.batch["kept"].tolist(), self.state
+        )
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if self.teacher_gate.num_rollouts > 0:
+            # What it has cost so far: a mean over some steps would hide it
+            self._metrics[mode]["opsd/teacher_gate_tokens"] = [self.teacher_gate.tokens]
+            self._metrics[mode]["opsd/teacher_gate_seconds"] = [self.teacher_gate.seconds]
+        return contexts
+
+    def _write_as_teacher(
+        self, rows: list[dict[str, Any]], siblings: list[str | None], context: TeacherContext
+    ) -> list[list[int]]:
+        """Rollouts of the teacher in a context, up to their first end-of-sequence token."""
+        # As long as the student's may be; a limit that follows what the student writes says nothing of the teacher
+        length = self.generation_kwargs["max_new_tokens"]
+        if self.rollouts.limit is not None:
+            length = self.rollouts.limit.max_length
+        prompt_ids, _ = self.teacher_prompts.encode(
+            rows, [context] * len(rows), siblings, self._max_teacher_prompt(length)
+        )
+        config = copy.deepcopy(self.generation_config)
+        config.max_new_tokens = length
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        device, completion_ids = self.accelerator.device, []
+        for start in range(0, len(rows), size):
+            ids, mask = padded(
+                prompt_ids[start : start + size], self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of
+            )
+            written = self.teacher.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+            for row in written[:, ids.size(1) :].tolist():
+                end = next((place for place, token in enumerate(row) if token in self.eos_token_ids), len(row))
+                completion_ids.append(row[: end + 1])
+        return completion_ids
+
+    def _verify_teacher(
+        self, rows: list[dict[str, Any]], completion_ids: list[list[int]], state: TrainerState
+    ) -> Verdicts:
+        """Verdicts on rollouts of the teacher. What the verifiers log of them is not the student's, and is dropped."""
+        verdicts = self.rollouts.verify(rows, completion_ids, state)
+        self.rollouts.verifiers.metrics.clear()
+        self.rollouts.verifiers.columns.clear()
+        return verdicts
+
     def _max_teacher_prompt(self, completion_length: int) -> int:
         positions = self.teacher.config.get_text_config().max_position_embeddings
         return self.args.max_teacher_prompt_length or positions - completion_length
 
     def _tokenize_teacher_prompts(
-        self, rows: list[dict[str, Any]], siblings: list[str | None], completion_length: int
+        self,
+        rows: list[dict[str, Any]],
+        siblings: list[str | None],
+        completion_length: int,
+        contexts: list[TeacherContext | None] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
-        prompt_ids, num_cut = self.teacher_prompts.encode(rows, siblings, self._max_teacher_prompt(completion_length))
-        if self.teacher_prompts.context is not None:
+        """
+        The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`. `contexts` are what its gate
+        has chosen.
+        """
+        prompts, limit = self.teacher_prompts, self._max_teacher_prompt(completion_length)
+        in_contexts = [prompts.context_of(sibling) for sibling in siblings] if contexts is None else contexts
+        prompt_ids, num_cut = prompts.encode(rows, in_contexts, siblings, limit)
+        if contexts is not None:
+            # An anchor is what the student sees, in the student's own rendering
+            anchors = [index for index, context in enumerate(contexts) if context is None]
+            plain = self._tokenize_prompts([rows[index]["prompt"] for index in anchors])[0] if anchors else []
+            for index, ids in zip(anchors, plain, strict=True):
+                prompt_ids[index] = ids
+        if prompts.contexts:
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["opsd/privileged_cut"].append(num_cut / len(rows))
         ids, mask = padded(prompt_ids, self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of)
@@ -552,11 +637,16 @@ class OPSDTrainer(DistillationTrainer):
         super()._save(output_dir, state_dict)
         self.teacher.remove_saved_adapter(output_dir or self.args.output_dir)
 
+    @property
+    def _saved(self) -> list[Saved]:
+        """What a checkpoint has to hold beside the weights."""
+        return self.rollouts.saved + ([] if self.teacher_gate is None else [self.teacher_gate])
+
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         # Before the rest: a checkpoint whose `trainer_state.json` is there is whole, and only then are older ones removed
         if self.args.should_save:
-            for state in self.rollouts.saved:
+            for state in self._saved:
                 state.save(folder)
         if self.teacher.follows_student:
             self.teacher.save(folder, is_main=self.args.should_save)
@@ -568,5 +658,5 @@ class OPSDTrainer(DistillationTrainer):
         if checkpoint is not None:
             if self.teacher.follows_student:
                 self.teacher.load(checkpoint)
-            for state in self.rollouts.saved:
+            for state in self._saved:
                 state.load(checkpoint)

@@ -29,18 +29,23 @@ class Writer:
             See [`hash_weights`].
         vocabulary (`str`):
             See [`hash_vocabulary`].
+        context (`str`, *optional*):
+            Prompt template that it was asked in. `None` for the plain prompt, and in files from before this was kept.
     """
 
     model: str
     weights: str
     vocabulary: str
+    context: str | None = None
 
     def __str__(self) -> str:
-        return f"`{self.model}` (weights {self.weights[:8]}, vocabulary {self.vocabulary[:8]})"
+        asked = "" if self.context is None else f", asked in `{self.context}`"
+        return f"`{self.model}` (weights {self.weights[:8]}, vocabulary {self.vocabulary[:8]}{asked})"
 
     def is_same(self, other: "Writer") -> bool:
-        """Whether it is the same model with the same tokenizer, wherever they lie."""
-        return (self.weights, self.vocabulary) == (other.weights, other.vocabulary)
+        """Whether it is the same model with the same tokenizer, wherever they lie, asked in the same way."""
+        own, others = ((writer.weights, writer.vocabulary, writer.context) for writer in (self, other))
+        return own == others
 
     def save(self, folder: Path) -> None:
         """Writes it into the folder of a bank."""

@@ -105,7 +105,8 @@ def measure(
 
 class StopAtAccuracy(TrainerCallback):
     """
-    Ends training when greedy accuracy on validation problems reaches a target, in plain and in concise replies alike.
+    Ends training when greedy accuracy on validation problems reaches a target, in plain replies and, on those that they are
+    taught on, in concise ones alike.
 
     Args:
         config ([`TinyConfig`]):
@@ -130,7 +131,8 @@ class StopAtAccuracy(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.accuracy_steps == 0 or state.global_step == state.max_steps:
             for mode in ("plain", "concise"):
-                result = measure(model, self.tokenizer, self.tasks, mode, self.max_new_tokens)
+                tasks = [task for task in self.tasks if self.config.teaches(mode, len(task.ops))]
+                result = measure(model, self.tokenizer, tasks, mode, self.max_new_tokens)
                 self.results.append({"phase": "chain", "step": state.global_step, **result})
             control.should_training_stop = self.reached
         return control

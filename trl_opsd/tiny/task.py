@@ -66,6 +66,10 @@ class TinyConfig:
             many times as long as most, as with real ones. By default each number is as frequent as the others.
         verbosity (`int`, *optional*, defaults to `1`):
             How many times a plain reply writes each step again.
+        short_ways_max_ops (`int`, *optional*):
+            Most operations of a problem that the warm start answers in another way than the plain one. On longer ones the
+            model is then asked for a way that it was not taught there: what it is asked, it is not competent in. By default
+            every way is taught on all problems.
         style_blur (`float`, *optional*, defaults to `0.07`):
             How often, in the warm start, a piece of redundancy is left out of a plain reply, or put into a concise one.
             It makes every prefix one that each mode knows how to go on from, as for a language model it is.
@@ -118,6 +122,13 @@ class TinyConfig:
         },
     )
     verbosity: int = field(default=1, metadata={"help": "How many times a plain reply writes each step again."})
+    short_ways_max_ops: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most operations of a problem that the warm start answers in another way than the plain one. By "
+            "default every way is taught on all problems."
+        },
+    )
     style_blur: float = field(
         default=0.07,
         metadata={
@@ -177,6 +188,11 @@ class TinyConfig:
                 f"`median_ops` is {self.median_ops} and must lie between `min_ops` {self.min_ops} and `max_ops` "
                 f"{self.max_ops}."
             )
+        if self.short_ways_max_ops is not None and not self.min_ops <= self.short_ways_max_ops <= self.max_ops:
+            raise ValueError(
+                f"`short_ways_max_ops` is {self.short_ways_max_ops} and must lie between `min_ops` {self.min_ops} and "
+                f"`max_ops` {self.max_ops}: leave it out to teach every way on all problems."
+            )
         if self.verbosity < 1:
             raise ValueError(
                 f"`verbosity` is {self.verbosity} and must be at least 1: a plain reply checks its steps."
@@ -189,6 +205,10 @@ class TinyConfig:
     def max_reply_length(self) -> int:
         """Tokens of the longest right reply, with the end token."""
         return 8 + self.max_ops * (6 + 6 * self.verbosity)
+
+    def teaches(self, mode: str, num_ops: int) -> bool:
+        """Whether the warm start has replies in `mode` to problems of this many operations."""
+        return mode == "plain" or self.short_ways_max_ops is None or num_ops <= self.short_ways_max_ops
 
     @property
     def shares_of_ops(self) -> list[float]:
@@ -375,6 +395,8 @@ def sft_rows(config: TinyConfig, seed: int, slip_probability: float = 0.0) -> It
         if split_of(problem.text) != "sft":
             continue
         mode = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        if not config.teaches(mode, num_ops):
+            mode = "plain"
         results = problem.results(slip_probability if mode in ("plain", "concise") else 0.0, rng)
         yield {
             "prompt": [{"role": "user", "content": problem.ask(mode)}],

@@ -1,0 +1,276 @@
+"""The chain that chooses for itself: what it decides, on which numbers, and that nothing is lost where it should stop."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from trl_opsd.cli import UserError
+from trl_opsd.compress.__main__ import main
+from trl_opsd.compress.auto import Automatic, Promise, learning_rate
+from trl_opsd.compress.auto_config import AutoConfig
+from trl_opsd.compress.config import CompressConfig
+from trl_opsd.evaluate.estimate import Samples
+from trl_opsd.evaluate.results_file import Measurement
+from trl_opsd.evaluate.schema import ResultRow
+
+
+NUM = 300
+
+
+def measurement(correct: np.ndarray, tokens: np.ndarray, stage: str = "base", file: str = "x.json") -> Measurement:
+    """As the evaluation of `NUM` problems with one sample each is read back."""
+    accuracy, length = float(correct.mean()), float(tokens.mean())
+    row = ResultRow(
+        stage=stage,
+        checkpoint=stage,
+        task="guard",
+        decoding="sampled",
+        prompt="plain",
+        n=len(correct),
+        samples=1,
+        accuracy=accuracy,
+        accuracy_low=accuracy,
+        accuracy_high=accuracy,
+        mean_tokens=length,
+        p90_tokens=length,
+        truncated=0.0,
+        parameters=1000,
+        wall_s=1.0,
+    )
+    shape = (len(correct), 1)
+    samples = Samples(
+        list(range(len(correct))),
+        [[] for _ in correct],
+        correct.reshape(shape).astype(bool),
+        correct.reshape(shape).astype(float),
+        tokens.reshape(shape),
+        np.zeros(shape),
+        np.zeros(shape, dtype=bool),
+        0,
+    )
+    questions = {number: str(number) for number in range(len(correct))}
+    return Measurement(row, {"config": {}}, {}, Path(file), samples, questions)
+
+
+def share(value: float, num: int = NUM) -> np.ndarray:
+    """Which of the problems are right: as many as that share, spread evenly."""
+    return np.floor(np.arange(1, num + 1) * value) - np.floor(np.arange(num) * value)
+
+
+PLAIN_TOKENS = np.linspace(50, 150, NUM)
+
+
+class TestPromise:
+    def test_of_a_context_that_is_as_right(self):
+        found = Promise.of("x", measurement(share(0.9), PLAIN_TOKENS), measurement(share(0.9), PLAIN_TOKENS / 4), 0.01)
+        assert found.as_right == found.usable == [True] * 3
+        assert not found.needs_gate
+        assert found.saving == pytest.approx(0.75)
+
+    def test_only_where_it_is_right_is_anything_saved(self):
+        right = share(0.95)
+        in_context = np.where(PLAIN_TOKENS > np.quantile(PLAIN_TOKENS, 2 / 3), share(0.2), right)
+        found = Promise.of("x", measurement(right, PLAIN_TOKENS), measurement(in_context, PLAIN_TOKENS * 1e-9), 0.01)
+        assert found.as_right == found.usable == [True, True, False]
+        assert found.needs_gate
+        kept = PLAIN_TOKENS[200:].sum() / PLAIN_TOKENS.sum()
+        assert found.saving == pytest.approx(1 - kept)
+
+    def test_where_it_is_nearly_right_a_gate_makes_it_usable(self):
+        right = share(0.99)
+        in_context = np.where(np.arange(NUM) < 100, share(0.85), share(0.2))
+        found = Promise.of("x", measurement(right, PLAIN_TOKENS), measurement(in_context, PLAIN_TOKENS / 2), 0.01)
+        assert found.as_right == [False] * 3
+        assert found.usable == [True, False, False]
+        assert found.saving == pytest.approx(PLAIN_TOKENS[:100].sum() / 2 / PLAIN_TOKENS.sum())
+
+    def test_problems_are_paired_by_their_id_whatever_the_order(self):
+        right = share(0.5)
+        after = measurement(right, PLAIN_TOKENS / 2)
+        order = np.random.default_rng(0).permutation(NUM)
+        after.samples.ids = [after.samples.ids[i] for i in order]
+        after.samples.correct, after.samples.tokens = after.samples.correct[order], after.samples.tokens[order]
+        found = Promise.of("x", measurement(right, PLAIN_TOKENS), after, 0.01)
+        assert found.comparison.difference[0] == 0
+        assert found.saving == pytest.approx(0.5)
+
+
+def test_the_rate_goes_through_the_two_points_that_are_known():
+    assert learning_rate(1_700_000_000, False) == pytest.approx(1e-6)
+    assert learning_rate(166_000, False) == pytest.approx(3e-4, rel=0.05)
+    assert learning_rate(8_000_000_000, True) == 1e-4
+
+
+@pytest.fixture
+def problems(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, first, count in (("train", 0, 400), ("test", 1000, 100)):
+        rows = [{"prompt": f"{number}?", "answer": str(number)} for number in range(first, first + count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+class Told(Automatic):
+    """Told what every evaluation finds, and whether training ends by itself."""
+
+    def tell(self, found: dict, alarm_at: int | None = None):
+        self.found, self.alarm_at, self.trained, self.placed = found, alarm_at, [], None
+        (self.root).mkdir(exist_ok=True)
+        return self
+
+    def measure(self, name, model, split, context=None):
+        correct, tokens = self.found[name]
+        return measurement(share(correct), PLAIN_TOKENS * tokens, name)
+
+    def run(self, stage):
+        number = int(stage.name.rpartition("-")[2])
+        if number == self.alarm_at:
+            raise UserError(f"The stage `{stage.name}` failed: the share of correct rollouts fell.")
+        self.trained.append((stage.arguments, stage.recipe))
+
+    def decisions(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def told(tmp_path, problems, checkpoint):
+    def make(found, alarm_at=None, **arguments) -> Told:
+        config = CompressConfig(
+            model_name_or_path=checkpoint(), dataset_name=problems, output_dir=str(tmp_path / "out")
+        )
+        options = {"contexts": ["{prompt} concise", "{prompt} brief"], "max_completion_length": 64} | arguments
+        return Told(config, AutoConfig(**options)).tell(found, alarm_at)
+
+    return make
+
+
+CONTEXTS = {"context-1": (0.98, 0.5), "context-2": (0.12, 0.04)}
+
+
+def take(automatic):
+    base = automatic.measure("base", "", "guard")
+    promise = automatic.choose(base)
+    return promise, None if promise is None else automatic.train(promise, base)
+
+
+class TestDecisions:
+    def test_the_context_that_keeps_the_chain_is_taken_and_not_the_shortest(self, told):
+        promise, _ = take(told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.5), "round-2": (0.98, 0.5)}))
+        assert promise.context == "{prompt} concise"
+
+    def test_a_context_that_tempts_to_skip_the_chain_is_refused(self, told):
+        automatic = told({"base": (0.98, 1.0), "context-1": (0.12, 0.04)}, contexts=["{prompt} brief"])
+        assert take(automatic) == (None, None)
+        assert automatic.trained == []
+        assert automatic.decisions()[-1]["decision"] == "no training"
+
+    def test_a_context_that_saves_too_little_is_refused(self, told):
+        automatic = told({"base": (0.9, 1.0), "context-1": (0.9, 0.95)}, contexts=["{prompt} x"])
+        assert take(automatic) == (None, None)
+
+    def test_it_stops_when_there_is_no_more_to_be_had_and_takes_the_shortest(self, told):
+        rounds = {"round-1": (0.98, 0.7), "round-2": (0.98, 0.5), "round-3": (0.98, 0.495)}
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(automatic)[1]).name == "round-3"
+        assert len(automatic.trained) == 3
+
+    def test_it_goes_on_while_accuracy_is_being_won_back(self, told):
+        rounds = {"round-1": (0.95, 0.5), "round-2": (0.96, 0.5), "round-3": (0.98, 0.51)}
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(automatic)[1]).name == "round-3"
+
+    def test_a_round_that_is_worse_is_the_last_and_not_taken(self, told):
+        rounds = {"round-1": (0.98, 0.7), "round-2": (0.6, 0.3)}
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(automatic)[1]).name == "round-1"
+        assert [entry["decision"] for entry in automatic.decisions()][-2:] == ["stop", "round"]
+
+    def test_an_alarm_ends_training_with_what_was_there(self, told):
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=2)
+        assert Path(take(automatic)[1]).name == "round-1"
+
+    def test_where_the_first_round_is_worse_nothing_is_left(self, told):
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.5, 0.3)})
+        assert take(automatic)[1] is None
+
+    def test_a_round_goes_on_from_the_checkpoint_of_the_one_before(self, told):
+        rounds = {"round-1": (0.98, 0.7), "round-2": (0.98, 0.5), "round-3": (0.98, 0.5)}
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds}, round_steps=5)
+        take(automatic)
+        first, second, third = (arguments for arguments, _ in automatic.trained)
+        assert "resume_from_checkpoint" not in first
+        assert second["resume_from_checkpoint"].endswith("round-1/checkpoint-5")
+        assert third["resume_from_checkpoint"].endswith("round-2/checkpoint-10")
+        assert third["max_steps"] == 15
+
+    def test_a_context_that_fails_somewhere_gets_a_gate_of_the_teachers(self, told):
+        automatic = told(
+            {"base": (0.98, 1.0), **CONTEXTS, "context-1": (0.9, 0.5), "round-1": (0.98, 0.5)}, max_rounds=1
+        )
+        promise, _ = take(automatic)
+        assert promise.needs_gate
+        (_, recipe), *_ = automatic.trained
+        assert yaml.safe_load(Path(recipe).read_text())["teacher_gate"] == 0.5
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.5)}, max_rounds=1)
+        take(automatic)
+        (_, recipe), *_ = automatic.trained
+        assert "teacher_gate" not in yaml.safe_load(Path(recipe).read_text())
+
+    def test_every_decision_has_its_numbers(self, told):
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7), "round-2": (0.98, 0.7)})
+        take(automatic)
+        for entry in automatic.decisions():
+            assert entry["because"], entry["decision"]
+            assert entry["sentence"]
+
+
+def test_no_problem_is_in_two_parts(told):
+    automatic = told({})
+    parts = [set(map(str, rows["prompt"])) for rows in automatic.data.values()]
+    assert [len(part) for part in parts] == [300, 100, 100]
+    assert len(set.union(*parts)) == 500
+
+
+def test_without_a_test_split_the_verdict_has_problems_of_its_own(told, problems):
+    Path(problems, "test.jsonl").unlink()
+    parts = [set(map(str, rows["prompt"])) for rows in told({}).data.values()]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 400
+
+
+def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
+    folder = checkpoint()
+    (Path(folder) / "model.safetensors").write_bytes(b"")
+    main(["--model_name_or_path", folder, "--dataset_name", problems, "--dry_run", "true"])
+    out = capsys.readouterr().out
+    assert "the verdict, on 100 problems" in out
+    assert "GiB" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--dataset_name", "DATA"], "`model_name_or_path` is missing"),
+        (["--model_name_or_path", "MODEL"], "`dataset_name` is missing"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "no placeholder"], "`{prompt}`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--rollouts", "1000"], "`rollouts`"),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--max_accuracy_drop", "2"],
+            "`max_accuracy_drop`",
+        ),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--gpu_memory", "0.00001"], "GiB"),
+    ],
+)
+def test_a_mistake_is_one_sentence(problems, checkpoint, capsys, options, sentence):
+    values = {"DATA": problems, "MODEL": checkpoint()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*(values.get(option, option) for option in options), "--dry_run", "true"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

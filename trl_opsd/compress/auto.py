@@ -1,0 +1,536 @@
+"""
+The chain that chooses for itself: from a checkpoint and prompts to a model that is as good in fewer tokens.
+
+What it does is written down before it is done (the plan, and a recipe for each stage, in `recipes/`), and why afterwards
+(`decisions.jsonl`, each with the numbers that it rests on). It trains from the context that promises most, looks at
+problems that training has not seen after every round, and stops when there is no more to be had or something is lost. The
+verdict is on problems that nothing before it has seen.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoConfig
+from transformers.utils import is_peft_available
+
+from ..adapters import merged
+from ..cli import UserError, check_checkpoint, user_errors
+from ..data import load_prompts
+from ..evaluate.compare import Answer, Comparison, compare_measurements
+from ..evaluate.decide import decide
+from ..evaluate.report import write_report
+from ..evaluate.results_file import Measurement, load_results, write_rows
+from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from ..plan.memory import Training, empty_model, parts
+from ..plan.run import GIB, read_launch
+from ..results import write_text
+from .auto_config import AutoConfig as Arguments
+from .chain import Stage, run_chain
+from .config import CompressConfig
+
+
+# A round that saves less than this share of the tokens of the one before is the last
+LEAST_GAIN = 0.03
+# Share of the accuracy without it from which on a context is worth a gate that sorts out where it is wrong
+USABLE = 0.8
+# Of the adapter, where the weights themselves do not fit
+LORA = {"use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_target_modules": ["all-linear"]}
+
+
+def learning_rate(parameters: int, has_adapter: bool) -> float:
+    """
+    The rate where none is given: 1e-6 for 1.7B parameters (https://huggingface.co/papers/2603.05433) and 3e-4 for the tiny
+    reasoner's 166 thousand, on a line between the two in logarithms, which is all that is known; 1e-4 for an adapter.
+    """
+    return 1e-4 if has_adapter else float(f"{1e-6 * (1.7e9 / parameters) ** 0.62:.1e}")
+
+
+@dataclass
+class Promise:
+    """
+    What a context would give, measured on the guard's problems.
+
+    Args:
+        context (`str`):
+            Name or template.
+        comparison ([`~trl_opsd.evaluate.compare.Comparison`]):
+            The checkpoint in this context against itself without.
+        as_right, usable (`list[bool]`):
+            For each third of the problems, by the length of its replies without: whether it is as right as without, within
+            twice the error, and whether it is nearly so, at least `USABLE` times.
+        saving (`float`):
+            Share of the tokens that go if it is used in the thirds in which it is usable and nowhere else.
+    """
+
+    context: str
+    comparison: Comparison
+    as_right: list[bool]
+    usable: list[bool]
+    saving: float
+
+    @classmethod
+    def of(cls, context: str, before: Measurement, after: Measurement, margin: float) -> "Promise":
+        place = {name: row for row, name in enumerate(after.samples.ids)}
+        both = [(row, place[name]) for row, name in enumerate(before.samples.ids) if name in place]
+        rows, others = (list(side) for side in zip(*both, strict=True))
+        tokens = [m.samples.tokens[index].mean(axis=1) for m, index in ((before, rows), (after, others))]
+        correct = [m.samples.correct[index].mean(axis=1) for m, index in ((before, rows), (after, others))]
+        as_right, usable, left = [], [], 0.0
+        for third in np.array_split(np.argsort(tokens[0], kind="stable"), 3):
+            lost = correct[0][third] - correct[1][third]
+            error = lost.std() / max(len(third), 1) ** 0.5
+            as_right.append(bool(lost.mean() <= 2 * error))
+            usable.append(as_right[-1] or bool(correct[1][third].mean() >= USABLE * correct[0][third].mean()))
+            left += tokens[1 if usable[-1] else 0][third].sum()
+        comparison = compare_measurements(before, after, margin)
+        return cls(context, comparison, as_right, usable, float(1 - left / tokens[0].sum()))
+
+    @property
+    def needs_gate(self) -> bool:
+        """Whether it is wrong where the student is right, so that a gate of the teacher's has to choose the problems."""
+        return not all(self.as_right)
+
+
+class Automatic:
+    """
+    One run of it, which goes on where an earlier one was interrupted: a stage that is finished is not run again, and its
+    decision follows from the same numbers.
+
+    Args:
+        config ([`~trl_opsd.compress.config.CompressConfig`]):
+            Checkpoint, prompts, folder, launcher and seed.
+        arguments ([`~trl_opsd.compress.auto_config.AutoConfig`]):
+            The rest.
+    """
+
+    def __init__(self, config: CompressConfig, arguments: Arguments):
+        self.config, self.arguments = config, arguments
+        self.root = Path(config.output_dir)
+        self.console = Console()
+        self.log = self.root / "decisions.jsonl"
+        check_checkpoint(config.model_name_or_path, "model_name_or_path")
+        self.has_gpu = torch.cuda.is_available()
+        self.processes, self.launcher = self._read_launcher()
+        self.data, self.reward_funcs = self._divide()
+        self.recipe = self._recipe()
+
+    # What is known before anything is loaded
+
+    def _read_launcher(self) -> tuple[int, list[str]]:
+        if self.config.launcher is None:
+            count = torch.cuda.device_count()
+            if count < 2:
+                return 1, [sys.executable]
+            return count, ["accelerate", "launch", "--num_processes", str(count)]
+        words = shlex.split(self.config.launcher)
+        given = dict(zip(words, words[1:], strict=False))
+        number = given.get("--num_processes")
+        return read_launch(given.get("--config_file"), None if number is None else int(number))[1], words
+
+    def _divide(self) -> tuple[dict[str, Dataset], list[str]]:
+        """Problems to train on, to watch by, and for the verdict, none of which is in two."""
+        arguments = self.arguments
+        train = load_prompts(self.config.dataset_name, "train")
+        verifiers = arguments.reward_funcs
+        if verifiers is None:
+            columns = {"answer": "math_reward", "tests": "code_reward"}
+            verifiers = [func for column, func in columns.items() if column in train.column_names][:1]
+            if not verifiers:
+                raise UserError(
+                    f"`{self.config.dataset_name}` has neither `answer` nor `tests`, so nothing says which verifier it is "
+                    "for: name it with `--reward_funcs`."
+                )
+        train = train.shuffle(seed=0)  # of the division, whatever the run's seed
+        try:
+            final = load_prompts(self.config.dataset_name, "test").shuffle(seed=0)
+        except UserError:
+            final = None
+        asked = {json.dumps(prompt) for prompt in final["prompt"]} if final is not None else set()
+        train = train.select([row for row, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in asked])
+        if final is None:
+            share = min(arguments.final_problems, len(train) // 5)
+            final, train = train.select(range(share)), train.select(range(share, len(train)))
+        final = final.select(range(min(arguments.final_problems, len(final))))
+        guard = min(arguments.guard_problems, len(train) // 4)
+        guard, train = train.select(range(guard)), train.select(range(guard, len(train)))
+        if len(train) < arguments.rollouts or min(len(guard), len(final)) < 30:
+            raise UserError(
+                f"`{self.config.dataset_name}` leaves {len(train)} problems to train on, {len(guard)} to watch by and "
+                f"{len(final)} for the verdict, and {arguments.rollouts}, 30 and 30 are the least: give more, or lower "
+                "`rollouts`."
+            )
+        return {"train": train, "guard": guard, "final": final}, verifiers
+
+    def _recipe(self) -> dict:
+        """The recipe of training, but for the context."""
+        arguments, model = self.arguments, self.config.model_name_or_path
+        config = AutoConfig.from_pretrained(model)
+        count = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
+        prompt = 512 if self.has_gpu else 128
+        length = arguments.max_completion_length + prompt
+        budget = max(length, 16384 if self.has_gpu else 4096)
+        capacity = arguments.gpu_memory
+        if capacity is None:
+            capacity = torch.cuda.get_device_properties(0).total_memory / GIB if self.has_gpu else _ram() / GIB
+
+        def planned(peft_config) -> dict[str, float]:
+            dtype = torch.bfloat16 if peft_config is not None and self.has_gpu else torch.float32
+            training = Training(
+                student=config,
+                teacher=None if peft_config is not None else config,
+                dtype=dtype,
+                teacher_dtype=dtype,
+                autocast=self.has_gpu,
+                peft_config=peft_config,
+                gradient_checkpointing=self.has_gpu,
+                rows=max(1.0, budget / length),
+                length=length,
+                completion=arguments.max_completion_length,
+                several=True,
+                processes=self.processes,
+                device="cuda" if self.has_gpu else "cpu",
+            )
+            return {name: value / GIB for name, value in parts(training).items()}
+
+        full, has_adapter = planned(None), False
+        memory = full
+        if sum(full.values()) > 0.9 * capacity:
+            if not is_peft_available():
+                raise UserError("Full training does not fit and peft is not installed: run `pip install peft`.")
+            from peft import LoraConfig
+
+            memory, has_adapter = planned(LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")), True
+            if sum(memory.values()) > 0.9 * capacity:
+                raise UserError(
+                    f"An adapter on `{model}` takes {sum(memory.values()):.0f} GiB and a device has {capacity:.0f}: shard it "
+                    "over several with `--launcher 'accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml'`, "
+                    "or lower `max_completion_length`."
+                )
+        self.parameters, self.capacity, self.memory, self.full = count, capacity, memory, full
+        rate = arguments.learning_rate or learning_rate(count, has_adapter)
+        recipe = {
+            "model_name_or_path": model,
+            "dataset_name": str(self.root / "data" / "train.jsonl"),
+            "reward_funcs": self.reward_funcs,
+            "teacher_weights": "initial",
+            "gate": "correct",
+            "beta": 1.0,
+            "temperature": 1.0,
+            "max_completion_length": arguments.max_completion_length,
+            "per_device_train_batch_size": max(1, arguments.rollouts // self.processes),
+            "gradient_accumulation_steps": 1,
+            "max_tokens_per_microbatch": budget,
+            "learning_rate": rate,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "save_strategy": "steps",
+            "save_steps": arguments.round_steps,
+            "logging_steps": 1,
+            "probe_prompts": 0,  # measured beforehand, on the guard's problems
+            "report_to": "none",
+            "dtype": "bfloat16" if has_adapter and self.has_gpu else "float32",
+            "bf16": self.has_gpu,
+            "use_cpu": not self.has_gpu,
+            "gradient_checkpointing": self.has_gpu,
+            **(LORA if has_adapter else {}),
+        }
+        return recipe
+
+    @property
+    def contexts(self) -> list[str]:
+        given = self.arguments.contexts
+        if given is not None:
+            for context in given:
+                if context not in TEACHER_PROMPT_TEMPLATES:
+                    TeacherContext(context).check_columns(self.data["train"].column_names)
+            return given
+        names = ["concise", "concise_by_difficulty"]
+        return names + (["solution"] if "solution" in self.data["train"].column_names else [])
+
+    def plan(self) -> str:
+        """What will be done, why, and what it takes, from the sizes alone."""
+        arguments, recipe = self.arguments, self.recipe
+        sizes = {name: len(rows) for name, rows in self.data.items()}
+        memory = ", ".join(f"{name} {value:.2f}" for name, value in self.memory.items() if value > 0.005)
+        rollouts = arguments.round_steps * arguments.rollouts
+        looks = (1 + len(self.contexts) + arguments.max_rounds) * sizes["guard"] + 2 * sizes["final"]
+        how = (
+            "an adapter, because full training takes " + f"{sum(self.full.values()):.1f} GiB"
+            if "use_peft" in recipe
+            else "all weights"
+        )
+        disk = (arguments.max_rounds + 1) * self.parameters * (4 + (0 if "use_peft" in recipe else 8))
+        lines = [
+            f"{self.config.model_name_or_path}: {self.parameters / 1e6:,.1f}M parameters, on "
+            f"{self.processes} {'GPU' if self.has_gpu else 'CPU process'}{'s' * (self.processes > 1)} of {self.capacity:.0f} GiB",
+            f"1. measure it on {sizes['guard']} problems kept out of training, plain and in each of {len(self.contexts)} "
+            f"contexts ({', '.join(map(repr, self.contexts))}), and take the one that promises most; below "
+            f"{arguments.min_saving:.0%} of the tokens: end, with nothing lost",
+            f"2. train {how}, on {sizes['train']:,} problems, up to {arguments.max_rounds} rounds of {arguments.round_steps} "
+            f"updates × {arguments.rollouts} rollouts at a rate of {recipe['learning_rate']:.1e}; after each look at the "
+            f"{sizes['guard']} problems; stop when a round saves less than {LEAST_GAIN:.0%}, or something is lost",
+            f"3. the verdict, on {sizes['final']} problems that nothing has seen: at most "
+            f"{100 * arguments.max_accuracy_drop:g} points lost",
+            f"memory of training: {sum(self.memory.values()):.2f} GiB ({memory})",
+            f"disk: {disk / GIB:.1f} GiB at most",
+            f"rollouts: at most {arguments.max_rounds * rollouts:,} to train on and {looks * arguments.samples:,} to measure; "
+            "how long that takes is said when the first are written",
+        ]
+        return "\n".join(lines)
+
+    # What is done
+
+    def decide(self, what: str, sentence: str, **because) -> None:
+        """Writes a decision down, with the numbers it rests on, and says it."""
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "decision": what,
+            "because": because,
+            "sentence": sentence,
+        }
+        with self.log.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.say(f"→ {sentence}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def write_recipe(self, name: str, recipe: dict) -> str:
+        path = self.root / "recipes" / f"{name}.yaml"
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+        return str(path)
+
+    def measure(self, name: str, model: str, split: str, context: str | None = None) -> Measurement:
+        """Accuracy and tokens of a checkpoint, sampled."""
+        recipe = {
+            "reward_funcs": self.reward_funcs,
+            "decoding": ["sampled"],
+            "temperature": 1.0,
+            "num_samples": self.arguments.samples,
+            "max_completion_length": self.arguments.max_completion_length,
+            "batch_size": 256,
+            "prompt_only": False,
+            "task": split,
+            "seed": self.config.seed,
+        }
+        output = self.root / "evaluation" / f"{name}-{split}.json"
+        options = {
+            "model_name_or_path": model,
+            "dataset_name": str(self.root / "data" / f"{split}.jsonl"),
+            "stage": name,
+            "output": str(output),
+        }
+        if context is not None:
+            options["prompt_template"] = TEACHER_PROMPT_TEMPLATES.get(context, context)
+        recipe = self.write_recipe(f"evaluate_{split}", recipe)
+        self.run(
+            Stage(f"{name}-{split}", f"measuring {name} on {split}", "trl_opsd.evaluate", recipe, options, output)
+        )
+        (found,) = load_results(output)
+        return found
+
+    def run(self, stage: Stage) -> None:
+        """Runs a stage, unless it is finished."""
+        self.say(f"  {stage.what}")
+        run_chain([stage], self.root / "logs", self.launcher, lambda *progress: None)
+
+    def choose(self, base: Measurement) -> Promise | None:
+        """The context that promises most, if any promises enough."""
+        promises = []
+        for number, context in enumerate(self.contexts, start=1):
+            try:
+                found = self.measure(f"context-{number}", self.config.model_name_or_path, "guard", context)
+            except UserError as error:
+                self.decide(
+                    "context left out", f"the context {context!r} cannot be measured: {error}", context=context
+                )
+                continue
+            promise = Promise.of(context, base, found, self.arguments.max_accuracy_drop)
+            promises.append(promise)
+            signs = zip(promise.as_right, promise.usable, strict=True)
+            thirds = " ".join("✓" if right else "~" if usable else "✗" for right, usable in signs)
+            self.decide(
+                "context measured",
+                f"{context!r}: {100 * found.row.accuracy:.1f}% in {found.row.mean_tokens:.1f} tokens (plain "
+                f"{100 * base.row.accuracy:.1f}% in {base.row.mean_tokens:.1f}); as right as plain from the third with the shortest replies to that with the longest {thirds}; "
+                f"promises {promise.saving:.0%} of the tokens",
+                context=context,
+                accuracy=found.row.accuracy,
+                mean_tokens=found.row.mean_tokens,
+                as_right=promise.as_right,
+                usable=promise.usable,
+                saving=promise.saving,
+            )
+        best = max(promises, key=lambda promise: promise.saving, default=None)
+        if best is None or best.saving < self.arguments.min_saving:
+            promised = "nothing" if best is None else f"{best.saving:.0%}"
+            self.decide(
+                "no training",
+                f"no context promises {self.arguments.min_saving:.0%} of the tokens where it keeps the accuracy (the best: "
+                f"{promised}): nothing is trained",
+                saving=None if best is None else best.saving,
+            )
+            return None
+        gate = "" if not best.needs_gate else ", used where the teacher is right in it (`teacher_gate`)"
+        self.decide("context", f"the teacher sees {best.context!r}{gate}", context=best.context, saving=best.saving)
+        return best
+
+    def train(self, promise: Promise, base: Measurement) -> str | None:
+        """
+        Rounds, until one is the last. Returns the folder of the round to take: of those that have not lost more than the
+        margin the shortest, else the most accurate of those that are not worse for sure.
+        """
+        arguments = self.arguments
+        recipe = dict(self.recipe)
+        is_name = promise.context in TEACHER_PROMPT_TEMPLATES
+        recipe["teacher_context" if is_name else "teacher_prompt_template"] = promise.context
+        if promise.needs_gate:
+            recipe["teacher_gate"] = 0.5
+        path = self.write_recipe("opsd", recipe)
+        good, last = [], base.row.mean_tokens
+        level = 1 - 0.05 / arguments.max_rounds
+        for number in range(1, arguments.max_rounds + 1):
+            output, steps = self.root / f"round-{number}", number * arguments.round_steps
+            options = {"output_dir": str(output), "max_steps": steps, "seed": self.config.seed}
+            if number > 1:
+                before = self.root / f"round-{number - 1}" / f"checkpoint-{steps - arguments.round_steps}"
+                options["resume_from_checkpoint"] = str(before)
+            try:
+                self.run(
+                    Stage(f"round-{number}", f"training to update {steps}", "trl_opsd.opsd", path, options, output)
+                )
+            except UserError as error:
+                self.decide("training stopped", f"round {number} ended by itself: {error}", round=number)
+                break
+            found = self.measure(f"round-{number}", str(output), "guard")
+            comparison = compare_measurements(base, found, arguments.max_accuracy_drop, level)
+            tokens, lost = found.row.mean_tokens, -comparison.difference[0]
+            numbers = {"round": number, "accuracy": found.row.accuracy, "mean_tokens": tokens, "level": level}
+            numbers["difference"] = comparison.difference
+            self.decide("look", f"round {number}: {comparison.short()}", answer=comparison.answer.text, **numbers)
+            if comparison.answer is Answer.WORSE:
+                self.decide("stop", f"round {number} is worse than the start: it is not taken", **numbers)
+                break
+            good.append((max(lost, arguments.max_accuracy_drop), tokens, str(output)))
+            if tokens > (1 - LEAST_GAIN) * last and lost <= arguments.max_accuracy_drop:
+                self.decide(
+                    "stop", f"round {number} saved {1 - tokens / last:.1%}: there is no more to be had", **numbers
+                )
+                break
+            last = tokens
+        else:
+            self.decide("stop", f"`max_rounds` {arguments.max_rounds} are done", max_rounds=arguments.max_rounds)
+        if not good:
+            self.decide("end", "no round kept the accuracy: nothing is left, and nothing lost")
+            return None
+        lost, tokens, folder = min(good)
+        self.decide(
+            "round", f"{Path(folder).name} is taken, in {tokens:.1f} tokens", mean_tokens=tokens, lost_at_most=lost
+        )
+        return folder
+
+    def conclude(self, folder: str) -> Answer:
+        """The verdict on problems that nothing has seen, and if it is not that of a loss the folder `compressed`."""
+        model, arguments = self.config.model_name_or_path, self.arguments
+        measurements = [self.measure("base", model, "final"), self.measure(Path(folder).name, folder, "final")]
+        files, margins = [str(item.file) for item in measurements], {None: arguments.max_accuracy_drop}
+        more = self.root / "evaluation" / "decided-final.json"
+        conclusion = decide(*files, arguments.decide, more, margins, self.say)
+        comparison = conclusion.pooled
+        self.decide("verdict", comparison.sentence(), answer=conclusion.answer.text, difference=comparison.difference)
+        measurements = [comparison.before, comparison.after]
+        write_rows(self.root / "results.json", [item.row for item in measurements], self.config)
+        reasons = [line["sentence"] for line in map(json.loads, self.log.read_text().splitlines())]
+        write_report(measurements, self.root, "base", margins, remarks=reasons)
+        if conclusion.answer is Answer.WORSE:
+            self.decide("end", "it is worse on the problems of the verdict: nothing is left, and nothing lost")
+        else:
+            self.place(folder)
+            self.say(f"{self.root / 'compressed'}: the model; report.html: the evidence")
+        return conclusion.answer
+
+    def place(self, folder: str) -> None:
+        """Copies a round to `compressed`, whole or not at all, an adapter merged into its base."""
+        final, staging = self.root / "compressed", self.root / ".compressed.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        whole = merged(folder, str(staging))
+        if whole == folder:
+            shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+
+    def __call__(self) -> int:
+        """Runs it. Returns the exit status: 0 as good, 1 worse, 3 undecided or nothing to be had."""
+        for name, rows in self.data.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text(self.root / "data" / f"{name}.jsonl", text)
+        self.log.unlink(missing_ok=True)  # decisions follow from the results again, which are kept
+        start = time.monotonic()
+        base = self.measure("base", self.config.model_name_or_path, "guard")
+        self.tell_time(base, time.monotonic() - start)
+        promise = self.choose(base)
+        if promise is None:
+            return 3
+        folder = self.train(promise, base)
+        status = 1 if folder is None else self.conclude(folder).status
+        self.say(f"{(time.monotonic() - start) / 60:.1f} minutes in all, what was there from an earlier run not counted")
+        return status
+
+    def tell_time(self, base: Measurement, seconds: float) -> None:
+        """How long the rest will take, from the tokens that were just written."""
+        if base.row.generation_s is None:  # they were there already
+            return
+        arguments = self.arguments
+        written = base.row.n * arguments.samples * base.row.mean_tokens
+        speed = written / max(base.row.generation_s, 1e-3)
+        sizes = {name: len(rows) for name, rows in self.data.items()}
+        measured = (len(self.contexts) + arguments.max_rounds) * sizes["guard"] + 2 * sizes["final"]
+        # Training an update takes about as long as writing its rollouts
+        trained = 2 * arguments.max_rounds * arguments.round_steps * arguments.rollouts
+        left = (measured * arguments.samples + trained) * base.row.mean_tokens / speed
+        self.decide(
+            "time",
+            f"{speed:,.0f} tokens a second: at most {left / 60:.0f} minutes from here, if replies stay as long as they are",
+            tokens_per_s=speed,
+            seconds_at_most=left,
+            first_s=seconds,
+        )
+
+
+def _ram() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def run(config: CompressConfig, arguments: Arguments) -> None:
+    """
+    Plans, and unless it is a dry run does it.
+
+    Args:
+        config ([`~trl_opsd.compress.config.CompressConfig`]):
+            Checkpoint, prompts, folder, launcher and seed.
+        arguments ([`~trl_opsd.compress.auto_config.AutoConfig`]):
+            The rest.
+    """
+    with user_errors():
+        automatic = Automatic(config, arguments)
+        automatic.say(automatic.plan())
+        if arguments.dry_run:
+            return
+        try:
+            status = automatic()
+        except KeyboardInterrupt:
+            Console(stderr=True).print("\nInterrupted: the same command goes on from here.")
+            raise SystemExit(130) from None
+    if status:
+        raise SystemExit(status)

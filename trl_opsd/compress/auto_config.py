@@ -1,0 +1,98 @@
+"""Arguments of the chain that chooses for itself."""
+
+from dataclasses import dataclass, field
+
+from ..cli import UserError
+
+
+@dataclass
+class AutoConfig:
+    r"""
+    Arguments of the chain where no recipes are given: from a checkpoint and prompts to a model that is as good in fewer
+    tokens. What it takes of [`CompressConfig`] is `model_name_or_path`, `dataset_name`, `output_dir`, `launcher` and `seed`.
+
+    Args:
+        max_accuracy_drop (`float`, *optional*, defaults to `0.01`):
+            Loss of accuracy that still counts as none.
+        contexts (`list[str]`, *optional*):
+            What the teacher may see beside the prompt: names (`concise`, `concise_by_difficulty`, `solution`, `answer`) or
+            templates with `{prompt}`. All are measured, and one is chosen. Defaults to the first two, and `solution` where
+            the data have one.
+        reward_funcs (`list[str]`, *optional*):
+            Verifiers. Defaults to `math_reward` where the data have an `answer`, and `code_reward` where they have `tests`.
+        max_completion_length (`int`, *optional*, defaults to `2048`):
+            Longest reply, in training and evaluation. One that is cut counts as wrong.
+        guard_problems (`int`, *optional*, defaults to `256`):
+            Problems, kept out of training, on which contexts are chosen and rounds are watched.
+        final_problems (`int`, *optional*, defaults to `1024`):
+            Most problems of the verdict, which nothing else sees: the split `test`, or where there is none a share of `train`.
+        samples (`int`, *optional*, defaults to `2`):
+            Completions of each of them, at temperature 1.
+        decide (`int`, *optional*, defaults to `4`):
+            How many times as many completions the verdict may draw while it is undecided.
+        round_steps (`int`, *optional*, defaults to `20`):
+            Updates between two looks.
+        max_rounds (`int`, *optional*, defaults to `6`):
+            Most rounds.
+        rollouts (`int`, *optional*, defaults to `64`):
+            Rollouts of an update, over all processes.
+        min_saving (`float`, *optional*, defaults to `0.1`):
+            Share of the tokens that a context has to promise for training to begin.
+        learning_rate (`float`, *optional*):
+            Defaults to one by the number of parameters.
+        gpu_memory (`float`, *optional*):
+            GiB of a GPU. Defaults to those of the one that is there.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to end after the plan, for which no weights are loaded.
+    """
+
+    max_accuracy_drop: float = field(default=0.01, metadata={"help": "Loss of accuracy that still counts as none."})
+    contexts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher may see beside the prompt: names, or templates with {prompt}. All are measured, and "
+            "one is chosen. Defaults to concise, concise_by_difficulty, and solution where the data have one."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Verifiers. Defaults to math_reward, or code_reward where the data have `tests`."},
+    )
+    max_completion_length: int = field(
+        default=2048, metadata={"help": "Longest reply, in training and evaluation. One that is cut counts as wrong."}
+    )
+    guard_problems: int = field(
+        default=256,
+        metadata={"help": "Problems, kept out of training, on which contexts are chosen and rounds are watched."},
+    )
+    final_problems: int = field(
+        default=1024, metadata={"help": "Most problems of the verdict, which nothing else sees."}
+    )
+    samples: int = field(default=2, metadata={"help": "Completions of each of them, at temperature 1."})
+    decide: int = field(
+        default=4,
+        metadata={"help": "How many times as many completions the verdict may draw while it is undecided."},
+    )
+    round_steps: int = field(default=20, metadata={"help": "Updates between two looks."})
+    max_rounds: int = field(default=6, metadata={"help": "Most rounds."})
+    rollouts: int = field(default=64, metadata={"help": "Rollouts of an update, over all processes."})
+    min_saving: float = field(
+        default=0.1, metadata={"help": "Share of the tokens that a context has to promise for training to begin."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Defaults to one by the number of parameters."}
+    )
+    gpu_memory: float | None = field(
+        default=None, metadata={"help": "GiB of a GPU. Defaults to those of the one that is there."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "End after the plan, for which no weights are loaded."})
+
+    def __post_init__(self):
+        for name in ("max_accuracy_drop", "min_saving"):
+            if not 0 <= vars(self)[name] < 1:
+                raise UserError(f"`{name}` is a share from 0 to below 1, and is {vars(self)[name]}.")
+        for name in ("guard_problems", "final_problems", "samples", "round_steps", "max_rounds", "rollouts"):
+            if vars(self)[name] < 1:
+                raise UserError(f"`{name}` must be at least 1, and is {vars(self)[name]}.")
+        if self.decide < 2:
+            raise UserError(f"`decide` must be at least 2, and is {self.decide}.")

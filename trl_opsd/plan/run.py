@@ -1,0 +1,168 @@
+"""From a recipe to a table of gibibytes."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+from trl import ModelConfig, get_peft_config
+
+from ..cli import UserError, check_checkpoint, user_errors
+from ..opsd import OPSDConfig
+from .config import PlanArguments
+from .memory import ADAMW, Training, cache_bytes, parts
+
+
+GIB = 1 << 30
+SHARDINGS = {"NO": "ddp", "MULTI_GPU": "ddp", "FSDP": "fsdp2"}
+
+
+def read_launch(path: str | None, num_processes: int | None) -> tuple[str, int]:
+    """What the processes share, and how many they are, by a configuration of accelerate."""
+    if path is None:
+        return "ddp", num_processes or 1
+    if not Path(path).is_file():
+        raise UserError(f"`accelerate_config`: there is no file `{path}`: check the path.")
+    config = yaml.safe_load(Path(path).read_text())
+    kind = config.get("distributed_type")
+    if kind == "DEEPSPEED":
+        stage = config.get("deepspeed_config", {}).get("zero_stage")
+        if stage not in (2, 3):
+            raise UserError(f"`{path}` has `zero_stage: {stage}`, and what is planned for is 2 or 3.")
+        sharding = f"zero{stage}"
+    elif kind in SHARDINGS:
+        sharding = SHARDINGS[kind]
+    else:
+        raise UserError(
+            f"`{path}` has `distributed_type: {kind}`, and what is planned for is NO, MULTI_GPU, FSDP or DEEPSPEED."
+        )
+    return sharding, num_processes or config.get("num_processes", 1)
+
+
+def read_config(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if config.get_text_config() is not config:
+        raise UserError(f"`{path}` is a model of several modalities, and only text models are planned for.")
+    return config
+
+
+def training_of(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> tuple[Training, int]:
+    """What is trained, and how many tokens a prompt may have."""
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise UserError(
+            "Quantised weights (`load_in_4bit`, `load_in_8bit`) are not planned for: leave them out, for an upper bound."
+        )
+    if args.optim not in ADAMW:
+        raise UserError(f"`optim` is `{args.optim.value}`, and what is planned for is {', '.join(ADAMW)}.")
+    sharding, processes = read_launch(arguments.accelerate_config, arguments.num_processes)
+    student = read_config(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    weights = args.resolve_teacher_weights(args.teacher_model_name_or_path)
+    teacher = None
+    if weights == "external":
+        teacher = read_config(args.teacher_model_name_or_path, args.teacher_model_revision, args.trust_remote_code)
+    elif weights != "live" and not model_args.use_peft:
+        teacher = student
+
+    def dtype_of(config: PreTrainedConfig, name: str | torch.dtype | None) -> torch.dtype:
+        if name in (None, "auto"):
+            name = config.dtype or torch.float32
+        return name if isinstance(name, torch.dtype) else getattr(torch, name)
+
+    dtype = dtype_of(student, model_args.dtype)
+    teacher_dtype = (args.teacher_model_init_kwargs or {}).get("dtype", model_args.dtype)
+    prompt = arguments.prompt_tokens
+    if prompt is None:
+        limit = args.vllm_max_model_length if args.use_vllm else None
+        prompt = 512 if limit is None else limit - args.max_completion_length
+    length = prompt + args.max_completion_length
+    if args.max_tokens_per_microbatch is None:
+        rows, several = args.per_device_train_batch_size, args.gradient_accumulation_steps > 1
+    else:
+        rows = max(1.0, args.max_tokens_per_microbatch / length)
+        several = args.per_device_train_batch_size * args.gradient_accumulation_steps > rows
+    training = Training(
+        student=student,
+        teacher=teacher,
+        dtype=dtype,
+        teacher_dtype=dtype if teacher is student else dtype_of(teacher or student, teacher_dtype),
+        autocast=args.bf16,
+        peft_config=get_peft_config(model_args),
+        gradient_checkpointing=args.gradient_checkpointing,
+        rows=rows,
+        length=length,
+        completion=args.max_completion_length,
+        several=several,
+        optim=args.optim,
+        sharding=sharding,
+        processes=processes,
+    )
+    return training, prompt
+
+
+def generation_of(args: OPSDConfig, training: Training, rows: int, prompt: int, capacity: float) -> tuple[str, float]:
+    """What writes the rollouts, and the GiB that it takes beside weights, teacher and moments."""
+    if args.use_vllm and args.vllm_mode == "server":
+        return "a server's, on GPUs of its own", 0.0
+    if args.use_vllm:
+        return (
+            f"`vllm_gpu_memory_utilization: {args.vllm_gpu_memory_utilization}`",
+            args.vllm_gpu_memory_utilization * capacity,
+        )
+    itemsize = 2 if training.autocast else training.dtype.itemsize
+    length = prompt + args.max_completion_length
+    return f"cache of {rows} rollouts of {length:,} tokens", rows * length * cache_bytes(
+        training.student, itemsize
+    ) / GIB
+
+
+def advice(training: Training, gib: dict[str, float], in_training: bool) -> str:
+    """The setting to lower first."""
+    if not in_training:
+        return "lower `vllm_gpu_memory_utilization`, or without vLLM `per_device_train_batch_size`"
+    names = {
+        "activations": "set `gradient_checkpointing: true`"
+        if not training.gradient_checkpointing
+        else "lower `max_tokens_per_microbatch`",
+        "loss": "lower `max_tokens_per_microbatch`",
+    }
+    largest = max(gib, key=gib.get)
+    spread = "train an adapter (`use_peft: true`), or share the models out: `--accelerate_config recipes/accelerate_configs/fsdp2.yaml` with more GPUs"
+    return f"most of it is {largest}: {names.get(largest, spread)}"
+
+
+def run(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> None:
+    """Prints the plan."""
+    with user_errors():
+        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", args.trust_remote_code)
+        if args.teacher_model_name_or_path is not None:
+            check_checkpoint(args.teacher_model_name_or_path, "teacher_model_name_or_path", args.trust_remote_code)
+        training, prompt = training_of(arguments, args, model_args)
+        try:
+            found = parts(training)
+        except ValueError as error:  # of a model class that there is none for
+            raise UserError(f"`{model_args.model_name_or_path}` is not planned for: {error}") from None
+    capacity = arguments.gpu_memory
+    if capacity is None:
+        capacity = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79.2
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    gib = {name: value / GIB for name, value in found.items()}
+    print(
+        f"{training.sharding} on {training.processes} of {capacity:.1f} GiB; a micro-batch holds {training.rows:.1f} rollouts of {training.length:,} tokens"
+    )
+    for name, value in gib.items():
+        print(f"{name:>14} {value:8.2f} GiB")
+    peak = sum(gib.values())
+    writer, extra = generation_of(args, training, rows, prompt, capacity)
+    # Gradients are gone while rollouts are written; an engine that does not sleep stays
+    resting = gib["weights"] + gib["teacher"] + gib["moments"]
+    stays = args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
+    train = peak + (extra if stays else 0.0)
+    generate = resting + extra
+    for name, value in (("training", train), ("generation", generate)):
+        print(
+            f"{name:>14} {value:8.2f} GiB: {'fits' if value <= capacity else f'{value - capacity:.1f} GiB too many'}"
+        )
+    print(f"(rollouts: {writer}{', there in training too' if stays else ''})")
+    if max(train, generate) > capacity:
+        print(advice(training, gib, train > capacity))
+        raise SystemExit(1)
