@@ -1,5 +1,5 @@
 """
-What runs inside the sandbox, started by `sandbox.py` as a script; it imports nothing but the standard library.
+What runs inside the sandbox, started by `local.py`, or by a server, as a script; it imports nothing but the standard library.
 
 Three processes. The *launcher* makes the namespaces, then watches how much the others compute and sleep, and ends them.
 The *judge* is the first process of the new process namespace, so that everything ends with it: it builds the file view,
