@@ -94,14 +94,14 @@ def probe(trainer, num_prompts: int, page: str | None = None, difficulty: str | 
                 asked = [{**row, "prompt": prompts.prompt(row, context)} for row in rows]
                 with trainer._chat_template_kwargs(trainer.teacher_chat_template_kwargs):
                     in_contexts.append(_roll_out(trainer, asked)[1])
-                written.append(trainer.rollout_log.own("eval"))
+                written.append(list(trainer.rollout_log.rollouts["eval"].values()))
             teacher = _score(trainer, batches, log)
     finally:
         trainer.rollout_log, trainer.teacher_gate = own_log, gate
         trainer.model.train(was_training)
         trainer._metrics["eval"].clear()
     result = {"num_prompts": len(rows), "student": student, "prompt_only": next(iter(in_contexts), None)}
-    result["by_difficulty"] = _by_difficulty(rows, log.own("eval"), written, difficulty)
+    result["by_difficulty"] = _by_difficulty(rows, list(log.rollouts["eval"].values()), written, difficulty)
     result |= {"teacher": teacher}
     result["warnings"] = _warnings(result, is_gated=gate is not None)
     for warning in result["warnings"]:
