@@ -252,14 +252,15 @@ class FakeEngine:
 class FakeTool(FakeEngine):
     """A converter that leaves a file, or fails as it is told to."""
 
-    calls, errors = [], {}
+    calls, errors, left_alone = [], {}, ()
 
     def __init__(self, name, python, logs):
         self.name = name
 
     def convert(self, checkpoint, output, precision, unquantised=None, **options):
         self.calls.append((self.name, precision, unquantised and unquantised.name, options))
-        (output / "model.bin").write_text(precision)
+        is_whole = "32" in precision or precision in self.left_alone
+        (output / "model.bin").write_bytes(bytes(100_000 if is_whole else 100))
         if precision in self.errors:
             raise self.errors[precision]
 
@@ -267,7 +268,7 @@ class FakeTool(FakeEngine):
 @pytest.fixture
 def exported(tmp_path, monkeypatch, capsys):
     """Exports the world's checkpoint by the real command with made-up tools; returns the status and what was printed."""
-    FakeEngine.wrong, FakeTool.calls, FakeTool.errors = {}, [], {}
+    FakeEngine.wrong, FakeTool.calls, FakeTool.errors, FakeTool.left_alone = {}, [], {}, ()
     folder = tmp_path / "checkpoint"
     world.save_checkpoint(folder)
     tokenizer = world.make_tokenizer()
@@ -403,6 +404,14 @@ def test_a_conversion_that_fails_leaves_nothing(exported, tmp_path, wrong, error
     status, said = exported("safetensors:bfloat16", "gguf:q8_0")
     assert status == 1 and sentence in said
     assert names(tmp_path / "out") == {"safetensors-bfloat16", "results", "export.json"}  # the others go on
+
+
+def test_a_converter_that_has_quantised_nothing(exported, tmp_path):
+    """As optimum-intel's function does that is given a precision, without a word."""
+    FakeTool.left_alone = ("int8",)
+    status, said = exported("openvino:int4", "openvino:int8")
+    assert status == 1 and "✗ openvino-int8: it takes 1" in said and "so it was not quantised." in said
+    assert names(tmp_path / "out") == {"openvino-int4", "results", "export.json"}
 
 
 def test_the_checkpoint_itself_is_checked_in_vllm(exported, tmp_path):

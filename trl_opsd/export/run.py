@@ -44,6 +44,8 @@ from .tool import Engine, Tool, ToolError, Transformers, render
 
 # What an artefact takes beside its weights, and what converters take meanwhile, as a share
 _SLACK = 0.15
+# What is quantised takes less of the float32 form than this, whatever lies beside the weights
+_SMALLER = 0.9
 # Columns that a K-quant of GGUF takes together
 _K_BLOCK = 256
 
@@ -218,7 +220,7 @@ class Exporter:
             try:
                 if not is_there:
                     self._make(artefact, staging, unquantised)
-                yield self._publish(artefact, staging)
+                yield self._publish(artefact, staging, self._float32_bytes(staging, unquantised))
             except (UserError, OSError) as error:
                 yield _failed(artefact, error)
             finally:
@@ -226,6 +228,13 @@ class Exporter:
                     shutil.rmtree(staging, ignore_errors=True)
         if unquantised is not None:
             shutil.rmtree(unquantised, ignore_errors=True)
+
+    def _float32_bytes(self, staging: Path, unquantised: Path | None) -> int:
+        """Size of the float32 form of an artefact, with what lies beside the weights."""
+        if unquantised is not None:
+            return size_of(unquantised)
+        weights = sum(file.stat().st_size for file in staging.rglob("*.safetensors"))
+        return 4 * self.checkpoint.parameters + size_of(staging) - weights
 
     def _staging(self, name: str) -> Path:
         staging = self.folder / ".making" / name  # which has its name already, for what is written into it
@@ -261,8 +270,11 @@ class Exporter:
         if differences:
             raise ToolError(f"it is not the model that it was made of: {'; '.join(differences)}")
 
-    def _publish(self, artefact: Artefact, staging: Path) -> dict[str, Any]:
-        """Checks an artefact, and moves it to where it belongs, if it is as good, or else beside it."""
+    def _publish(self, artefact: Artefact, staging: Path, unquantised: int) -> dict[str, Any]:
+        """
+        Checks an artefact, and moves it to where it belongs, if it is as good, or else beside it. `unquantised` is the size of
+        what it was quantised from.
+        """
         is_exact = artefact.is_exact or (artefact.precision == self.dtype and FAMILIES[artefact.family].engine is None)
         prompts = self.reference.prompts if is_exact else [*self.reference.prompts, *self.judge.prompts]
         _say(f"{artefact.name}: checking it on {len(prompts)} prompts")
@@ -270,6 +282,8 @@ class Exporter:
         answer = self.engine(artefact.family, artefact).generate(staging, self.reference, prompts, is_exact)
         self._compare(answer, not is_exact)
         size, digest = size_of(staging), hash_of(staging)
+        if not is_exact and size > _SMALLER * unquantised:
+            raise ToolError(f"it takes {size:,} bytes, and {unquantised:,} in float32, so it was not quantised")
         tokens = sum(map(len, answer.completions))
         row = {
             "artefact": artefact.name,

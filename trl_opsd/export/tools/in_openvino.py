@@ -17,24 +17,20 @@ FORMATS = {"f32": "fp32", "int8": "int8", "int4": "int4"}
 
 def convert(request: dict) -> dict:
     """From a checkpoint in float32, with its tokenizer as a model of OpenVINO's."""
-    from optimum.exporters.openvino import main_export
-    from optimum.intel import OVConfig
+    # Its command and not `main_export`, which takes a precision and leaves the weights as they are
+    from optimum.commands.optimum_cli import main
 
-    precision, options = FORMATS[request["precision"]], {}
-    if precision == "int4":
-        # in groups of 128 columns, or of as many as divide them all; in symmetric ones all kernels are fast
-        options = {"bits": 4, "sym": True, "ratio": 1.0, "group_size": request["options"].get("group_size", 128)}
-    elif precision == "int8":
-        options = {"bits": 8, "sym": False}
-    config = OVConfig(quantization_config=options) if options else OVConfig(dtype="fp32")
-    main_export(
-        request["checkpoint"],
-        output=request["output"],
-        task="text-generation-with-past",
-        library_name="transformers",
-        ov_config=config,
-        convert_tokenizer=True,
-    )
+    options = ["--weight-format", FORMATS[request["precision"]]]
+    if request["precision"] == "int4":
+        config = json.loads((Path(request["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        columns = (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * width)
+        # Groups of columns with a scale of their own; where none divides them, a row has one
+        group = next((size for size in (128, 64, 32) if all(number % size == 0 for number in columns)), -1)
+        options += ["--group-size", str(group)]
+    sys.argv = ["optimum-cli", "export", "openvino", "--model", request["checkpoint"], "--library", "transformers"]
+    sys.argv += ["--task", "text-generation-with-past", *options, request["output"]]
+    main()
     return {}
 
 
