@@ -128,7 +128,7 @@ class Tool:
 def last_words(log: Path) -> str:
     """Returns the line that says what went wrong: the last error, or else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if "error" in line.lower() or "not supported" in line.lower()]
+    said = [line for line in lines if any(word in line.lower() for word in ("error", "exception", "not supported"))]
     return (said or lines or [""])[-1][:300].rstrip(".")
 
 

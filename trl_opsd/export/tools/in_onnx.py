@@ -7,23 +7,20 @@ See [`trl_opsd.export.tools`] for what a request holds.
 """
 
 import json
+import runpy
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 
 def convert(request: dict) -> dict:
     """From a checkpoint in float32."""
-    from onnxruntime_genai.models.builder import create_model
-
-    cache = Path(request["output"]) / ".cache"
-    create_model(
-        None, request["checkpoint"], request["output"], request["precision"], "cpu", str(cache), hf_token="false"
-    )
-    if cache.is_dir():
-        import shutil
-
-        shutil.rmtree(cache)
+    # Its command, because the function behind it wants what the command has parsed
+    with tempfile.TemporaryDirectory() as cache:
+        sys.argv = ["builder", "-i", request["checkpoint"], "-o", request["output"], "-p", request["precision"]]
+        sys.argv += ["-e", "cpu", "-c", cache, "--extra_options", "hf_token=false"]
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
     return {}
 
 
