@@ -155,7 +155,8 @@ def export_table() -> str:
     """What two models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
     lines = []
     for name in ("tiny", "smollm2"):
-        rows = read(RESULTS / "export" / f"{name}.json")
+        files = sorted((RESULTS / "export").glob(f"{name}*.json"))
+        rows = list({row["artefact"]: row for file in files for row in read(file)}.values())
         whole = next(row["bytes"] for row in rows if row["artefact"] == "checkpoint")
         for row in rows:
             cells = [name, row["artefact"]]
