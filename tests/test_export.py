@@ -488,6 +488,16 @@ def test_a_disk_without_room(exported, tmp_path, monkeypatch):
     assert status == 2 and "error: `output_dir`: the artefacts need about" in said and not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_fills_up(exported, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(export_run, "plain_checkpoint", full)
+    status, said = exported("gguf")
+    assert status == 2 and f"error: the disk of `{tmp_path / 'out'}` is full" in said
+    assert names(tmp_path / "out") == set()
+
+
 def test_a_checkpoint_that_its_template_does_not_end(exported, tmp_path):
     edit(tmp_path / "checkpoint" / "tokenizer_config.json", lambda content: content.update(eos_token="<end>"))
     edit(tmp_path / "checkpoint" / "generation_config.json", lambda content: content.update(eos_token_id=2))
@@ -562,8 +572,8 @@ def small_llama(tmp_path_factory):
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,  # of 32, the least that vLLM has on a CPU
+        num_key_value_heads=1,
         initializer_range=0.4,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         bos_token_id=1,

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ from .tool import Engine, Tool, ToolError, Transformers, render
 
 # What an artefact takes beside its weights, and what converters take meanwhile, as a share
 _SLACK = 0.15
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What is quantised takes less of the float32 form than this, whatever lies beside the weights
 _SMALLER = 0.9
 # Columns that a K-quant of GGUF takes together
@@ -70,7 +72,13 @@ def run(export: ExportConfig, evaluate: EvaluateConfig) -> int:
     try:
         rows = exporter.run()
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"error: the disk of `{export.output_dir}` is full, and nothing half-made is left.", file=sys.stderr)
+        raise SystemExit(2) from None
     for row in rows:
         print(line(row))
     answers = {row["answer"] for row in rows}
@@ -449,6 +457,6 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def _failed(artefact: Artefact, error: Exception) -> dict[str, Any]:
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in _FULL
         error = "the disk is full, and nothing of it is left" if full else f"it could not be written ({error})"
     return {"artefact": artefact.name, "answer": "failed", "why": str(error).rstrip(".")}
