@@ -151,7 +151,30 @@ def golds_table() -> str:
     return markdown(["set", *failed, "neighbours", "passed before", "passed"], lines)
 
 
+def export_table() -> str:
+    """What two models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
+    lines = []
+    for name in ("tiny", "smollm2"):
+        files = sorted((RESULTS / "export").glob(f"{name}*.json"))
+        rows = list({row["artefact"]: row for file in files for row in read(file)}.values())
+        whole = next(row["bytes"] for row in rows if row["artefact"] == "checkpoint")
+        for row in rows:
+            cells = [name, row["artefact"]]
+            if row["answer"] == "failed":
+                lines.append([*cells, "", "", "", "", f"refused: {row['why'].partition(' (all it said')[0]}"])
+                continue
+            bounds = next(iter((row["accuracy"] or {}).values()), None)
+            accuracy = "" if bounds is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in bounds))
+            cells += [f"{row['bytes'] / 1e6:,.1f} ({row['bytes'] / whole:.2f})", accuracy]
+            measured = "prefix" in row
+            cells += [f"{row['prefix']:.2f}" if measured else "", f"{row['tokens_per_s']:,.0f}" if measured else ""]
+            lines.append([*cells, {"measured": ""}.get(row["answer"], row["answer"])])
+    heading = ["model", "artefact", "MB (of the checkpoint)", "accuracy greedy, % (95% interval)", "greedy prefix"]
+    return markdown([*heading, "tokens/s", "verdict"], lines)
+
+
 BLOCKS = {
+    "export": export_table,
     "chain": chain_table,
     "size": size_table,
     "divergence": divergence.table,

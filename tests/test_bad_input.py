@@ -14,6 +14,7 @@ import yaml
 from trl_opsd.cli import Parser, UserError
 from trl_opsd.compress.__main__ import ARGUMENTS as COMPRESS
 from trl_opsd.evaluate.__main__ import ARGUMENTS as EVALUATE
+from trl_opsd.export.__main__ import ARGUMENTS as EXPORT
 from trl_opsd.opsd.__main__ import ARGUMENTS as OPSD
 from trl_opsd.prune.__main__ import ARGUMENTS as PRUNE
 from trl_opsd.ranges import RANGES, check_range
@@ -22,7 +23,8 @@ from trl_opsd.shadows import read_dataclass
 from trl_opsd.tiny.__main__ import ARGUMENTS as TINY
 
 
-STAGES = {"tiny": TINY, "rlvr": RLVR, "prune": PRUNE, "opsd": OPSD, "evaluate": EVALUATE, "compress": COMPRESS}
+STAGES = {"tiny": TINY, "rlvr": RLVR, "prune": PRUNE, "opsd": OPSD, "evaluate": EVALUATE}
+STAGES |= {"export": EXPORT, "compress": COMPRESS}
 
 
 @cache

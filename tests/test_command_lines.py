@@ -14,6 +14,7 @@ from trl_opsd.cli import Parser, UserError, parse
 from trl_opsd.compress.__main__ import ARGUMENTS as COMPRESS
 from trl_opsd.data.__main__ import ARGUMENTS as DATA
 from trl_opsd.evaluate.__main__ import ARGUMENTS as EVALUATE
+from trl_opsd.export.__main__ import ARGUMENTS as EXPORT
 from trl_opsd.opsd.__main__ import ARGUMENTS as OPSD
 from trl_opsd.opsd.__main__ import main
 from trl_opsd.plan.__main__ import ARGUMENTS as PLAN
@@ -31,6 +32,7 @@ STAGES = {
     "prune": PRUNE,
     "opsd": OPSD,
     "evaluate": EVALUATE,
+    "export": EXPORT,
     "plan": PLAN,
     "compress": COMPRESS,
 }

@@ -7,13 +7,14 @@ import pytest
 
 from trl_opsd.compress.config import CompressConfig
 from trl_opsd.evaluate.config import EvaluateConfig
+from trl_opsd.export.config import ExportConfig
 from trl_opsd.opsd.config import OPSDConfig
 from trl_opsd.prune.config import PruneConfig
 from trl_opsd.rlvr.config import RLVRConfig
 from trl_opsd.tiny.task import TinyConfig
 
 
-CONFIGS = [TinyConfig, RLVRConfig, PruneConfig, OPSDConfig, EvaluateConfig, CompressConfig]
+CONFIGS = [TinyConfig, RLVRConfig, PruneConfig, OPSDConfig, EvaluateConfig, ExportConfig, CompressConfig]
 
 
 def own_fields(config):

@@ -24,6 +24,7 @@ ORDER = [
     "prune",
     "opsd",
     "evaluate",
+    "export",
     "plan",
     "compress",
 ]

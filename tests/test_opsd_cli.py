@@ -64,6 +64,9 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint):
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters(), strict=True))
     results = json.loads((out / "opsd.json").read_text())
     assert results["run"]["config"]["max_steps"] == 3  # the command line overrides the recipe
+    # what cards and provenance say of where it comes from
+    assert results["run"]["config"]["model_name_or_path"] == checkpoint()
+    assert results["run"]["config"]["dataset_name"] == str(tmp_path / "train.jsonl")
     assert not (out / ".saving").exists()
 
 

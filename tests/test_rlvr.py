@@ -369,6 +369,9 @@ def test_a_run_leaves_an_ordinary_checkpoint(tmp_path, recipe, checkpoint, capsy
     assert AutoTokenizer.from_pretrained(out).chat_template
     results = json.loads((out / "rlvr.json").read_text())
     assert results["run"]["config"]["max_steps"] == 3  # the command line overrides the recipe
+    # what cards and provenance say of where it comes from
+    assert results["run"]["config"]["model_name_or_path"] == checkpoint()
+    assert results["run"]["config"]["dataset_name"] == str(tmp_path / "train.jsonl")
     assert any("rewards/math_reward/mean" in row for row in results["rows"])
 
 

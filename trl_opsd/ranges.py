@@ -40,6 +40,8 @@ RANGES: dict[str, str] = {
             "num_samples",
             "batch_size",
             "calibration_samples",
+            "conversion_prompts",
+            "conversion_tokens",
             "modulus",
             "train_size",
             "test_size",

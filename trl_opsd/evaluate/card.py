@@ -29,8 +29,8 @@ _METRICS = {
     "truncated": "truncated_share",
 }
 
-# What of a stage's configuration, some 160 values, makes its result
-_RECIPE = (
+#: What of a stage's configuration, some 160 values, makes its result
+RECIPE = (
     "model_name_or_path",
     "teacher_model_name_or_path",
     "dataset_name",
@@ -58,8 +58,8 @@ _RECIPE = (
     "gradient_accumulation_steps",
     "seed",
 )
-# Stages that leave a checkpoint, the last one first
-_STAGES = ("opsd", "prune", "rlvr", "sft")
+#: Stages that leave a checkpoint, the last one first
+STAGES = ("opsd", "prune", "rlvr", "sft")
 # The last line of a card that this module has written, with a hash of what is above it
 _OURS = re.compile(r"\n<!-- Written by trl_opsd\.evaluate from measured results; sha256 of the above: (\w+) -->\n\Z")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -72,6 +72,7 @@ def write_card(
     before: str | None = None,
     margins: Mapping[str | None, float] | None = None,
     licence: str | None = None,
+    weights: str | None = None,
 ) -> Path:
     """
     Writes `README.md`, a model card that the Hub reads, into the folder of a checkpoint.
@@ -94,6 +95,8 @@ def write_card(
         licence (`str`, *optional*):
             Licence of the checkpoint, as the Hub calls it. Defaults to that of the model it was made from, where the card
             of one of its folders says it.
+        weights (`str`, *optional*):
+            Hash of what is in the folder, where that is no checkpoint of transformers'. By default it is read.
 
     Returns:
         `Path`: The card.
@@ -114,10 +117,10 @@ def write_card(
         if label not in labels:
             raise UserError(f"There is no `{label}` in the results: they hold {', '.join(labels)}.")
     chosen = [item for item in measurements if item.label == stage]
-    _check_weights(folder, chosen)
+    _check_weights(folder, chosen, weights)
     path = folder / "README.md"
     replaced = _replaced(path)
-    origin = _origin(folder)
+    origin = find_origin(folder)
     keys, name = {item.key for item in chosen}, folder.resolve().name
     data = ModelCardData(
         model_name=name,
@@ -164,9 +167,9 @@ def write_card(
     return path
 
 
-def _check_weights(folder: Path, chosen: Sequence[Measurement]) -> None:
+def _check_weights(folder: Path, chosen: Sequence[Measurement], weights: str | None) -> None:
     """Only of the weights in a folder its card may speak."""
-    found = open_checkpoint(str(folder)).hash
+    found = weights or open_checkpoint(str(folder)).hash
     for item in chosen:
         if item.row.checkpoint_hash is None:
             raise UserError(
@@ -228,15 +231,15 @@ class Origin:
         ]
 
 
-def _origin(folder: Path) -> Origin:
+def find_origin(folder: Path) -> Origin:
     """Follows the records of stages back from the folder of a checkpoint."""
     origin, seen = Origin(), set()
     while folder.is_dir() and folder.resolve() not in seen:
         seen.add(folder.resolve())
         card = _metadata(folder / "README.md")
         origin.licence = origin.licence or _text(card.get("license"))
-        stage = next((name for name in _STAGES if (folder / f"{name}.json").is_file()), None)
-        config = {} if stage is None else _record(folder / f"{stage}.json")["run"]["config"]
+        stage = next((name for name in STAGES if (folder / f"{name}.json").is_file()), None)
+        config = {} if stage is None else read_record(folder / f"{stage}.json")["run"]["config"]
         name = _text(config.get("dataset_name"))
         if name:
             source = SOURCES.get(name.partition(":")[0])
@@ -267,7 +270,7 @@ def _metadata(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _record(file: Path) -> dict:
+def read_record(file: Path) -> dict:
     """What a stage has recorded."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -316,12 +319,12 @@ def _results(item: Measurement) -> list[EvalResult]:
 
 
 def _recipe(folder: Path) -> list[str]:
-    file = next((folder / f"{stage}.json" for stage in _STAGES if (folder / f"{stage}.json").is_file()), None)
+    file = next((folder / f"{stage}.json" for stage in STAGES if (folder / f"{stage}.json").is_file()), None)
     if file is None:
         return ["The checkpoint has no record of the stage that made it."]
-    results = _record(file)
+    results = read_record(file)
     config, commit, versions = results["run"]["config"], results["run"]["commit"], results["environment"]["versions"]
-    recipe = {name: config[name] for name in _RECIPE if config.get(name) is not None}
+    recipe = {name: config[name] for name in RECIPE if config.get(name) is not None}
     names = ", ".join(f"{name} {versions.get(name)}" for name in ("trl-opsd", "trl", "transformers", "torch"))
     return [
         f"Stage `{file.stem}`, with {names}" + (f", commit {commit}" if commit else "") + ":",

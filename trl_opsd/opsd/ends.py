@@ -36,20 +36,56 @@ def check_ends(eos_token_ids: list[int], teacher: PreTrainedModel | None, tokeni
                 f"student does not (its own are {sorted(eos_token_ids)}): it would learn to write it and to go on. Add it "
                 "to `eos_token_id` in the student's generation_config.json."
             )
+    reason = turn_without_end(eos_token_ids, tokenizer)
+    if reason is not None:
+        logger.warning(
+            f"{reason[0].upper()}{reason[1:]}: rollouts may never end. Add the token of the template to `eos_token_id` in "
+            "generation_config.json."
+        )
+
+
+def turn_without_end(eos_token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """
+    Says why the turns of a chat template are not those that the end tokens end.
+
+    Args:
+        eos_token_ids (`list[int]`):
+            Tokens that end a completion.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `str` or `None`: A sentence without its end, if the template ends an answer in none of them, or begins one with one
+        of them; `None` if all is well, or there is no template that a conversation of two turns can be written in.
+    """
     if tokenizer.chat_template is None:
-        return
+        return None
     turn = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer: 2"}]
     try:
         text = tokenizer.apply_chat_template(turn, tokenize=False)
-    except (TemplateError, ValueError, TypeError):
-        return  # a template that takes other messages than these says nothing here
-    ending = tokenizer(text.rpartition("The answer: 2")[2], add_special_tokens=False)["input_ids"]
-    if ending and not set(ending) & set(eos_token_ids):
-        logger.warning(
-            f"The chat template ends an answer in {tokenizer.decode(ending)!r}, in which none of the tokens that end a "
-            f"rollout occurs ({tokenizer.convert_ids_to_tokens(sorted(eos_token_ids))}): rollouts may never end. Add the "
-            "token of the template to `eos_token_id` in generation_config.json."
+        asked, begun = (
+            tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=begins)
+            for begins in (False, True)
         )
+    except (TemplateError, ValueError, TypeError):
+        return None  # a template that takes other messages than these says nothing here
+    prompt = begun.removeprefix(asked) if begun.startswith(asked) else ""
+    ending, beginning = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (text.rpartition("The answer: 2")[2], prompt)
+    )
+    names = tokenizer.convert_ids_to_tokens(sorted(eos_token_ids))
+    if ending and not set(ending) & set(eos_token_ids):
+        return (
+            f"the chat template ends an answer in {tokenizer.decode(ending)!r}, in which none of the tokens that end a "
+            f"completion occurs ({names})"
+        )
+    if wrong := set(beginning) & set(eos_token_ids):
+        return (
+            f"the chat template begins an answer with {tokenizer.convert_ids_to_tokens(min(wrong))!r}, which is one of the "
+            f"tokens that end a completion ({names})"
+        )
+    return None
 
 
 def check_lengths(args: OPSDConfig, config: PretrainedConfig) -> None:

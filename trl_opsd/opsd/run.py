@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -474,7 +474,9 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         raise SystemExit(3)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
-        write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, training_args.to_dict())
+        # Of what and on what it was trained too: model cards and the provenance of exports follow these back
+        config = {**asdict(model_args), **asdict(script_args), **training_args.to_dict()}
+        write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, config)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -1,6 +1,6 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -116,7 +116,9 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     interruption.end(training_args.output_dir)
     save_final(trainer)
     if trainer.accelerator.is_main_process:
-        write_results(f"{training_args.output_dir}/rlvr.json", trainer.state.log_history, training_args.to_dict())
+        # Of what and on what it was trained too: model cards and the provenance of exports follow these back
+        config = {**asdict(model_args), **asdict(script_args), **training_args.to_dict()}
+        write_results(f"{training_args.output_dir}/rlvr.json", trainer.state.log_history, config)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
