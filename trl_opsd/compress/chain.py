@@ -214,7 +214,7 @@ def run_chain(
         command = stage.command(launcher)
         if stage.is_training and stage.output.is_dir():
             if not stage.started.is_file() or stage.started.read_text() != fingerprint:
-                _move_aside(stage.output)
+                move_aside(stage.output)
             elif (checkpoint := find_checkpoint(True, str(stage.output))) is not None:
                 command += ["--resume_from_checkpoint", checkpoint]
             else:
@@ -238,7 +238,8 @@ def run_chain(
         write_text(stage.marker, fingerprint)
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
+    """Renames a folder to `NAME-old-1`, or the next number that is free."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}-old-{number}")).exists():
         number += 1
