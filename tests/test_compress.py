@@ -12,6 +12,7 @@ from evaluated import records, write_run
 from trl_opsd.cli import UserError
 from trl_opsd.compress import CompressConfig, Stage, plan_stages, run_chain
 from trl_opsd.compress.__main__ import main
+from trl_opsd.compress.chain import StageError
 from trl_opsd.evaluate.compare import compare_files
 
 
@@ -100,11 +101,43 @@ def interrupted(chain, tmp_path, monkeypatch):
     monkeypatch.delenv("FAIL_opsd")
     checkpoint = tmp_path / "opsd" / "checkpoint-10"
     checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
     return checkpoint
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(chain, interrupted):
     assert chain.run() == [f"opsd {interrupted}", "opsd.json"]
+
+
+def test_a_checkpoint_that_was_half_written_is_not_gone_on_from(chain, interrupted, tmp_path):
+    (tmp_path / "opsd" / "checkpoint-20").mkdir()
+    assert chain.run() == [f"opsd {interrupted}", "opsd.json"]
+
+
+def test_an_adapter_is_a_whole_output_too(chain, tmp_path):
+    chain.run()
+    (tmp_path / "opsd" / "config.json").rename(tmp_path / "opsd" / "adapter_config.json")
+    assert chain.run() == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("import sys; print('error: too few are correct'); sys.exit(3)", 3),
+        ("import sys; print('error: too few are correct'); print('  exitcode  : 3 (pid: 7)'); sys.exit(1)", 3),
+        ("class OPSDAlarm(Exception): pass\nraise OPSDAlarm('not finite')", 3),
+        ("raise MemoryError('no memory left')", 1),
+        ("import sys; print('error: wrong option'); sys.exit(2)", 2),
+    ],
+)
+def test_an_alarm_is_told_from_a_crash(tmp_path, monkeypatch, ending, status):
+    (tmp_path / "ends.py").write_text(ending)
+    (tmp_path / "recipe.yaml").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stage = Stage("x", "training", "ends", str(tmp_path / "recipe.yaml"), {}, tmp_path / "x")
+    with pytest.raises(StageError) as end:
+        run_chain([stage], tmp_path / "logs", [sys.executable], lambda *progress: None)
+    assert end.value.status == status
 
 
 def test_another_recipe_does_not_go_on_from_the_checkpoint(chain, interrupted, tmp_path, caplog):

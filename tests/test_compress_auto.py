@@ -1,17 +1,23 @@
 """The chain that chooses for itself: what it decides, on which numbers, and that nothing is lost where it should stop."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
 from trl_opsd.compress.auto import Automatic, Promise, learning_rate
 from trl_opsd.compress.auto_config import AutoConfig
+from trl_opsd.compress.chain import StageError
 from trl_opsd.compress.config import CompressConfig
+from trl_opsd.data import load_prompts
 from trl_opsd.evaluate.estimate import Samples
 from trl_opsd.evaluate.results_file import Measurement
 from trl_opsd.evaluate.schema import ResultRow
@@ -118,7 +124,7 @@ class Told(Automatic):
     """Told what every evaluation finds, and whether training ends by itself."""
 
     def tell(self, found: dict, alarm_at: int | None = None):
-        self.found, self.alarm_at, self.trained, self.placed = found, alarm_at, [], None
+        self.found, self.alarm_at, self.trained, self.status = found, alarm_at, [], 3
         (self.root).mkdir(exist_ok=True)
         return self
 
@@ -129,7 +135,7 @@ class Told(Automatic):
     def run(self, stage):
         number = int(stage.name.rpartition("-")[2])
         if number == self.alarm_at:
-            raise UserError(f"The stage `{stage.name}` failed: the share of correct rollouts fell.")
+            raise StageError(f"The stage `{stage.name}` failed: the share of correct rollouts fell.", self.status)
         self.trained.append((stage.arguments, stage.recipe))
 
     def decisions(self):
@@ -139,9 +145,13 @@ class Told(Automatic):
 @pytest.fixture
 def told(tmp_path, problems, checkpoint):
     def make(found, alarm_at=None, **arguments) -> Told:
-        config = CompressConfig(
-            model_name_or_path=checkpoint(), dataset_name=problems, output_dir=str(tmp_path / "out")
-        )
+        given = {"model_name_or_path": checkpoint(), "dataset_name": problems, "output_dir": str(tmp_path / "out")}
+        given |= {
+            name: arguments.pop(name)
+            for name in ("model_name_or_path", "dataset_name", "launcher")
+            if name in arguments
+        }
+        config = CompressConfig(**given)
         options = {"contexts": ["{prompt} concise", "{prompt} brief"], "max_completion_length": 64} | arguments
         return Told(config, AutoConfig(**options)).tell(found, alarm_at)
 
@@ -193,6 +203,26 @@ class TestDecisions:
         automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=2)
         assert Path(take(automatic)[1]).name == "round-1"
 
+    def test_a_crash_is_no_verdict(self, told):
+        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=1)
+        automatic.status = 1
+        with pytest.raises(UserError, match="round-1"):
+            take(automatic)
+
+    def test_a_model_that_is_never_right_has_nothing_to_train_on(self, told):
+        automatic = told({"base": (0.0, 1.0), "context-1": (0.0, 0.1), "context-2": (0.0, 0.1)})
+        assert take(automatic) == (None, None)
+        assert "math_reward" in automatic.decisions()[-1]["sentence"]
+
+    def test_what_an_earlier_run_has_left_is_not_taken_for_this_ones(self, told):
+        automatic = told({"base": (0.0, 1.0)})
+        for name in ("compressed/config.json", "report.html", "results.json"):
+            (automatic.root / name).parent.mkdir(exist_ok=True)
+            (automatic.root / name).touch()
+        assert automatic() == 3
+        assert not any((automatic.root / name).exists() for name in ("compressed", "report.html", "results.json"))
+        assert (automatic.root / "compressed-old-1" / "config.json").is_file()
+
     def test_where_the_first_round_is_worse_nothing_is_left(self, told):
         automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.5, 0.3)})
         assert take(automatic)[1] is None
@@ -241,6 +271,100 @@ def test_without_a_test_split_the_verdict_has_problems_of_its_own(told, problems
     assert len(set.union(*parts)) == sum(map(len, parts)) == 400
 
 
+def test_a_single_file_is_divided_too(told, problems):
+    file = Path(problems, "train.jsonl")
+    automatic = told({}, dataset_name=str(file))
+    parts = [set(map(str, rows["prompt"])) for rows in automatic.data.values()]
+    assert [len(part) for part in parts] == [240, 80, 80]
+    assert len(set.union(*parts)) == 400
+
+
+def test_a_problem_that_is_there_twice_counts_once(told, problems):
+    file = Path(problems, "train.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # To the letter, in another layout, and one of the test split's
+    more = [
+        *rows[:150],
+        *({**row, "prompt": f" {row['prompt']} "} for row in rows[:50]),
+        {"prompt": "1000 ?", "answer": "1"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    parts = [[prompt.replace(" ", "") for prompt in rows["prompt"]] for rows in told({}).data.values()]
+    assert [len(part) for part in parts] == [300, 100, 100]
+    assert len(set().union(*parts)) == 500
+
+
+def test_a_test_split_that_is_damaged_is_not_done_without(told, problems):
+    Path(problems, "test.jsonl").write_text('{"prompt": ')
+    with pytest.raises(UserError, match="not valid JSON"):
+        told({})
+
+
+def test_the_verifier_is_that_of_the_source(told, tmp_path):
+    examples = [{"input": f"Sort {number}", "target": str(number)} for number in range(300)]
+    (tmp_path / "word_sorting.json").write_text(json.dumps({"examples": examples}))
+    automatic = told({}, dataset_name=f"bbh:{tmp_path / 'word_sorting.json'}")
+    assert automatic.recipe["reward_funcs"] == ["logic_reward"]
+    assert told({}, dataset_name="reasoning-gym:chain_sum").recipe["reward_funcs"] == ["reasoning_gym_reward"]
+
+
+def test_columns_of_any_type_are_handed_on(told, problems):
+    frame = pandas.DataFrame(
+        {"prompt": [f"{n}?" for n in range(300)], "answer": "1", "score": [float("nan"), 1.0] * 150}
+    )
+    frame["day"] = pandas.Timestamp("2026-11-26")
+    Path(problems, "train.jsonl").unlink()
+    frame.to_parquet(Path(problems, "train.parquet"))
+    automatic = told({"base": (0.0, 1.0)})
+    assert automatic() == 3
+    found = load_prompts(str(automatic.root / "data" / "train.parquet"))
+    assert set(found.column_names) == set(frame.columns)
+    assert found["prompt"][:] == automatic.data["train"]["prompt"][:]
+
+
+LAUNCH = f"{sys.executable} -m accelerate.commands.launch"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "sharding"),
+    [
+        (f"{LAUNCH} --config_file recipes/accelerate_configs/fsdp2.yaml", 8, "fsdp2"),
+        (f"{LAUNCH} --config_file=recipes/accelerate_configs/zero3.yaml --num_processes=2", 2, "zero3"),
+        (f"{sys.executable} -m torch.distributed.run --nproc_per_node=4", 4, "ddp"),
+        (f"env A=1 {sys.executable}", 1, "ddp"),
+    ],
+)
+def test_what_the_launcher_shares_out_is_planned_for(told, monkeypatch, launcher, processes, sharding):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    automatic = told({}, launcher=launcher)
+    assert (automatic.processes, automatic.sharding) == (processes, sharding)
+    assert automatic.recipe["per_device_train_batch_size"] == 64 // processes
+    assert (automatic.memory["weights"] < told({}).memory["weights"]) is (sharding != "ddp")
+
+
+@pytest.mark.parametrize("launcher", ["nowhere_to_be_found", LAUNCH, f"{LAUNCH} --num_processes two"])
+def test_a_launcher_that_cannot_be_planned_for_is_refused(told, launcher):
+    with pytest.raises(UserError, match="`launcher`"):
+        told({}, launcher=launcher)
+
+
+def test_rollouts_and_evaluation_are_in_the_memory_there_is(told):
+    assert told({}).batch_size == 256
+    long = {"max_completion_length": 16000}
+    memory = sum(told({}, rollouts=2, gpu_memory=1e3, **long).memory.values())
+    few = told({}, rollouts=2, gpu_memory=1.2 * memory, **long)
+    assert 1 <= few.batch_size < 256 and "use_peft" not in few.recipe
+    with pytest.raises(UserError, match="`rollouts`"):
+        told({}, rollouts=290, gpu_memory=1.2 * memory, **long)
+
+
+def test_an_adapter_is_planned_by_its_base(told, checkpoint, tmp_path):
+    base = checkpoint()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert told({}, model_name_or_path=str(tmp_path / "adapter")).parameters == told({}).parameters
+
+
 def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
     folder = checkpoint()
     (Path(folder) / "model.safetensors").write_bytes(b"")
@@ -262,6 +386,21 @@ def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
             "`max_accuracy_drop`",
         ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--gpu_memory", "0.00001"], "GiB"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--smoke"], "`smoke`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratios", "0.5"], "`ratios`"),
+        (["--config", "recipes/tiny/compress.yaml", "--max_rounds", "2"], "`max_rounds`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "solution"], "`solution`"),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "{prompt} {solution}"],
+            "`solution`",
+        ),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "sibling"], "'sibling'"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"], "`{prompt}`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--reward_funcs", "code_reward"], "`tests`"),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--reward_funcs", "maths_reward"],
+            "maths_reward",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(problems, checkpoint, capsys, options, sentence):

@@ -14,6 +14,8 @@ ARGUMENTS = ("trl_opsd.compress.config.CompressConfig", "trl_opsd.compress.auto_
 def main(args: list[str] | None = None) -> None:
     with user_errors():
         config, arguments = parse(ARGUMENTS, args, prog="trl_opsd.compress")
+        if not config.is_automatic:
+            arguments.check_unused()
     if config.is_automatic:
         from .auto import run as run_automatic
 

@@ -7,6 +7,7 @@ problems that training has not seen after every round, and stops when there is n
 verdict is on problems that nothing before it has seen.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -17,26 +18,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import torch
 import yaml
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoConfig
 from transformers.utils import is_peft_available
 
 from ..adapters import merged
 from ..cli import UserError, check_checkpoint, user_errors
-from ..data import load_prompts
+from ..data import SOURCES, check_columns, load_prompts
+from ..data.contamination import normalize, problem_text
+from ..data.gym import REASONING_GYM
+from ..data.prompts import NoSplit
 from ..evaluate.compare import Answer, Comparison, compare_measurements
 from ..evaluate.decide import decide
 from ..evaluate.report import write_report
 from ..evaluate.results_file import Measurement, load_results, write_rows
 from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
-from ..plan.memory import Training, empty_model, parts
-from ..plan.run import GIB, read_launch
+from ..plan.memory import Training, cache_bytes, empty_model, parts
+from ..plan.run import GIB, read_config, read_launch
 from ..results import write_text
+from ..rewards import load_reward_funcs, required_columns
 from .auto_config import AutoConfig as Arguments
-from .chain import Stage, run_chain
+from .chain import Stage, StageError, move_aside, run_chain
 from .config import CompressConfig
 
 
@@ -121,43 +126,66 @@ class Automatic:
         self.log = self.root / "decisions.jsonl"
         check_checkpoint(config.model_name_or_path, "model_name_or_path")
         self.has_gpu = torch.cuda.is_available()
-        self.processes, self.launcher = self._read_launcher()
+        self.sharding, self.processes, self.launcher = self._read_launcher()
         self.data, self.reward_funcs = self._divide()
         self.recipe = self._recipe()
 
     # What is known before anything is loaded
 
-    def _read_launcher(self) -> tuple[int, list[str]]:
+    def _read_launcher(self) -> tuple[str, int, list[str]]:
+        """What the processes of training share, how many they are, and the command that starts them."""
         if self.config.launcher is None:
             count = torch.cuda.device_count()
             if count < 2:
-                return 1, [sys.executable]
-            return count, ["accelerate", "launch", "--num_processes", str(count)]
+                return "ddp", 1, [sys.executable]
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+            return "ddp", count, [*launch, "--num_processes", str(count)]
         words = shlex.split(self.config.launcher)
-        given = dict(zip(words, words[1:], strict=False))
-        number = given.get("--num_processes")
-        return read_launch(given.get("--config_file"), None if number is None else int(number))[1], words
+        if not words or shutil.which(words[0]) is None:
+            raise UserError(f"`launcher`: there is no command `{words[0] if words else ''}`: check its name.")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config_file", "--config-file")
+        # Of accelerate and of torchrun
+        parser.add_argument("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node")
+        given, _ = parser.parse_known_args(words)
+        number = given.num_processes
+        if number is not None and not (number.isdecimal() and int(number) > 0):
+            raise UserError(f"`launcher` starts `{number}` processes, and that is to be a number, at least 1.")
+        is_launch = any(word == "launch" or word.endswith(".launch") for word in words)
+        if number is None and given.config_file is None and is_launch:
+            raise UserError(
+                "`launcher` does not say how many processes it starts, by which rollouts and memory are shared out: add "
+                "`--num_processes N` or `--config_file FILE`."
+            )
+        return *read_launch(given.config_file, None if number is None else int(number)), words
 
     def _divide(self) -> tuple[dict[str, Dataset], list[str]]:
-        """Problems to train on, to watch by, and for the verdict, none of which is in two."""
-        arguments = self.arguments
-        train = load_prompts(self.config.dataset_name, "train")
-        verifiers = arguments.reward_funcs
-        if verifiers is None:
-            columns = {"answer": "math_reward", "tests": "code_reward"}
-            verifiers = [func for column, func in columns.items() if column in train.column_names][:1]
-            if not verifiers:
-                raise UserError(
-                    f"`{self.config.dataset_name}` has neither `answer` nor `tests`, so nothing says which verifier it is "
-                    "for: name it with `--reward_funcs`."
-                )
-        train = train.shuffle(seed=0)  # of the division, whatever the run's seed
+        """Problems to train on, to watch by, and for the verdict, none of which is in two, nor twice in one."""
+        arguments, name = self.arguments, self.config.dataset_name
+        train = load_prompts(name, "train")
+        verifiers = arguments.reward_funcs or self._verifiers(train)
+        for verifier, func in zip(verifiers, load_reward_funcs(verifiers), strict=True):
+            check_columns(train, required_columns(func), f"The verifier `{verifier}`")
         try:
-            final = load_prompts(self.config.dataset_name, "test").shuffle(seed=0)
-        except UserError:
+            final = load_prompts(name, "test")
+        except NoSplit:
             final = None
-        asked = {json.dumps(prompt) for prompt in final["prompt"]} if final is not None else set()
-        train = train.select([row for row, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in asked])
+        if final is not None and list(final["prompt"]) == list(train["prompt"]):
+            final = None  # a single file, which is there whole whatever the split
+        seen = set()
+
+        def first_of_each(rows: Dataset) -> Dataset:
+            kept = []
+            for row, prompt in enumerate(rows["prompt"]):
+                problem = normalize(problem_text(prompt)) or json.dumps(prompt)
+                if problem not in seen:
+                    seen.add(problem)
+                    kept.append(row)
+            return rows.select(kept)
+
+        # Shuffled by the division's own seed, whatever the run's. What is in both is kept for the verdict
+        final = None if final is None else first_of_each(final.shuffle(seed=0))
+        train = first_of_each(train.shuffle(seed=0))
         if final is None:
             share = min(arguments.final_problems, len(train) // 5)
             final, train = train.select(range(share)), train.select(range(share, len(train)))
@@ -166,16 +194,31 @@ class Automatic:
         guard, train = train.select(range(guard)), train.select(range(guard, len(train)))
         if len(train) < arguments.rollouts or min(len(guard), len(final)) < 30:
             raise UserError(
-                f"`{self.config.dataset_name}` leaves {len(train)} problems to train on, {len(guard)} to watch by and "
-                f"{len(final)} for the verdict, and {arguments.rollouts}, 30 and 30 are the least: give more, or lower "
-                "`rollouts`."
+                f"`{name}` leaves {len(train)} problems to train on, {len(guard)} to watch by and {len(final)} for the "
+                f"verdict, each counted once, and {arguments.rollouts}, 30 and 30 are the least: give more data, raise "
+                "`guard_problems` and `final_problems` where they are below, or lower `rollouts`."
             )
         return {"train": train, "guard": guard, "final": final}, verifiers
+
+    def _verifiers(self, rows: Dataset) -> list[str]:
+        """The verifier that the data are made for."""
+        name = self.config.dataset_name.partition(":")[0]
+        if name == REASONING_GYM:
+            return ["reasoning_gym_reward"]
+        if name in SOURCES and not Path(name).exists():
+            return [SOURCES[name].verifier]
+        for column, verifier in (("answer", "math_reward"), ("tests", "code_reward")):
+            if column in rows.column_names:
+                return [verifier]
+        raise UserError(
+            f"`{self.config.dataset_name}` has neither `answer` nor `tests`, so nothing says which verifier it is for: name "
+            "it with `--reward_funcs`."
+        )
 
     def _recipe(self) -> dict:
         """The recipe of training, but for the context."""
         arguments, model = self.arguments, self.config.model_name_or_path
-        config = AutoConfig.from_pretrained(model)
+        config = read_config(model, None, False)
         count = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
         prompt = 512 if self.has_gpu else 128
         length = arguments.max_completion_length + prompt
@@ -198,37 +241,50 @@ class Automatic:
                 length=length,
                 completion=arguments.max_completion_length,
                 several=True,
+                sharding=self.sharding,
                 processes=self.processes,
                 device="cuda" if self.has_gpu else "cpu",
             )
             return {name: value / GIB for name, value in parts(training).items()}
 
+        rollouts = max(1, arguments.rollouts // self.processes)
+        cache = length * cache_bytes(config, 2 if self.has_gpu else 4) / GIB  # of a rollout
+
+        def most(memory: dict[str, float]) -> float:
+            """While it trains, or while it writes rollouts."""
+            resting = memory["weights"] + memory["teacher"] + memory["moments"]
+            return max(sum(memory.values()), resting + rollouts * cache)
+
         full, has_adapter = planned(None), False
         memory = full
-        if sum(full.values()) > 0.9 * capacity:
+        if most(full) > 0.9 * capacity:
             if not is_peft_available():
                 raise UserError("Full training does not fit and peft is not installed: run `pip install peft`.")
             from peft import LoraConfig
 
             memory, has_adapter = planned(LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")), True
-            if sum(memory.values()) > 0.9 * capacity:
+            if most(memory) > 0.9 * capacity:
                 raise UserError(
-                    f"An adapter on `{model}` takes {sum(memory.values()):.0f} GiB and a device has {capacity:.0f}: shard it "
-                    "over several with `--launcher 'accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml'`, "
-                    "or lower `max_completion_length`."
+                    f"An adapter on `{model}` takes {most(memory):.3g} GiB and of a device {0.9 * capacity:.3g} are used: "
+                    "shard it over several with `--launcher 'accelerate launch --config_file "
+                    "recipes/accelerate_configs/fsdp2.yaml'`, or lower `max_completion_length` or `rollouts`."
                 )
+        # Of an evaluation, which holds the weights in float32 at most
+        self.batch_size = int(max(1, min(256, (0.9 * capacity - 4 * count / GIB) // cache)))
         self.parameters, self.capacity, self.memory, self.full = count, capacity, memory, full
-        rate = arguments.learning_rate or learning_rate(count, has_adapter)
+        rate = arguments.learning_rate
+        if rate is None:
+            rate = learning_rate(count, has_adapter)
         recipe = {
             "model_name_or_path": model,
-            "dataset_name": str(self.root / "data" / "train.jsonl"),
+            "dataset_name": str(self.root / "data" / "train.parquet"),
             "reward_funcs": self.reward_funcs,
             "teacher_weights": "initial",
             "gate": "correct",
             "beta": 1.0,
             "temperature": 1.0,
             "max_completion_length": arguments.max_completion_length,
-            "per_device_train_batch_size": max(1, arguments.rollouts // self.processes),
+            "per_device_train_batch_size": rollouts,
             "gradient_accumulation_steps": 1,
             "max_tokens_per_microbatch": budget,
             "learning_rate": rate,
@@ -252,11 +308,18 @@ class Automatic:
         given = self.arguments.contexts
         if given is not None:
             for context in given:
-                if context not in TEACHER_PROMPT_TEMPLATES:
-                    TeacherContext(context).check_columns(self.data["train"].column_names)
-            return given
+                template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+                if "sibling" in template.fields:
+                    raise UserError(
+                        f"The context {context!r} is known only when the rollouts are written, and contexts are measured "
+                        "before: train from it with a recipe of `opsd`."
+                    )
+                for rows in self.data.values():
+                    template.check_columns(rows.column_names)
+            return list(dict.fromkeys(given))
         names = ["concise", "concise_by_difficulty"]
-        return names + (["solution"] if "solution" in self.data["train"].column_names else [])
+        every = all("solution" in rows.column_names and None not in rows["solution"] for rows in self.data.values())
+        return names + (["solution"] if every else [])
 
     def plan(self) -> str:
         """What will be done, why, and what it takes, from the sizes alone."""
@@ -270,7 +333,11 @@ class Automatic:
             if "use_peft" in recipe
             else "all weights"
         )
-        disk = (arguments.max_rounds + 1) * self.parameters * (4 + (0 if "use_peft" in recipe else 8))
+        # Of a round the model, and a checkpoint with the moments; at the end the model again
+        trained = self.parameters
+        if "use_peft" in recipe:
+            trained = self.memory["moments"] * GIB / 8 * (1 if self.sharding == "ddp" else self.processes)
+        disk = arguments.max_rounds * 16 * trained + 4 * self.parameters
         lines = [
             f"{self.config.model_name_or_path}: {self.parameters / 1e6:,.1f}M parameters, on "
             f"{self.processes} {'GPU' if self.has_gpu else 'CPU process'}{'s' * (self.processes > 1)} of {self.capacity:.0f} GiB",
@@ -283,7 +350,7 @@ class Automatic:
             f"3. the verdict, on {sizes['final']} problems that nothing has seen: at most "
             f"{100 * arguments.max_accuracy_drop:g} points lost",
             f"memory of training: {sum(self.memory.values()):.2f} GiB ({memory})",
-            f"disk: {disk / GIB:.1f} GiB at most",
+            f"disk: about {disk / GIB:.2g} GiB at most",
             f"rollouts: at most {arguments.max_rounds * rollouts:,} to train on and {looks * arguments.samples:,} to measure; "
             "how long that takes is said when the first are written",
         ]
@@ -319,7 +386,7 @@ class Automatic:
             "temperature": 1.0,
             "num_samples": self.arguments.samples,
             "max_completion_length": self.arguments.max_completion_length,
-            "batch_size": 256,
+            "batch_size": self.batch_size,
             "prompt_only": False,
             "task": split,
             "seed": self.config.seed,
@@ -327,7 +394,7 @@ class Automatic:
         output = self.root / "evaluation" / f"{name}-{split}.json"
         options = {
             "model_name_or_path": model,
-            "dataset_name": str(self.root / "data" / f"{split}.jsonl"),
+            "dataset_name": str(self.root / "data" / f"{split}.parquet"),
             "stage": name,
             "output": str(output),
         }
@@ -347,11 +414,22 @@ class Automatic:
 
     def choose(self, base: Measurement) -> Promise | None:
         """The context that promises most, if any promises enough."""
+        if base.row.accuracy == 0:
+            self.decide(
+                "no training",
+                f"of {base.row.n} problems none is answered right, so that there is no rollout to train on: is the answer where "
+                f"the verifier ({', '.join(self.reward_funcs)}) looks, and is `max_completion_length` enough?",
+                accuracy=0.0,
+                truncated=base.row.truncated,
+            )
+            return None
         promises = []
         for number, context in enumerate(self.contexts, start=1):
             try:
                 found = self.measure(f"context-{number}", self.config.model_name_or_path, "guard", context)
-            except UserError as error:
+            except StageError as error:
+                if error.status != 2:
+                    raise  # a crash says nothing of the context
                 self.decide(
                     "context left out", f"the context {context!r} cannot be measured: {error}", context=context
                 )
@@ -410,8 +488,10 @@ class Automatic:
                 self.run(
                     Stage(f"round-{number}", f"training to update {steps}", "trl_opsd.opsd", path, options, output)
                 )
-            except UserError as error:
-                self.decide("training stopped", f"round {number} ended by itself: {error}", round=number)
+            except StageError as error:
+                if error.status != 3:
+                    raise  # a crash says nothing of the model
+                self.decide("training stopped", f"an alarm ended round {number}: {error}", round=number)
                 break
             found = self.measure(f"round-{number}", str(output), "guard")
             comparison = compare_measurements(base, found, arguments.max_accuracy_drop, level)
@@ -466,30 +546,36 @@ class Automatic:
         shutil.rmtree(staging, ignore_errors=True)
         whole = merged(folder, str(staging))
         if whole == folder:
-            shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+            shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "merged"))
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
 
     def __call__(self) -> int:
         """Runs it. Returns the exit status: 0 as good, 1 worse, 3 undecided or nothing to be had."""
         for name, rows in self.data.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text(self.root / "data" / f"{name}.jsonl", text)
-        self.log.unlink(missing_ok=True)  # decisions follow from the results again, which are kept
+            write_parquet(rows, self.root / "data" / f"{name}.parquet")
+        # They follow from the results again, which are kept
+        for name in ("decisions.jsonl", "results.json", "report.html", "report.md"):
+            (self.root / name).unlink(missing_ok=True)
         start = time.monotonic()
         base = self.measure("base", self.config.model_name_or_path, "guard")
         self.tell_time(base, time.monotonic() - start)
         promise = self.choose(base)
-        if promise is None:
-            return 3
-        folder = self.train(promise, base)
-        status = 1 if folder is None else self.conclude(folder).status
-        self.say(f"{(time.monotonic() - start) / 60:.1f} minutes in all, what was there from an earlier run not counted")
+        folder = None if promise is None else self.train(promise, base)
+        if folder is not None:
+            status = self.conclude(folder).status
+        else:
+            status = 3 if promise is None else Answer.WORSE.status
+        if (folder is None or status == Answer.WORSE.status) and (self.root / "compressed").exists():
+            move_aside(self.root / "compressed")  # of an earlier run, of which this is not the verdict
+        self.say(
+            f"{(time.monotonic() - start) / 60:.1f} minutes in all, what was there from an earlier run not counted"
+        )
         return status
 
     def tell_time(self, base: Measurement, seconds: float) -> None:
         """How long the rest will take, from the tokens that were just written."""
-        if base.row.generation_s is None:  # they were there already
+        if base.row.generation_s is None or seconds < base.row.generation_s:  # they were there already
             return
         arguments = self.arguments
         written = base.row.n * arguments.samples * base.row.mean_tokens
@@ -506,6 +592,14 @@ class Automatic:
             seconds_at_most=left,
             first_s=seconds,
         )
+
+
+def write_parquet(rows: Dataset, path: Path) -> None:
+    """Writes rows with their types, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pyarrow.parquet.write_table(rows.with_format("arrow")[:].replace_schema_metadata(None), temporary)
+    temporary.replace(path)
 
 
 def _ram() -> int:

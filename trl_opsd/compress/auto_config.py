@@ -1,6 +1,6 @@
 """Arguments of the chain that chooses for itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..cli import UserError
 
@@ -96,3 +96,17 @@ class AutoConfig:
                 raise UserError(f"`{name}` must be at least 1, and is {vars(self)[name]}.")
         if self.decide < 2:
             raise UserError(f"`decide` must be at least 2, and is {self.decide}.")
+
+    def check_unused(self) -> None:
+        """
+        Checks that none of these is given to a chain of recipes, which would not look at it.
+
+        Raises:
+            UserError: If one is.
+        """
+        for declared in fields(self):
+            if vars(self)[declared.name] != declared.default:
+                raise UserError(
+                    f"`{declared.name}` is of the chain that chooses for itself, and recipes are given: leave it out and set "
+                    "what you mean in the recipes, or leave all recipes out."
+                )

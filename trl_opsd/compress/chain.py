@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..cli import UserError
 from ..results import write_text
+from ..resuming import find_checkpoint
 
 
 # What every progress bar of a stage prints: `3/30 [00:12<...`
@@ -28,7 +28,27 @@ _STEP = re.compile(r"(\d+)/(\d+) \[")
 _DATA = ("dataset_name", "calibration_dataset", "tasks")
 _MODELS = ("model_name_or_path", "teacher_model_name_or_path")
 
+# Exit status of a training stage that an alarm has ended; a launcher of several processes has one of its own, and prints it
+_ALARM = 3
+_STATUS = re.compile(r"\bexit(?:code| status)\s*:?\s*(\d+)")
+
 logger = logging.getLogger(__name__)
+
+
+class StageError(UserError):
+    """
+    A stage that ended before it was done.
+
+    Args:
+        message (`str`):
+            Sentence.
+        status (`int`):
+            Exit status: 2 of what a user can mend, 3 of an alarm, anything else of a crash.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -122,7 +142,8 @@ class Stage:
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether its output is there, whole, and from this very configuration."""
-        whole = (self.output / "config.json").is_file() if self.is_training else self.output.is_file()
+        markers = ("config.json", "adapter_config.json")
+        whole = any((self.output / n).is_file() for n in markers) if self.is_training else self.output.is_file()
         return whole and self.marker.is_file() and self.marker.read_text() == fingerprint
 
 
@@ -161,7 +182,7 @@ def run_chain(
     """
     Runs the stages that are not finished yet, one after the other.
 
-    A training stage that was interrupted goes on from its last checkpoint if it left one, and begins anew if not. What
+    A training stage that was interrupted goes on from its last whole checkpoint if it left one, and begins anew if not. What
     another configuration has left in its folder is moved aside, to `NAME-old-1` and so on.
 
     Args:
@@ -176,7 +197,7 @@ def run_chain(
             chain, as far as known.
 
     Raises:
-        UserError: If a stage fails. The message has its last lines and names its log.
+        StageError: If a stage fails. The message has its last lines and names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     fingerprints, expected_done, seconds_done = {}, 0.0, 0.0
@@ -193,8 +214,8 @@ def run_chain(
         command = stage.command(launcher)
         if stage.is_training and stage.output.is_dir():
             if not stage.started.is_file() or stage.started.read_text() != fingerprint:
-                _move_aside(stage.output)
-            elif (checkpoint := get_last_checkpoint(str(stage.output))) is not None:
+                move_aside(stage.output)
+            elif (checkpoint := find_checkpoint(True, str(stage.output))) is not None:
                 command += ["--resume_from_checkpoint", checkpoint]
             else:
                 shutil.rmtree(stage.output)
@@ -217,7 +238,8 @@ def run_chain(
         write_text(stage.marker, fingerprint)
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
+    """Renames a folder to `NAME-old-1`, or the next number that is free."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}-old-{number}")).exists():
         number += 1
@@ -246,4 +268,8 @@ def _run(stage: Stage, command: list[str], log: Path, report: Callable[[int, int
     if code != 0:
         text = log.read_text()
         reasons = re.findall(r"\berror: (.+)", text) or [line for line in text.splitlines() if line.strip()]
-        raise UserError(f"The stage `{stage.name}` failed: {reasons[-1]} (its output is in {log})")
+        found = [int(number) for number in _STATUS.findall(text)]
+        is_alarm = _ALARM in (code, *found) or "OPSDAlarm" in reasons[-1]
+        raise StageError(
+            f"The stage `{stage.name}` failed: {reasons[-1]} (its output is in {log})", _ALARM if is_alarm else code
+        )

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -24,6 +24,9 @@ RECIPES = {
     "opsd": "opsd",
     "opsd-concise": "opsd",
 }
+
+#: What the chain that chooses for itself takes of [`CompressConfig`].
+AUTOMATIC = ("output_dir", "model_name_or_path", "dataset_name", "launcher", "seed")
 
 
 @dataclass
@@ -143,6 +146,13 @@ class CompressConfig:
                     raise UserError(
                         f"`{name}` is missing: give a checkpoint and prompts, or the recipes of a chain of your own (`opsd` "
                         "and `evaluate`)."
+                    )
+            for declared in fields(self):
+                default = declared.default_factory() if declared.default is MISSING else declared.default
+                if declared.name not in AUTOMATIC and vars(self)[declared.name] != default:
+                    raise UserError(
+                        f"`{declared.name}` is of a chain of recipes, and none is given: leave it out, or give `opsd` and "
+                        "`evaluate`."
                     )
             return
         for name in ("opsd", "evaluate"):

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
+class NoSplit(UserError):
+    """A data set that is there, without the split that was asked for."""
+
+
 def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str] = ()) -> Dataset:
     """
     Loads one split of a data set in the project's schema.
@@ -48,8 +52,8 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
         [`~datasets.Dataset`]: Rows with at least `prompt` and the given columns.
 
     Raises:
-        UserError: If there is nothing at that name, it cannot be read, the split is missing or empty, or a column is
-            missing.
+        UserError: If there is nothing at that name, it cannot be read, the split is missing ([`NoSplit`]) or empty, or a
+            column is missing.
     """
     name, _, path = name_or_path.partition(":")
     source = SOURCES.get(name)
@@ -64,7 +68,7 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
         dataset = _read_local(Path(name_or_path), split) if local else _read_hub(name_or_path, None, split)
     else:
         if split not in source.splits and not Path(path).is_file():
-            raise UserError(f"`{name}` has no split `{split}`: choose from {', '.join(source.splits)}.")
+            raise NoSplit(f"`{name}` has no split `{split}`: choose from {', '.join(source.splits)}.")
         parts = _read_source(source, path, split)
         for dataset in parts.values():
             check_columns(dataset, (source.problem, *source.needed), f"The source `{name}`")
@@ -204,7 +208,7 @@ def _read_local(path: Path, split: str) -> Dataset:
             raise UserError(f"`{path}` is a damaged data set ({' '.join(str(error).split()):.200}).") from None
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
-                raise UserError(f"`{path}` has no split `{split}`: choose from {', '.join(dataset)}.")
+                raise NoSplit(f"`{path}` has no split `{split}`: choose from {', '.join(dataset)}.")
             dataset = dataset[split]
         return dataset
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
@@ -214,7 +218,7 @@ def _read_local(path: Path, split: str) -> Dataset:
         return _read_file(path)
     found = [file for file in files if file.stem == split]
     if not found:
-        raise UserError(f"`{path}` has no file for the split `{split}`: it has {', '.join(f.name for f in files)}.")
+        raise NoSplit(f"`{path}` has no file for the split `{split}`: it has {', '.join(f.name for f in files)}.")
     if len(found) > 1:
         raise UserError(f"`{path}` has several files for the split `{split}`: give one of them as the path.")
     return _read_file(found[0])
@@ -285,7 +289,8 @@ def _read_hub(hub_id: str, config: str | None, split: str) -> Dataset:
         return load_dataset(hub_id, config, split=split)
     except (OSError, ValueError) as error:  # not found, not reachable, no such split or configuration
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
+        kind = NoSplit if reason.startswith("Unknown split") else UserError
+        raise kind(
             f"The split `{split}` of `{hub_id}` cannot be loaded from the Hub ({reason}): check the name and the "
             "connection, or give the path of a local file."
         ) from None

@@ -1,5 +1,6 @@
 """From a recipe to a table of gibibytes."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -40,6 +41,9 @@ def read_launch(path: str | None, num_processes: int | None) -> tuple[str, int]:
 
 
 def read_config(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """Configuration of a checkpoint, or of the one that an adapter, which training would merge into it, belongs to."""
+    while (file := Path(path, "adapter_config.json")).is_file():
+        path, revision = json.loads(file.read_text())["base_model_name_or_path"], None
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     if config.get_text_config() is not config:
         raise UserError(f"`{path}` is a model of several modalities, and only text models are planned for.")
