@@ -12,6 +12,8 @@ takes the definitions that it names, without what a later step brings. [`without
 import argparse
 import ast
 import difflib
+import importlib.metadata
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,11 +22,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import trl
-
 
 ROOT = Path(__file__).parents[1]
-INSTALLED = Path(trl.__file__).parent
+TEXTS = ROOT / "scripts" / "pull_requests"
+INSTALLED = Path(importlib.util.find_spec("trl").origin).parent
 PACKAGE, TESTS = "trl/experimental/opsd", "tests/experimental/opsd"
 
 
@@ -96,9 +97,9 @@ class _Without:
 
     def __init__(self, source: str, absent: set[str], only: tuple[str, ...] | None):
         self.source, self.only = source, only
-        self.named = frozenset(name for name in absent if not re.search(r"\w[.:]", name))
-        self.names = set(self.named)
-        self.qualified = absent - self.named
+        self.names = {name for name in absent if not re.search(r"\w[.:]", name)}
+        self.qualified = absent - self.names
+        self.follows: set[str] = set()  # what was assigned in a statement that went
         self.lines = source.splitlines(keepends=True)
         self.starts = [0]
         for line in self.lines:
@@ -137,7 +138,9 @@ class _Without:
             first -= 1
         self.changes.append((self.starts[first - 1], self.starts[node.end_lineno], ""))
         for target in self.assigned(node):
-            self.names.add(target)
+            if target not in self.names:
+                self.names.add(target)
+                self.follows.add(target)
 
     @staticmethod
     def assigned(node: ast.stmt) -> list[str]:
@@ -148,7 +151,8 @@ class _Without:
 
     def body(self, statements: list[ast.stmt], where: str) -> bool:
         """Goes through a body, and returns whether anything is left of it."""
-        return any([self.statement(node, where) for node in statements])
+        left = [self.statement(node, where) for node in statements]
+        return any(left)
 
     def statement(self, node: ast.stmt, where: str) -> bool:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -206,7 +210,8 @@ class _Without:
         if not taken or node.name in self.names or name in self.qualified:
             self.drop(node)
             return False
-        outside = self.names
+        outside, follows = self.names, self.follows
+        self.follows = set(follows)
         self.names = outside | {word.split(":")[1] for word in self.qualified if word.startswith(f"{node.name}:")}
         docstring = ast.get_docstring(node, clean=False)
         if docstring is not None:
@@ -217,29 +222,31 @@ class _Without:
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             self.elements([arg for arg in every if arg.arg in self.names], every, node)
         self.body(node.body, name)
-        self.names = outside
+        self.names, self.follows = outside, follows
         return True
 
     def docstring(self, text: str) -> str:
         """Without the entries of absent arguments, and the points of a list that are about absent names."""
-        lines, kept, inside = text.splitlines(keepends=True), [], None
+        lines, kept, inside, gap = text.splitlines(keepends=True), [], None, ""
         for line in lines:
             indent = len(line) - len(line.lstrip())
-            if inside is not None and line.strip() not in ("", '"""') and indent <= inside:
+            entry, point = re.match(r" +(\w+) \(", line), re.match(r" *- ", line)
+            if inside is not None and line.strip() and (indent <= inside or line.strip() == '"""'):
+                # A gap within what goes, goes; one that sets off what follows stays
+                if indent < inside or not (entry or point):
+                    kept.append(gap)
                 inside = None
-            if inside is None or line.strip() == '"""':
-                inside = None
-                entry = re.match(r" +(\w+) \(", line)
-                point = re.match(r" *- ", line)
-                if entry and not self.names.isdisjoint((entry[1], f".{entry[1]}")):
-                    inside = indent
-                elif point:
-                    rest = text[text.index(line) + len(line) :]
-                    whole = line + re.split(rf"^ {{0,{indent}}}(?:- |\S)|^$", rest, maxsplit=1, flags=re.MULTILINE)[0]
-                    if any(f"`{name}`" in whole for name in self.names):
-                        inside = indent
-            if inside is None or not line.strip():
+            if inside is None and entry and not self.names.isdisjoint((entry[1], f".{entry[1]}")):
+                inside, gap = indent, ""
+            elif inside is None and point:
+                rest = text[text.index(line) + len(line) :]
+                whole = line + re.split(rf"^ {{0,{indent}}}(?:- |\S)|^$", rest, maxsplit=1, flags=re.MULTILINE)[0]
+                if any(f"`{name}`" in whole for name in self.names):
+                    inside, gap = indent, ""
+            if inside is None:
                 kept.append(line)
+            else:
+                gap = "" if line.strip() else line
         text = "".join(kept)
         text = re.sub(r"^ *> Parameters that[^\n]*\n(?: *\n)*(?= *(?:>|\"\"\"))", "", text, flags=re.MULTILINE)
         section = r"^( *)(?:Attributes|Args|Raises):\n\s*?(?=\n\1\w|\s*\"\"\"|\Z)"
@@ -333,8 +340,9 @@ class _Without:
     def is_absent(self, node: ast.expr) -> bool:
         """Whether it is one of the names itself, whose parameter is absent too, and nothing that is made of one."""
         node = node.value if isinstance(node, ast.Starred) else node
-        return (isinstance(node, ast.Name) and node.id in self.named) or (
-            isinstance(node, ast.Attribute) and not self.named.isdisjoint((node.attr, f".{node.attr}"))
+        named = self.names - self.follows
+        return (isinstance(node, ast.Name) and node.id in named) or (
+            isinstance(node, ast.Attribute) and not named.isdisjoint((node.attr, f".{node.attr}"))
         )
 
     def truth(self, node: ast.expr) -> bool | None:
@@ -580,7 +588,7 @@ _BEFORE_CONTEXTS = (
 _BEFORE_WEIGHTS = (
     (" If `None`, the teacher has the student's initial\n            weights.", ""),
     (
-        " With `teacher_weights=\"initial\"` the teacher is then the base\n            model, reached by disabling the adapter.",
+        ' With `teacher_weights="initial"` the teacher is then the base\n            model, reached by disabling the adapter.',
         "",
     ),
 )
@@ -627,10 +635,16 @@ _OF_ROLLOUTS = (
     ),
     ("        train_dataset: Dataset,\n", ""),
     ("        self._train_dataset = train_dataset\n", ""),
-    ("written, verified, asked again, and those chosen that are trained on", "written, verified, and those chosen that are trained on"),
+    (
+        "written, verified, asked again, and those chosen that are trained on",
+        "written, verified, and those chosen that are trained on",
+    ),
     (" It may be another one than the sampler drew.", ""),
     ("            # Of the first round: whoever fails is asked again, and whoever does not is not\n", ""),
-    ("Decides which rollouts are trained on, after those that the gate rejects have been written again.", "Decides which rollouts are trained on."),
+    (
+        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
+        "Decides which rollouts are trained on.",
+    ),
     (
         """        rewards (`torch.Tensor`, *optional*):
             Reward by each verifier and, last, what they add up to, of shape `(B, functions + 1)`.
@@ -640,13 +654,12 @@ _OF_ROLLOUTS = (
         "",
     ),
     ("    rewards: torch.Tensor | None = None\n    columns: dict[str, list] = field(default_factory=dict)\n", ""),
+    ("        total = verdicts.rewards.where(verdicts.verified, torch.nan)\n", ""),
     (
-        """        total = verdicts.rewards.where(verdicts.verified, torch.nan)
-        rollouts.rewards = torch.cat([verdicts.rewards_per_func, total.unsqueeze(1)], dim=1)[mine]
-        rollouts.columns = dict(self.verifiers.columns)
-""",
+        "        rollouts.rewards = torch.cat([verdicts.rewards_per_func, total.unsqueeze(1)], dim=1)[mine]\n",
         "",
     ),
+    ("        rollouts.columns = dict(self.verifiers.columns)\n", ""),
 )
 _TESTS_OF_DIVERGENCE = """
     assert_close tiles TestDefinition.test_without_a_clip_it_is_the_textbook_divergence TestDefinition.test_gradcheck
@@ -720,7 +733,10 @@ _FIXTURES = (
                 '    "hidden_size": 32,\n    "num_layers": 2,\n    "num_heads": 2,\n    "num_key_value_heads": 1,\n'
                 '    "head_dim": 32,\n    "intermediate_size": 48,\n    "tie_word_embeddings": False,\n}',
             ),
-            ("config = TinyConfig(**{**SMALL.__dict__, **changes})", "config = SimpleNamespace(**{**SMALL, **changes})"),
+            (
+                "config = TinyConfig(**{**SMALL.__dict__, **changes})",
+                "config = SimpleNamespace(**{**SMALL, **changes})",
+            ),
             (
                 'return Dataset.from_list([row(problem) for problem in problems(TinyConfig(), "train", 64, seed=0)])',
                 "rows = []\n"
@@ -996,7 +1012,18 @@ def extract_logprobs(''',
             _ours("metrics"),
             _ours("batches", only=("unpadded", "with_completion", "select_rows")),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
-            _ours("trainer", target="opsd_trainer", edits=(*_OF_TRAINER, *_GATED, *_BEFORE_CONTEXTS, *_BEFORE_WEIGHTS, *_OWN_TEACHER_LATER, *_TEACHER_OF_TRL)),
+            _ours(
+                "trainer",
+                target="opsd_trainer",
+                edits=(
+                    *_OF_TRAINER,
+                    *_GATED,
+                    *_BEFORE_CONTEXTS,
+                    *_BEFORE_WEIGHTS,
+                    *_OWN_TEACHER_LATER,
+                    *_TEACHER_OF_TRL,
+                ),
+            ),
             _test(
                 "test_opsd_trainer",
                 only=_TESTS_OF_GATE + "test_without_its_own_parameters_it_is_distillation_trainer "
@@ -1022,7 +1049,11 @@ def extract_logprobs(''',
             _ours("batches", only=("padded", "unpadded", "with_completion", "select_rows")),
             _ours("rollouts", edits=_OF_ROLLOUTS),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
-            _ours("trainer", target="opsd_trainer", edits=(*_OF_TRAINER, *_BEFORE_WEIGHTS, *_OWN_TEACHER_LATER, *_TEACHER_OF_TRL)),
+            _ours(
+                "trainer",
+                target="opsd_trainer",
+                edits=(*_OF_TRAINER, *_BEFORE_WEIGHTS, *_OWN_TEACHER_LATER, *_TEACHER_OF_TRL),
+            ),
             _test(
                 "test_opsd_trainer",
                 only=_TESTS_OF_GATE + _TESTS_OF_CONTEXT + "test_without_its_own_parameters_it_is_distillation_trainer "
@@ -1048,8 +1079,14 @@ def extract_logprobs(''',
                     copy_of_student check_vocabularies shard_teacher""".split()
                 ),
                 edits=(
-                    ('    | `"ema"`, `"snapshot"` | a frozen copy that follows the student | a second adapter that follows the first |\n', ""),
-                    ("how they score, how they follow the\nstudent, and how they get into a checkpoint and out of it.", "and how they score."),
+                    (
+                        '    | `"ema"`, `"snapshot"` | a frozen copy that follows the student | a second adapter that follows the first |\n',
+                        "",
+                    ),
+                    (
+                        "how they score, how they follow the\nstudent, and how they get into a checkpoint and out of it.",
+                        "and how they score.",
+                    ),
                 ),
             ),
             _ours("ends"),
@@ -1108,7 +1145,6 @@ def extract_logprobs(''',
 )
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Putting it together
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1140,7 +1176,9 @@ def at_home_in_trl(text: str, target: str) -> str:
         return re.sub(r"^from (test_\w+|divergence_reference) import", r"from .\1 import", text, flags=re.MULTILINE)
     trainers = {"DistillationTrainer": "distillation_trainer", "DistillationConfig": "distillation_config"}
     for name, module in trainers.items():
-        text = re.sub(rf"^from trl import {name}$", f"from ...trainer.{module} import {name}", text, flags=re.MULTILINE)
+        text = re.sub(
+            rf"^from trl import {name}$", f"from ...trainer.{module} import {name}", text, flags=re.MULTILINE
+        )
     return re.sub(r"^from trl\.", "from ...", text, flags=re.MULTILINE)
 
 
@@ -1216,11 +1254,13 @@ def files_of(step: Step, before: dict[str, str], absent: set[str], license_heade
     for part in step.parts:
         text = edited((ROOT / part.source).read_text(), part.edits, part.source)
         text = without(text, absent, part.only)
-        text = re.sub(r"^ *# Parameters that [^\n]*\n(?: *\n)*(?= *(?:# Parameters|def |@))", "", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^ *# Parameters that [^\n]*\n(?: *\n)*(?= *(?:# Parameters|def |@))", "", text, flags=re.MULTILINE
+        )
         text = re.sub(r"(?<=\n\n)    # [A-Z][^\n]*\n\s*\n(?=    # [A-Z][^\n]*\n\n|\S|\Z)", "", text)
         files[part.target] = license_header + at_home_in_trl(text + part.tail, part.target)
     for path, text in step.texts:
-        files[path] = license_header + text
+        files[path] = (license_header + text).rstrip() + "\n"
     for path, old, new in step.mends:
         text = files.get(path) or before.get(path) or (INSTALLED.parent / path).read_text()
         files[path] = edited(text, ((old, new),), path)
@@ -1240,10 +1280,128 @@ def absent_in(number: int) -> set[str]:
     return later | {"trainer": set(STAYS.split()), "defects": {_COMMAND}}.get(step.series, set())
 
 
+def changed_lines(old: str, new: str) -> int:
+    """How many lines a patch takes out and puts in."""
+    changes = difflib.ndiff(old.splitlines(), new.splitlines())
+    return sum(line[0] in "+-" for line in changes)
+
+
+def patch(path: str, old: str | None, new: str) -> str:
+    """
+    A change of one file, for `git apply`.
+
+    Args:
+        path (`str`):
+            Path in the repository.
+        old (`str`, *optional*):
+            Text before, `None` where there is no such file.
+        new (`str`):
+            Text after.
+
+    Returns:
+        `str`: Unified diff, empty where nothing changes.
+    """
+    if old == new:
+        return ""
+    names = ("/dev/null" if old is None else f"a/{path}", f"b/{path}")
+    lines = list(difflib.unified_diff((old or "").splitlines(keepends=True), new.splitlines(keepends=True), *names))
+    mode = "new file mode 100644\n" if old is None else ""
+    return f"diff --git a/{path} b/{path}\n{mode}" + "".join(lines)
+
+
+def pull_request(step: Step, files: dict[str, int]) -> str:
+    """
+    The text of a pull request, in the form of TRL's template. Whoever opens it ticks what it asks for of them.
+
+    Args:
+        step ([`Step`]):
+            Step.
+        files (`dict[str, int]`):
+            Changed lines by path.
+
+    Returns:
+        `str`: Markdown, the title first.
+    """
+    title, _, text = (TEXTS / f"{step.name}.md").read_text().partition("\n")
+    changed = "".join(f"| `{path}` | {lines} |\n" for path, lines in files.items())
+    return f"""{title}
+
+# What does this PR do?
+
+{text.strip()}
+
+| file | changed lines |
+|---|---|
+{changed}
+## Before submitting
+
+- [ ] This PR fixes a typo or improves the docs (you can dismiss the other checks if that's the case).
+- [ ] Did you read the [contributor guideline](https://github.com/huggingface/trl/blob/main/CONTRIBUTING.md#create-a-pull-request), Pull Request section?
+- [ ] Was this discussed/approved via a GitHub issue? Please add a link to it if that's the case.
+- [ ] Did you make sure to update the documentation with your changes?
+- [x] Did you write any new necessary tests?
+
+## AI writing disclosure
+
+- [ ] No AI usage: the PR was written entirely by a human.
+- [ ] AI-assisted: some parts were suggested or improved by AI, but the PR was written and reviewed by a human.
+- [ ] AI-generated: the PR was mostly or fully generated by an AI tool.
+
+## Who can review?
+
+Anyone in the community is free to review the PR once the tests have passed.
+"""
+
+
+def build(out: Path) -> list[tuple[str, int]]:
+    """
+    Writes the pull requests.
+
+    Args:
+        out (`Path`):
+            Folder to write. One that is there is replaced.
+
+    Returns:
+        `list[tuple[str, int]]`: Name and changed lines of each.
+    """
+    header = (INSTALLED / "trainer" / "distillation_trainer.py").read_text().partition("\n\n")[0] + "\n\n"
+    staging = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tree: dict[str, str] = {}
+    listed = []
+    for number, step in enumerate(STEPS, start=1):
+        name = f"{number:02d}-{step.name.replace('_', '-')}"
+        changes, patches = {}, []
+        for path, text in files_of(step, tree, absent_in(number - 1), header).items():
+            installed = INSTALLED.parent / path
+            old = tree.get(path) or (installed.read_text() if installed.is_file() else None)
+            if old != text:
+                changes[path] = changed_lines(old or "", text)
+                patches.append(patch(path, old, text))
+            tree[path] = text
+        (staging / f"{name}.patch").write_text("".join(patches))
+        (staging / f"{name}.md").write_text(pull_request(step, changes))
+        listed.append((name, sum(changes.values())))
+    for path, text in tree.items():
+        (staging / "branch" / path).parent.mkdir(parents=True, exist_ok=True)
+        (staging / "branch" / path).write_text(text)
+    titles = [(TEXTS / f"{step.name}.md").read_text().partition("\n")[0] for step in STEPS]
+    rows = [f"| [{name}]({name}.md) | {title} | {n} |" for (name, n), title in zip(listed, titles, strict=True)]
+    (staging / "README.md").write_text(
+        f"# Pull requests to TRL {importlib.metadata.version('trl')}\n\nEach on top of those before it: `git apply 01-*.patch`, and so on.\n\n"
+        "| patch | title | changed lines |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    staging.rename(out)
+    return listed
+
+
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Folder to write; one that is there is replaced.")
-    build(parser.parse_args(args).out)
+    for name, lines in build(parser.parse_args(args).out):
+        print(f"{lines:5d}  {name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import TrainerState
 
 from trl_opsd.opsd.gate import judge
@@ -14,6 +15,7 @@ ROWS = [{"prompt": f"question {index}", "answer": str(index), "completion_ids": 
 
 
 def score(*functions):
+    PartialState()  # accelerate's loggers ask for it
     verifiers = Verifiers(list(functions), lambda name: nullcontext())
     return verifiers, verifiers.score(ROWS, ["0", "5", "2"], [[1, 9], [2, 9], [3]], TrainerState())
 
