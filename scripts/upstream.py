@@ -478,6 +478,8 @@ STAYS = """
     OPSDTrainer._generate_single_turn
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
+    teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher Teacher.generate
+    resolve_teacher_gate_rollouts _check_teacher_gate OPSDTrainer._saved ._saved
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
@@ -1062,7 +1064,8 @@ def extract_logprobs(''',
             ),
         ),
         brings="""
-            TeacherContext TeacherPrompts TEACHER_PROMPT_TEMPLATES teacher_context teacher_prompt_template max_teacher_prompt_length build_teacher_context context teacher_prompts
+            TeacherContext TeacherPrompts TEACHER_PROMPT_TEMPLATES teacher_context teacher_prompt_template max_teacher_prompt_length build_teacher_context build_teacher_contexts context contexts
+            as_list _check_preference teacher_prompts
             teacher_chat_template_kwargs own_kwargs own_template_kwargs _chat_template_kwargs _tokenize_for_teacher padded
             _apply_chat_template _max_teacher_prompt _tokenize_teacher_prompts teacher_prompt_ids teacher_prompt_mask
             _VALID_DICT_FIELDS check_text_only sibling siblings sibling_fallback takes_sibling shortest_siblings
@@ -1075,7 +1078,7 @@ def extract_logprobs(''',
             _ours(
                 "teacher",
                 only=tuple(
-                    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward check_identity load_external load
+                    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward Teacher._in_student check_identity load_external load
                     copy_of_student check_vocabularies shard_teacher""".split()
                 ),
                 edits=(

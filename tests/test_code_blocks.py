@@ -52,7 +52,7 @@ ELSEWHERE = {
         "tests/test_recipes.py::test_pruning_recovering_and_distilling_run_in_order"
     ),
     "accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml -m trl_opsd.opsd --config recipes/opsd.yaml "
-    "--probe_prompts 0": "tests/test_sharded.py::test_the_files_for_a_cpu_say_what_the_others_say, on GPUs by nobody",
+    "--probe_prompts 0": "tests/test_sharded.py::test_the_tested_configuration_is_the_one_for_gpus, and on GPUs nobody",
     "accelerate launch --config_file recipes/accelerate_configs/cpu_ddp.yaml --main_process_port 0 -m trl_opsd.opsd "
     "--config recipes/tiny/opsd.yaml --ddp_backend gloo": "tests/test_sharded.py, which launches by the same files",
     "accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml --main_process_port 0 -m trl_opsd.opsd "
@@ -127,7 +127,8 @@ def test_every_block_is_executed_or_listed():
             assert kind != "json" or name == "trl_opsd/data/README.md"
     every = {line for page in PAGES.values() for line in lines(page)}
     assert set(ELSEWHERE) <= every, "a line that is listed is on no page"
-    assert {module_of(shlex.split(line)) for _, line in HERE} <= set(SMALL)
+    new = {line for _, line in HERE if module_of(shlex.split(line)) not in SMALL}
+    assert not new, "say in SMALL how to make these small, or in ELSEWHERE who runs them"
 
 
 def test_who_runs_the_others_is_there():
@@ -197,14 +198,16 @@ def execute(world: Path, line: str, monkeypatch) -> None:
     try:
         main(small(words))
     except SystemExit as end:
-        assert end.code in (None, 0, 1), line  # 1 is the verdict of a comparison that decides nothing
+        # Of a comparison 1 and 3 are verdicts: worse, and undecided
+        assert end.code in ((0, 1, 3) if "--compare" in words else (None, 0)), line
 
 
 @pytest.mark.parametrize("page", ["trl_opsd/data/README.md", "README.md", "trl_opsd/evaluate/README.md"])
 def test_what_measures_and_reads_runs(world, monkeypatch, page):
     """In the order of the page: each line takes what the one before it has left."""
     shutil.rmtree(world / "runs" / "evaluation", ignore_errors=True)
-    ran = [line for name, line in HERE if name == page and module_of(shlex.split(line)) not in SLOW]
+    quick = ("trl_opsd.data", "trl_opsd.evaluate")
+    ran = [line for name, line in HERE if name == page and module_of(shlex.split(line)) in quick]
     assert len(ran) >= 2
     for line in ran:
         execute(world, line, monkeypatch)
@@ -218,10 +221,11 @@ def test_what_measures_and_reads_runs(world, monkeypatch, page):
         assert (world / "runs" / "train.jsonl").is_file()
 
 
-def test_a_bank_by_itself_runs(world, monkeypatch):
-    (line,) = [line for _, line in HERE if "compress.bank" in line]
+@pytest.mark.parametrize("line", sorted({line for _, line in HERE if "compress.bank" in line}))
+def test_a_bank_by_itself_runs(world, monkeypatch, line):
     execute(world, line, monkeypatch)
-    assert (world / "runs" / "bank.json").is_file()
+    words = shlex.split(line)
+    assert (world / words[words.index("--output") + 1]).is_file()
 
 
 @pytest.mark.slow
