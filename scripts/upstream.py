@@ -285,18 +285,22 @@ class _Without:
         return found
 
     def condition(self, node: ast.If, where: str) -> bool:
-        truth = self.truth(node.test)
+        truth, start = self.truth(node.test), self.span(node)[0]
+        is_elif = self.source.startswith("elif", start)
         if truth is True:
+            if is_elif:
+                raise ValueError(f"{where}, line {node.lineno}: an `elif` that always holds")
             self.hoist(node, node.body)
             return self.body(node.body, where)
         if truth is False and not node.orelse:
             self.drop(node)
             return False
         if truth is False:
-            line = self.lines[node.orelse[0].lineno - 1]
-            if line.lstrip().startswith("elif"):
-                start = self.offset(node.orelse[0].lineno, node.orelse[0].col_offset)
-                self.changes.append((self.span(node)[0], start + len("el"), ""))
+            after = self.span(node.orelse[0])[0]
+            if self.source.startswith("elif", after):  # the next one takes its place
+                self.changes.append((start, after if is_elif else after + len("el"), ""))
+            elif is_elif:
+                self.changes.append((start, self.source.rindex("else", start, after), ""))
             else:
                 self.hoist(node, node.orelse)
             return self.body(node.orelse, where)
