@@ -308,7 +308,8 @@ class _Without:
         before, names = len(self.changes), set(self.names)
         left = self.body(node.body, where)
         if left:
-            if node.orelse and not self.body(node.orelse, where):
+            is_else = node.orelse and not self.source.startswith("elif", self.span(node.orelse[0])[0])
+            if node.orelse and not self.body(node.orelse, where) and is_else:
                 raise ValueError(f"{where}, line {node.lineno}: nothing is left of an `else`")
             return True
         if node.orelse:
@@ -681,6 +682,11 @@ _TESTS_OF_GATE = """
     test_evaluation_goes_through_the_gate_too test_fewer_prompts_than_a_batch_are_named_before_a_model_is_loaded
 """
 _TEACHER_OF_TRL = (
+    (
+        "positions = self.teacher.config.get_text_config().max_position_embeddings",
+        "teacher = self.accelerator.unwrap_model(self.teacher_model)\n"
+        "        positions = teacher.config.get_text_config().max_position_embeddings",
+    ),
     (
         """        teacher_hidden, teacher_head = self.teacher.forward(
             unwrapped_student, self._get_last_hidden_state, *teacher_inputs, **multimodal_inputs

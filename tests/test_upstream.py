@@ -41,6 +41,7 @@ def names_of(kit):
         ("if x:\n    a = 1\nelif b:\n    a = 2\n", "x", "if b:\n    a = 2\n"),
         ("if c:\n    a = 1\nelif x:\n    a = 2\nelif b:\n    a = 3\n", "x", "if c:\n    a = 1\nelif b:\n    a = 3\n"),
         ("if c:\n    a = 1\nelif x:\n    a = 2\nelse:\n    a = 3\n", "x", "if c:\n    a = 1\nelse:\n    a = 3\n"),
+        ("if c:\n    a = 1\nelif x:\n    a = 2\n", "x", "if c:\n    a = 1\n"),
         ("if not x and b:\n    a = 1\n", "x", "if b:\n    a = 1\n"),
         ("if x > 1 and b:\n    a = 1\n", "x", ""),
         ("if x > 1 or b:\n    a = 1\n", "x", "if b:\n    a = 1\n"),
