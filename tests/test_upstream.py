@@ -53,13 +53,14 @@ def names_of(kit):
         ("a = {'x': 1, 'b': 2}\n", "x", "a = {'b': 2}\n"),
         ("class A:\n    def x(self):\n        pass\n\n    b = 1\n", "A.x", "class A:\n\n    b = 1\n"),
         ("self.x = 1\nx = 2\n", ".x", "x = 2\n"),
-        ("def f():\n    x = 1\n\n\ndef g():\n    return x\n", "f:x", "\n\ndef g():\n    return x\n"),
+        (
+            "def f():\n    x = 1\n    return 2\n\n\ndef g():\n    return x\n",
+            "f:x",
+            "def f():\n    return 2\n\n\ndef g():\n    return x\n",
+        ),
     ],
 )
 def test_what_mentions_an_absent_name_is_left_out(source, absent, expected):
-    if absent == "f:x":  # a function of which nothing is left is nothing that anybody wants
-        source = source.replace("x = 1\n", "x = 1\n    return 2\n", 1)
-        expected = "def f():\n    return 2\n" + expected
     assert without(source, {absent}) == expected
 
 
@@ -127,13 +128,11 @@ def test_numbers_in_the_texts_are_those_of_the_results():
 
 def test_no_step_mentions_what_is_brought_later_or_never(kit):
     """Beside what the formatter sees: comments and docstrings do not promise what is not there."""
-    folder, listed = kit
-    tree = folder.parent / "words"
+    folder, _ = kit
     fields = {"lmbda", "off_policy_steps", "max_generation_rounds", "min_pass_rate", "completion_limit_quantile"}
     branch = "".join(file.read_text() for file in (folder / "branch" / upstream.PACKAGE).rglob("*.py"))
     assert [name for name in fields if name in branch] == []
     assert "trl_opsd" not in branch and "trl-opsd" not in branch
-    shutil.rmtree(tree, ignore_errors=True)
 
 
 def apply(kit, name, checkout):
