@@ -60,7 +60,8 @@ def test_correct_is_verified_finished_and_of_enough_reward():
     nan = torch.nan
     rewards = torch.tensor([[1.0, 0.2], [1.0, 0.2], [nan, 0.2], [nan, nan]])
     finished = torch.tensor([True, False, True, True])
-    verdicts = judge(rewards, torch.tensor([4, 9, 5, 6]), finished, torch.tensor([1.0, 0.5]), "correct", 1.0)
+    weights = torch.tensor([1.0, 0.5])
+    verdicts = judge(rewards, torch.tensor([4, 9, 5, 6]), finished, weights, gate="correct", threshold=1.0)
     torch.testing.assert_close(verdicts.rewards, torch.tensor([1.1, 1.1, 0.1, 0.0]))
     assert verdicts.verified.tolist() == [True, True, True, False]
     assert verdicts.correct.tolist() == [True, False, False, False]
