@@ -1,5 +1,5 @@
 """
-Writes the tables of recipes/results/README.md, the table.md of each experiment and the picture of README.md, from the
+Writes the tables of recipes/results/README.md, the table.md of each experiment and the pictures of the pages, from the
 files beside them.
 
     python -m scripts.readme_tables            writes them
@@ -173,6 +173,23 @@ def export_table() -> str:
     return markdown([*heading, "tokens/s", "verdict"], lines)
 
 
+def signs_picture() -> str:
+    """A run that goes well and one that does not: accuracy and length on held-out problems, step by step."""
+    runs = [row for row in read(RESULTS / "time_to_goal_long" / "seed-1.json") if row["method"] == "ours"]
+    runs.sort(key=lambda row: row["setting"]["learning_rate"])
+    names = {0.002: "good: a learning rate of 2e-3", 0.004: "bad: 4e-3, which ruins what the answers depend on"}
+    charts = []
+    for field, scale, label in (("accuracy", 100, "accuracy, %, sampled"), ("mean_tokens", 1, "mean tokens")):
+        series = []
+        for index, run in enumerate(runs):
+            points = [{"step": 0, **run["start"]}, *run["evaluations"]]
+            points = [point for point in points if point["step"] <= 24]
+            steps, values = zip(*((point["step"], scale * point[field]) for point in points), strict=True)
+            series.append(svg.Series(names[run["setting"]["learning_rate"]], index, steps, values, kind="line"))
+        charts.append(svg.chart(series, "step", label, y_from=0.0, left=len(charts) * svg.WIDTH))
+    return str(svg.picture(charts, ["accuracy", "length"], list(names.values())))
+
+
 BLOCKS = {
     "export": export_table,
     "chain": chain_table,
@@ -225,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     page = RESULTS / "README.md"
     texts = {page: filled(page.read_text()), RESULTS / "tiny_chain" / "accuracy_tokens.svg": chain_picture()}
+    texts[RESULTS / "time_to_goal_long" / "signs.svg"] = signs_picture()
     texts |= {RESULTS / name / "table.md": table() for name, table in FILES.items()}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     for path in stale:

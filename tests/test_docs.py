@@ -39,8 +39,8 @@ COMMANDS_OF = {stage: (f"trl_opsd.{stage}",) for stage in STAGES if stage != "re
 COMMANDS_OF["compress"] = ("trl_opsd.compress", "trl_opsd.compress.bank")
 # What `evaluate` does with results that are there, each with options of its own
 MODES = {"--compare": ("--compare", "A", "B"), "--report": ("--report", "A"), "--card": ("--card", "A")}
-# Options of `accelerate launch`, and one of ours that stands behind `...` in its examples
-LAUNCH = {f"--{name}" for name in vars(launch_command_parser().parse_args(["script.py"]))} | {"--ddp_backend"}
+# Options of `accelerate launch`
+LAUNCH = {f"--{name}" for name in vars(launch_command_parser().parse_args(["script.py"]))}
 COMMANDS_OF["rewards"] = ("trl_opsd.opsd", "trl_opsd.rlvr")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -146,6 +146,8 @@ def commands(page):
 def mistakes(words):
     """What a command names that is not there."""
     program, *words = words
+    if program == "trl":
+        program, words = "python", ["-m", f"trl.scripts.{words[0]}", *words[1:]]
     if program not in _PROGRAMS:
         return [program]
     if program == "pip":
@@ -165,6 +167,8 @@ def mistakes(words):
     if module.startswith("trl_opsd."):
         mode = next((MODES[option] for option in options if option in MODES), ())
         known = options_of(module, *mode) | {"--config"}
+    elif module.startswith("trl.scripts."):
+        known = importlib.import_module(module).make_parser()._option_string_actions.keys() | {"--config"}
     else:
         known = re.findall(r"--\w+", Path(importlib.util.find_spec(module).origin).read_text()) + ["--config"]
     return found + [option for option in options if option not in known]

@@ -27,6 +27,33 @@ def test_the_public_names_import():
     assert result.stdout.strip() == "DistillationTrainer", result.stderr
 
 
+def with_trl(version, *command):
+    """Runs a command of Python where the installed TRL says that it is another version."""
+    code = (
+        "import importlib.metadata as metadata, runpy, sys\n"
+        "own = metadata.version\n"
+        f"metadata.version = lambda name: {version!r} if name == 'trl' else own(name)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code + "\n".join(command)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_trl_that_is_not_supported_ends_in_one_sentence():
+    sentence = (
+        r"trl-opsd \S+ overrides private methods of TRL >=1.16,<1.17, and TRL 1.18.0 is installed: run `pip install "
+    )
+    # As `python -m` has it while it looks for the module
+    result = with_trl("1.18.0", "sys.argv = ['-m', '--help']", "import trl_opsd.opsd.__main__")
+    assert result.returncode == 2 and re.fullmatch(f"error: {sentence}.*\n", result.stderr), result.stderr
+    result = with_trl("1.18.0", "import trl_opsd")
+    assert result.returncode == 1 and re.search(f"^ImportError: {sentence}", result.stderr, re.MULTILINE)
+    assert with_trl("1.16.3.dev0", "import trl_opsd").returncode == 0
+
+
+def test_the_range_of_trl_is_that_of_the_metadata():
+    (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(r"trl\b(?!-)", line)]
+    assert set(re.split(r"[ ,]", declared.removeprefix("trl"))) == set(trl_opsd._TRL.split(","))
+
+
 def test_metadata():
     metadata = importlib.metadata.metadata("trl-opsd")
     assert metadata["License-Expression"] == "Apache-2.0"

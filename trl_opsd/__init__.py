@@ -1,11 +1,30 @@
 """trl-opsd: the stage after RL. On-policy (self-)distillation as compression of reasoning models, on TRL."""
 
+import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from trl._lazy_module import _LazyModule
+from packaging.specifiers import SpecifierSet
 
 
 __version__ = "0.1.0"
+
+# That of pyproject.toml, which pip looks at when it installs and nobody afterwards
+_TRL = ">=1.16,<1.17"
+
+if not SpecifierSet(_TRL).contains(version("trl"), prereleases=True):
+    _message = (
+        f"trl-opsd {__version__} overrides private methods of TRL {_TRL}, and TRL {version('trl')} is installed: run "
+        f"`pip install 'trl{_TRL}'`."
+    )
+    if sys.argv[0] == "-m":  # a command line, whose package is imported first
+        sys.stderr.write(f"error: {_message}\n")
+        raise SystemExit(2)
+    raise ImportError(_message)
+
+# Only a supported TRL is sure to have it
+from trl._lazy_module import _LazyModule  # noqa: E402
+
 
 _import_structure = {
     "opsd": ["OPSDConfig", "OPSDTrainer"],

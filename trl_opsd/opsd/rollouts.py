@@ -165,7 +165,7 @@ class Rollouts:
         metrics = {}
         if self.pass_rates is not None and is_own:
             rows, metrics["opsd/skipped"] = self._replace_skipped(rows)
-        rollouts = CollectedRollouts(rows, self._generate(rows), [None] * len(rows), metrics)
+        rollouts = CollectedRollouts(rows, self._generate(rows), siblings=[None] * len(rows), metrics=metrics)
         if self.verifiers is not None:
             self._verify_and_choose(rollouts, state, is_training, is_own)
         return rollouts
