@@ -1143,7 +1143,30 @@ def extract_logprobs(''',
     Step(
         "alarms",
         parts=(
-            _ours("alarms"),
+            _ours(
+                "alarms",
+                edits=(
+                    # What a gate of the teacher's leaves out, which is no part of any step
+                    (
+                        "        self.anchored: list[float] = []  # share on the plain prompt, one entry for each log\n",
+                        "",
+                    ),
+                    ('        self.anchored.append(logs.get("opsd/anchored", 0.0))\n', ""),
+                    (
+                        "        if all(share == 1.0 for share in self.anchored):\n"
+                        "            # On an anchor the student starts out as its teacher. Some batches may hold nothing else, but not all\n"
+                        "            if state.global_step >= self.window and kl < 1e-9:\n"
+                        "                self._stop(\n"
+                        "                    control,\n"
+                        '                    "The divergence is zero, so nothing is learned: in none of its contexts was the teacher right on any "\n'
+                        '                    f"prompt so far (`teacher_gate={self.trainer.args.teacher_gate}`).",\n'
+                        "                )\n"
+                        "        elif kl < 1e-9 and self.anchored[-1] < 1.0:\n",
+                        "        if kl < 1e-9:\n",
+                    ),
+                    (", and not because some batches are anchors alone", ""),
+                ),
+            ),
             _ours("metrics"),
             _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
             _test("test_opsd_alarms"),

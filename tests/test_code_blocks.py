@@ -57,6 +57,22 @@ ELSEWHERE = {
     "--config recipes/tiny/opsd.yaml --ddp_backend gloo": "tests/test_sharded.py, which launches by the same files",
     "accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml --main_process_port 0 -m trl_opsd.opsd "
     "--config recipes/tiny/opsd.yaml --ddp_backend gloo --probe_prompts 0": "needs the extra `deepspeed`: tests/test_sharded.py",
+    "python -m trl_opsd.compress --model_name_or_path YOUR/MODEL --dataset_name gsm8k --max_accuracy_drop 0.01": (
+        "tests/test_compress_auto.py, with data and measurements that are built"
+    ),
+    "python -m trl_opsd.compress --model_name_or_path runs/rlvr --dataset_name gsm8k --max_accuracy_drop 0.01": (
+        "tests/test_compress_auto.py, the same"
+    ),
+    "python -m trl_opsd.export --formats gguf --model_name_or_path runs/smollm2 --output_dir runs/export-smollm2 "
+    "--margin 0.1 --dataset_name recipes/results/export/boxed_sums.jsonl --task boxed-sums --max_completion_length 24 "
+    "--conversion_tokens 16 --licence apache-2.0": "tests/test_export.py, slow: minutes, and an environment of its own",
+    "python -m trl_opsd.export --model_name_or_path runs/opsd --tasks 'gsm8k[:500]' --formats safetensors gguf openvino onnx "
+    "--output_dir runs/export": "tests/test_export.py, slow: the same",
+    "python -m trl_opsd.export --model_name_or_path runs/opsd --tasks 'gsm8k[:500]' --formats w8a8 fp8 w4a16 tensorrt-llm "
+    "--bank runs/opsd-bank --output_dir runs/export": "tests/test_export.py, slow: the same",
+    "python -m trl_opsd.plan --config recipes/opsd.yaml": "tests/test_plan.py, with configurations that are built",
+    "python -m trl_opsd.plan --config recipes/opsd.yaml --model_name_or_path Qwen/Qwen3-8B --accelerate_config "
+    "recipes/accelerate_configs/fsdp2.yaml": "tests/test_plan.py::test_eight_gpus_that_share_it_are_enough",
 }
 
 #: What makes a command line small, by its module. Options of ours that it has already are given again, and the last counts

@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from .opsd import OPSDConfig, OPSDTrainer
     from .rlvr import RLVRConfig, RLVRTrainer
 else:
-    import sys
-
     sys.modules[__name__] = _LazyModule(
         __name__,
         __file__,
         _import_structure,
         module_spec=__spec__,
-        extra_objects={"__version__": __version__},
+        extra_objects={"__version__": __version__, "_TRL": _TRL},
     )
