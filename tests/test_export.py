@@ -667,4 +667,5 @@ def test_what_converters_make_is_what_it_was(small_llama, tmp_path, formats):
     for row in rows[1:]:
         if "32" in row["artefact"]:
             assert row["answer"] == "identical" and row["prefix"] == 1
-        assert 0 < row["prefix"] <= 1 and row["bytes"] > 0
+        # of random weights, four bits may leave not one token as it was
+        assert 0 <= row["prefix"] <= 1 and row["bytes"] > 0
