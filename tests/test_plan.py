@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from scripts.benchmarks.memory_plan import planned
 from trl_opsd.plan.__main__ import main
@@ -25,6 +25,9 @@ SIZES = {
 CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZES),
+    # Scores that SDPA cannot cap, and experts
+    "gemma2": Gemma2Config(**SIZES),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
 
@@ -185,6 +188,15 @@ def test_eight_gpus_that_share_it_are_enough(checkpoint_8b, capsys):
 def test_an_adapter_is_enough_too(checkpoint_8b, capsys):
     plan("--model_name_or_path", checkpoint_8b, "--use_peft", "true", "--dtype", "bfloat16")
     assert "       teacher     0.00 GiB" in capsys.readouterr().out
+
+
+def test_an_adapter_is_planned_as_its_base(checkpoint_8b, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": checkpoint_8b}))
+    with pytest.raises(SystemExit) as end:
+        plan("--model_name_or_path", str(tmp_path / "adapter"))
+    assert end.value.code == 1
+    assert "GiB too many" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

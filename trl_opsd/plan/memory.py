@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -22,7 +23,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from ..opsd.divergence import _CPU_LOGITS_BYTES, _LOGITS_BYTES
 
@@ -87,9 +90,16 @@ class Training:
     device: str = "cuda"
 
 
+def attention(module, query, key, value, attention_mask, softcap=None, **kwargs):
+    """SDPA, or where scores are capped, which it cannot do, the whole scores."""
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return eager_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **kwargs)
+
+
 # The trainer's forward makes no mask, and transformers would make one here, because these tensors have no data to look at
 UNMASKED = "opsd_plan"
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+AttentionInterface.register(UNMASKED, attention)
 AttentionMaskInterface.register(UNMASKED, lambda *args, **kwargs: None)
 
 
@@ -136,6 +146,8 @@ def saved_bytes(training: Training, layers: int, rows: int) -> int:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
+            # Without data torch's own takes bfloat16 alone. What is kept of the other is the same
+            patch.object(moe, "_can_use_grouped_mm", lambda *args: False),
         ):
             torch.func.functional_call(body, tensors, (), {"input_ids": ids, "use_cache": False})
     return sum(storage.nbytes() for storage in kept.values())

@@ -89,7 +89,7 @@ def training_of(arguments: PlanArguments, args: OPSDConfig, model_args: ModelCon
         teacher=teacher,
         dtype=dtype,
         teacher_dtype=dtype if teacher is student else dtype_of(teacher or student, teacher_dtype),
-        autocast=args.bf16,
+        autocast=args.bf16 or args.fp16,  # two bytes either way
         peft_config=get_peft_config(model_args),
         gradient_checkpointing=args.gradient_checkpointing,
         rows=rows,
