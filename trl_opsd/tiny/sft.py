@@ -91,7 +91,7 @@ def measure(
     replies = tokenizer.batch_decode(generated)
     ending = re.escape(tokenizer.eos_token)
     right = [
-        re.search(rf"\\boxed\{{{task.answer}\}}{ending}", reply) is not None
+        re.search(rf"\\boxed\{{{re.escape(task.answer)}\}}{ending}", reply) is not None
         for task, reply in zip(tasks, replies, strict=True)
     ]
     return {

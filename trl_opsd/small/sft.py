@@ -1,0 +1,161 @@
+"""
+The warm start of the small reasoner: supervised fine-tuning for a number of steps, which can be interrupted.
+
+It ends on a number of steps and not on an accuracy, since what is hard for it is arithmetic, which comes gradually.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from ..cli import save_final
+from ..resuming import StopOnSignal, claim, find_checkpoint
+from ..results import write_results, write_text
+from ..tiny.model import make_model
+from ..tiny.sft import encode, measure
+from .families import FAMILIES
+from .task import TEMPLATES, Problem, SmallConfig, problems, row, sft_rows
+from .tokenizer import make_tokenizer
+
+
+#: Positions of the model: a long sibling in the prompt, and a long reply.
+MAX_LENGTH = 1024
+#: Longest reply of a measurement. The longest right one of the warm start has some 330 tokens.
+MAX_NEW_TOKENS = 384
+#: Rows that the tokenizer learns from, the same for every seed.
+TOKENIZER_ROWS = 4000
+
+
+class MeasureAccuracy(TrainerCallback):
+    """
+    Measures greedy accuracy on validation problems, by family, plain and concise, and logs it.
+
+    Args:
+        config ([`SmallConfig`]):
+            Holds how often, and on how many problems.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        tasks (`list[Problem]`):
+            Validation problems.
+    """
+
+    def __init__(self, config: SmallConfig, tokenizer: PreTrainedTokenizerBase, tasks: list[Problem]):
+        self.config, self.tokenizer, self.tasks = config, tokenizer, tasks
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.config.accuracy_steps == 0:
+            for result in measure_families(model, self.tokenizer, self.tasks, ("plain", "concise"), sample=False):
+                # Kept with the checkpoint, so that a run that goes on has those from before
+                state.log_history.append({"phase": "training", "step": state.global_step, **result})
+                print(
+                    f"step {state.global_step}: {result['task']} {result['mode']} {result['accuracy']:.0%} in "
+                    f"{result['mean_tokens']:.0f} tokens",
+                    flush=True,
+                )
+
+
+def measure_families(model, tokenizer, tasks: list[Problem], modes, sample: bool) -> list[dict]:
+    """Accuracy and mean length by mode and family: the rows of [`~trl_opsd.tiny.sft.measure`] with `task`."""
+    return [
+        {
+            "task": name,
+            **measure(model, tokenizer, [task for task in tasks if task.task == name], mode, MAX_NEW_TOKENS, sample),
+        }
+        for mode in modes
+        for name in FAMILIES
+    ]
+
+
+def check(args: SFTConfig) -> str | None:
+    """
+    Checks what can be checked before training, and takes the output folder.
+
+    Returns:
+        `str` or `None`: Checkpoint to go on from.
+
+    Raises:
+        ValueError: If `max_steps` is missing, there is more than one process, or the output folder cannot be had.
+    """
+    if args.max_steps < 1:
+        raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
+    if args.world_size > 1:
+        raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
+    resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    claim(args)
+    return resume_from
+
+
+def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = None) -> list[dict]:
+    """
+    Trains the small reasoner and writes it, with the data of the later stages, to `args.output_dir`.
+
+    The folder holds `data/train.jsonl` and `data/test.jsonl` in the data contract, the test rows of each family once
+    more in `data/by_task`, at the end an ordinary checkpoint, and `sft.json` with what was measured. The seed decides
+    the weights and the training rows; tokenizer and test rows are the same for every seed.
+
+    Args:
+        config ([`SmallConfig`]):
+            Tasks, architecture and warm start.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+        resume_from (`str`, *optional*):
+            Checkpoint to go on from.
+
+    Returns:
+        `list[dict]`: The measurements in `sft.json`: greedy accuracy on the way (`phase` is `"training"`), and every
+        mode, greedy and sampled, at the end (`"final"`).
+
+    Raises:
+        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
+    """
+    start = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    for split, size in (("train", config.train_size), ("test", config.test_size)):
+        rows = [row(problem) for problem in problems(split, size, args.seed if split == "train" else 0)]
+        write_rows(output_dir / "data" / f"{split}.jsonl", rows)
+    for task in FAMILIES:
+        write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
+
+    set_seed(args.seed)
+    tokenizer = tokenizer_of(config)
+    model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
+    num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+    dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
+    tasks = problems("validation", config.accuracy_problems, 0)
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[MeasureAccuracy(config, tokenizer, tasks)],
+    )
+    interruption = StopOnSignal(trainer)
+    trainer.add_callback(interruption)
+    trainer.train(resume_from_checkpoint=resume_from)
+    interruption.end(args.output_dir)
+
+    results = [entry for entry in trainer.state.log_history if "phase" in entry]
+    for sample in (False, True):
+        for result in measure_families(model, tokenizer, tasks, TEMPLATES, sample):
+            results.append({"phase": "final", "step": trainer.state.global_step, **result})
+    save_final(trainer)
+    results[-1]["wall_s"] = time.perf_counter() - start
+    write_results(output_dir / "sft.json", results, {**asdict(config), **args.to_dict()})
+    return results
+
+
+def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a world, which depends on no seed."""
+    rows = islice(sft_rows(config, 0), TOKENIZER_ROWS)
+    messages = (message for row in rows for message in row["prompt"] + row["completion"])
+    return make_tokenizer((f"{message['role']}\n{message['content']}" for message in messages), config.vocab_size)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes JSON Lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
