@@ -6,7 +6,6 @@ there: that is `right`, or in a slip one of `wrong`. So an answer that follows f
 """
 
 import ast
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -204,7 +203,10 @@ FAMILIES = {
         solve=_simple_equations,
     ),
     "base_conversion": Family(
-        levels=[{"min_base": 3, "max_base": 10, "min_value": 10, "max_value": most} for most in (40, 80, 150)],
+        levels=[
+            {"min_base": base, "max_base": 10, "min_value": 10, "max_value": most}
+            for base, most in ((5, 100), (4, 150), (3, 250))
+        ],
         about=_conversion,
         solve=_base_conversion,
         keep=lambda entry: 10 in (entry["metadata"]["source_base"], entry["metadata"]["target_base"]),

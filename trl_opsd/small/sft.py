@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..cli import save_final
-from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..results import write_results, write_text
+from ..resuming import StopOnSignal, claim, find_checkpoint
 from ..tiny.model import make_model
 from ..tiny.sft import encode, measure
 from .families import FAMILIES
@@ -36,27 +36,24 @@ class MeasureAccuracy(TrainerCallback):
     Measures greedy accuracy on validation problems, by family, plain and concise, and logs it.
 
     Args:
-        config ([`SmallConfig`]):
-            Holds how often, and on how many problems.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
         tasks (`list[Problem]`):
             Validation problems.
+        every (`int`):
+            Optimizer steps between two measurements.
     """
 
-    def __init__(self, config: SmallConfig, tokenizer: PreTrainedTokenizerBase, tasks: list[Problem]):
-        self.config, self.tokenizer, self.tasks = config, tokenizer, tasks
+    def __init__(self, trainer: SFTTrainer, tasks: list[Problem], every: int):
+        self._print, self._tokenizer = trainer.accelerator.print, trainer.processing_class
+        self._tasks, self._every = tasks, every
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.config.accuracy_steps == 0:
-            for result in measure_families(model, self.tokenizer, self.tasks, ("plain", "concise"), sample=False):
+        if state.global_step % self._every == 0:
+            for result in measure_families(model, self._tokenizer, self._tasks, ("plain", "concise"), sample=False):
                 # Kept with the checkpoint, so that a run that goes on has those from before
                 state.log_history.append({"phase": "training", "step": state.global_step, **result})
-                print(
-                    f"step {state.global_step}: {result['task']} {result['mode']} {result['accuracy']:.0%} in "
-                    f"{result['mean_tokens']:.0f} tokens",
-                    flush=True,
-                )
+                self._print(f"step {state.global_step}: {line_of(result)}", flush=True)
 
 
 def measure_families(model, tokenizer, tasks: list[Problem], modes, sample: bool) -> list[dict]:
@@ -69,6 +66,14 @@ def measure_families(model, tokenizer, tasks: list[Problem], modes, sample: bool
         for mode in modes
         for name in FAMILIES
     ]
+
+
+def line_of(result: dict) -> str:
+    """A measurement, for people."""
+    return (
+        f"{result['mode']:>8} {result['decoding']:>7} {result['task']:>16}: {result['accuracy']:6.1%} in "
+        f"{result['mean_tokens']:.1f} tokens"
+    )
 
 
 def check(args: SFTConfig) -> str | None:
@@ -124,6 +129,8 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
     set_seed(args.seed)
     tokenizer = tokenizer_of(config)
     model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
+    if args.device.type == "cpu":
+        model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
     num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
     tasks = problems("validation", config.accuracy_problems, 0)
@@ -132,8 +139,8 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[MeasureAccuracy(config, tokenizer, tasks)],
     )
+    trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
     interruption = StopOnSignal(trainer)
     trainer.add_callback(interruption)
     trainer.train(resume_from_checkpoint=resume_from)

@@ -1,0 +1,218 @@
+"""The small reasoner: its chains, its ways of answering, its tokenizer, its warm start and its recipes."""
+
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from reasoning_gym.factory import create_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from trl_opsd.cli import parse
+from trl_opsd.rewards import math_reward
+from trl_opsd.small import TEMPLATES, SmallConfig, sft, warm_start
+from trl_opsd.small.__main__ import main
+from trl_opsd.small.families import FAMILIES
+from trl_opsd.small.task import CHECKS, Problem, Writer, problems, row, sft_rows
+
+
+ROOT = Path(__file__).parents[1]
+CONFIG = SmallConfig()
+LEVELS = [(task, level) for task in FAMILIES for level in (1, 2, 3)]
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+SMALL |= {"intermediate_size": 32, "train_size": 24, "test_size": 24, "accuracy_problems": 24}
+
+
+def boxed(reply: str) -> str:
+    return re.fullmatch(r".*\\boxed\{(.*)\}", reply)[1]
+
+
+def is_true(step: str) -> bool:
+    """Whether a written step holds, by Python's own arithmetic."""
+    if " against " in step:
+        return step.endswith(("keep", "remove"))  # which of them depends on the question
+    left, right = step.rpartition(": ")[2].split("=")
+    if " r " in right:
+        return right == "{} r {}".format(*divmod(*map(int, left.split("/"))))
+    return eval(left.replace("mod", "%")) == int(right)
+
+
+@pytest.mark.parametrize(("task", "level"), LEVELS, ids=lambda value: str(value))
+def test_every_chain_is_true_and_ends_in_the_answer_of_the_generator(task, level):
+    entries = create_dataset(task, seed=5_000_000, size=400, **FAMILIES[task].levels[level - 1])
+    kept = [entry for entry in entries if FAMILIES[task].keep(entry)]
+    assert len(kept) > 50
+    for index, entry in enumerate(kept[:150]):
+        problem = Problem(task, level, entry["question"].strip(), entry["answer"], entry["metadata"])
+        writers = [Writer(0.0, random.Random(0)), Writer(1.0, random.Random(index))]
+        for writer in writers:
+            assert entries.score_answer(boxed(problem.reply(writer)), entry) == 1.0
+            assert all(map(is_true, writer.steps))
+        assert problem.solution == ". ".join([*writers[0].steps, f"\\boxed{{{entry['answer']}}}"])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(islice(sft_rows(CONFIG, seed=1), 1500))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]
+    return sft.make_tokenizer([*texts, "user\n", "assistant\n"], CONFIG.vocab_size)
+
+
+def test_the_verifier_of_the_recipes_takes_the_answers_and_no_others():
+    tasks = problems("test", 96, seed=0)
+    asked = {"completions": [[{"role": "assistant", "content": task.solution}] for task in tasks]}
+    assert math_reward(**asked, answer=[task.answer for task in tasks]) == [1.0] * len(tasks)
+    others = {task.task: [other.answer for other in tasks if other.task == task.task] for task in tasks}
+    wrong = [next(answer for answer in others[task.task] if answer != task.answer) for task in tasks]
+    assert math_reward(**asked, answer=wrong) == [0.0] * len(tasks)
+
+
+def test_only_the_plain_way_is_taught_everywhere(rows):
+    modes = defaultdict(Counter)
+    for example in rows:
+        modes[example["task"], example["difficulty"]][example["mode"]] += 1
+    assert set(modes) == set(LEVELS)
+    for (task, level), counts in modes.items():
+        taught = task in CONFIG.taught and level <= 2
+        assert set(counts) == (set(TEMPLATES) if taught else {"plain"})
+    assert 0 < len(CONFIG.taught) < len(FAMILIES)
+
+
+def test_each_way_is_asked_for_in_its_own_words_and_answered_in_its_own_form(rows):
+    asked = {"concise": "as concisely as", "solution": "A reference solution: ", "sibling": "A short and correct way"}
+    for example in rows:
+        prompt, reply = example["prompt"][0]["content"], example["completion"][0]["content"]
+        assert {mode for mode, words in asked.items() if words in prompt} == {example["mode"]} - {"plain"}
+        if example["mode"] in ("solution", "sibling"):
+            assert f": {reply}\n" in prompt  # what it is shown, which ends right
+        assert reply.count("\\boxed{") == 1
+
+
+def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
+    right, tokens, needed = defaultdict(list), defaultdict(list), 0
+    generator = random.Random(0)
+    for problem in problems("validation", 480, seed=0):
+        plain = Writer(1.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
+        reply = problem.reply(plain)
+        right["plain"].append(boxed(reply) == problem.answer)
+        tokens["plain"].append(len(tokenizer(reply)["input_ids"]) + 1)
+        needed += "No, it is" in reply or "That was wrong" in reply
+        concise = Writer(0.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
+        right["concise"].append(boxed(problem.reply(concise)) == problem.answer)
+        tokens["concise"].append(len(tokenizer(problem.solution)["input_ids"]) + 1)
+    mean = {name: sum(values) / len(values) for name, values in right.items()}
+    length = {name: sum(values) / len(values) for name, values in tokens.items()}
+    assert 0.9 < mean["plain"] < 0.99 and mean["concise"] < mean["plain"] - 0.03
+    assert needed > 24
+    assert length["concise"] < 0.4 * length["plain"] and 80 < length["plain"] < 180
+
+
+def test_a_slip_that_nobody_notices_is_carried_on_and_one_that_is_noticed_is_not():
+    for problem in problems("validation", 96, seed=1):
+        noticed = Writer(1.0, random.Random(0), slip_probability=1.0, notice_probability=1.0)
+        assert boxed(problem.reply(noticed)) == problem.answer
+        assert all(map(is_true, noticed.steps))
+        missed = Writer(1.0, random.Random(0), slip_probability=1.0)
+        text = problem.reply(missed)
+        assert not any("keep" not in step and "remove" not in step and is_true(step) for step in missed.steps)
+        # The check repeats what it confirms
+        for step in missed.steps:
+            assert any(f"{check}{step}. " in text for check in CHECKS)
+
+
+def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():
+    drawn = {split: {problem.question for problem in problems(split, 240, seed=0)} for split in ("test", "train")}
+    assert not drawn["test"] & drawn["train"]
+    assert len(drawn["test"]) == 240
+    questions = {example["prompt"][0]["content"] for example in islice(sft_rows(CONFIG, seed=2), 300)}
+    assert not questions & (drawn["test"] | drawn["train"])
+    example = row(problems("test", 24, seed=0)[0])
+    assert set(example) == {"prompt", "answer", "solution", "task", "difficulty"}
+    with pytest.raises(ValueError, match="too few `validation` problems of"):
+        problems("validation", 24_000, seed=0)
+
+
+def test_the_tokenizer_has_digits_of_their_own_and_gives_back_what_it_read(rows, tokenizer):
+    assert len(tokenizer) <= 1024
+    for example in rows[:200]:
+        text = example["completion"][0]["content"]
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if re.search(r"\d", token)]
+        assert all(re.fullmatch(r"\d", token) for token in digits) and len(digits) == len(re.findall(r"\d", text))
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [token for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "That.<|im_end|>"
+
+
+def sft_config(folder, **changes) -> SFTConfig:
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True}
+    defaults |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
+    defaults |= {"save_steps": 2, "disable_tqdm": True}
+    return SFTConfig(output_dir=str(folder), **{**defaults, **changes})
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(sft, "TOKENIZER_ROWS", 100)
+    monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 4)
+
+
+def test_an_interrupted_warm_start_goes_on_to_the_same_weights(tmp_path, short):
+    config = SmallConfig(**SMALL, accuracy_steps=2)
+    results = warm_start(config, sft_config(tmp_path / "whole"))
+    again = warm_start(config, sft_config(tmp_path / "again"), str(tmp_path / "whole" / "checkpoint-2"))
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "again")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-2").state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in states[0].items())
+    for measured in (results, again):
+        # 8 families, plain and concise at two steps; and 4 ways, greedy and sampled
+        assert Counter(result["phase"] for result in measured) == {"training": 32, "final": 64}
+    assert json.loads((tmp_path / "again" / "sft.json").read_text())["rows"] == again
+
+
+def test_the_command_leaves_what_the_next_stages_take(tmp_path, short, capsys):
+    options = {**SMALL, "max_steps": 2, "output_dir": tmp_path / "out", "save_steps": 1, "warmup_steps": 0}
+    options |= {"lr_scheduler_type": "constant", "bf16": "false", "disable_tqdm": "true", "lr_scheduler_kwargs": "{}"}
+    main(["--config", str(ROOT / "recipes/small/sft.yaml"), *(f"--{k}={v}" for k, v in options.items())])
+    assert "leg_counting" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(tokenizer)
+    whole = [json.loads(line) for line in (tmp_path / "out/data/test.jsonl").read_text().splitlines()]
+    parts = [json.loads(line) for path in (tmp_path / "out/data/by_task").iterdir() for line in path.open()]
+    key = lambda row: row["prompt"][0]["content"]  # noqa: E731
+    assert sorted(parts, key=key) == sorted(whole, key=key) and len(whole) == 24
+
+
+def test_mistakes_end_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`taught` has `sums`, and the families are chain_sum"):
+        SmallConfig(taught=["sums"])
+    with pytest.raises(ValueError, match="`taught_difficulty` is 4"):
+        SmallConfig(taught_difficulty=4)
+    with pytest.raises(ValueError, match="`slip_probability` is 2"):
+        SmallConfig(slip_probability=2)
+    with pytest.raises(ValueError, match="`max_steps` is missing"):
+        sft.check(sft_config(tmp_path, max_steps=-1))
+
+
+def test_the_recipes_ask_in_the_words_that_were_taught():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/small").glob("*.yaml")}
+    for mode in ("concise", "solution", "sibling"):
+        assert recipes[f"opsd_{mode}"]["teacher_prompt_template"] == TEMPLATES[mode]
+    assert recipes["compress"]["prompt_only_template"] == TEMPLATES["concise"]
+    names = [Path(path).stem for path in recipes["evaluate_by_task"]["tasks"]]
+    assert names == list(FAMILIES)
+    config, _ = parse(("trl_opsd.small.task.SmallConfig", "trl.SFTConfig"), ["--config", "recipes/small/sft.yaml"])
+    assert config == SmallConfig(accuracy_steps=config.accuracy_steps)
