@@ -19,6 +19,7 @@ from trl_opsd.opsd.__main__ import main
 from trl_opsd.prune.__main__ import ARGUMENTS as PRUNE
 from trl_opsd.rlvr.__main__ import ARGUMENTS as RLVR
 from trl_opsd.shadows import Computed, Unreadable, read_dataclass
+from trl_opsd.small.__main__ import ARGUMENTS as SMALL
 from trl_opsd.tiny.__main__ import ARGUMENTS as TINY
 
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = {
     "data": DATA,
     "tiny": TINY,
+    "small": SMALL,
     "rlvr": RLVR,
     "prune": PRUNE,
     "opsd": OPSD,

@@ -10,10 +10,11 @@ from trl_opsd.evaluate.config import EvaluateConfig
 from trl_opsd.opsd.config import OPSDConfig
 from trl_opsd.prune.config import PruneConfig
 from trl_opsd.rlvr.config import RLVRConfig
+from trl_opsd.small.task import SmallConfig
 from trl_opsd.tiny.task import TinyConfig
 
 
-CONFIGS = [TinyConfig, RLVRConfig, PruneConfig, OPSDConfig, EvaluateConfig, CompressConfig]
+CONFIGS = [TinyConfig, SmallConfig, RLVRConfig, PruneConfig, OPSDConfig, EvaluateConfig, CompressConfig]
 
 
 def own_fields(config):

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trl import SFTConfig
 
 from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
-from trl_opsd.small import TEMPLATES, SmallConfig, sft, warm_start
+from trl_opsd.small import TEMPLATES, SmallConfig, sft
 from trl_opsd.small.__main__ import main
 from trl_opsd.small.families import FAMILIES
 from trl_opsd.small.task import CHECKS, Problem, Writer, problems, row, sft_rows
@@ -138,8 +139,13 @@ def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():
     assert not questions & (drawn["test"] | drawn["train"])
     example = row(problems("test", 24, seed=0)[0])
     assert set(example) == {"prompt", "answer", "solution", "task", "difficulty"}
-    with pytest.raises(ValueError, match="too few `validation` problems of"):
-        problems("validation", 24_000, seed=0)
+
+
+def test_more_problems_than_there_are_cannot_be_had(monkeypatch):
+    few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # 200 in all, a twentieth of which is for validation
+    monkeypatch.setitem(FAMILIES, "chain_sum", replace(FAMILIES["chain_sum"], levels=[few] * 3))
+    with pytest.raises(ValueError, match="too few `validation` problems of `chain_sum` at difficulty 1 for 720 rows"):
+        problems("validation", 720, seed=0)
 
 
 def test_the_tokenizer_has_digits_of_their_own_and_gives_back_what_it_read(rows, tokenizer):
@@ -156,44 +162,38 @@ def test_the_tokenizer_has_digits_of_their_own_and_gives_back_what_it_read(rows,
     assert tokenizer.decode(marked) == "That.<|im_end|>"
 
 
-def sft_config(folder, **changes) -> SFTConfig:
-    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True}
-    defaults |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1}
-    defaults |= {"save_steps": 2, "disable_tqdm": True}
-    return SFTConfig(output_dir=str(folder), **{**defaults, **changes})
-
-
-@pytest.fixture
-def short(monkeypatch):
+def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_the_next_stages_take(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sft, "TOKENIZER_ROWS", 100)
-    monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
+    options = {**SMALL, "max_steps": 4, "save_steps": 2, "accuracy_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 1}', "disable_tqdm": "true"}
 
+    def run(name, **changes):
+        given = {**options, "output_dir": tmp_path / name, **changes}
+        main(["--config", str(ROOT / "recipes/small/sft.yaml"), *(f"--{key}={value}" for key, value in given.items())])
+        results = json.loads((tmp_path / name / "sft.json").read_text())["rows"]
+        # 8 families, plain and concise, at two steps; and 4 ways, greedy and sampled
+        assert Counter(result["phase"] for result in results) == {"training": 32, "final": 64}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
 
-def test_an_interrupted_warm_start_goes_on_to_the_same_weights(tmp_path, short):
-    config = SmallConfig(**SMALL, accuracy_steps=2)
-    results = warm_start(config, sft_config(tmp_path / "whole"))
-    again = warm_start(config, sft_config(tmp_path / "again"), str(tmp_path / "whole" / "checkpoint-2"))
-    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "again")]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    first = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-2").state_dict()
-    assert any(not torch.equal(value, first[name]) for name, value in states[0].items())
-    for measured in (results, again):
-        # 8 families, plain and concise at two steps; and 4 ways, greedy and sampled
-        assert Counter(result["phase"] for result in measured) == {"training": 32, "final": 64}
-    assert json.loads((tmp_path / "again" / "sft.json").read_text())["rows"] == again
+    whole = run("whole")
+    halfway = tmp_path / "whole" / "checkpoint-2"
+    again = run("again", resume_from_checkpoint=halfway)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    first = AutoModelForCausalLM.from_pretrained(halfway).state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in whole.items())
 
-
-def test_the_command_leaves_what_the_next_stages_take(tmp_path, short, capsys):
-    options = {**SMALL, "max_steps": 2, "output_dir": tmp_path / "out", "save_steps": 1, "warmup_steps": 0}
-    options |= {"lr_scheduler_type": "constant", "bf16": "false", "disable_tqdm": "true", "lr_scheduler_kwargs": "{}"}
-    main(["--config", str(ROOT / "recipes/small/sft.yaml"), *(f"--{k}={v}" for k, v in options.items())])
     assert "leg_counting" in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(tokenizer)
-    whole = [json.loads(line) for line in (tmp_path / "out/data/test.jsonl").read_text().splitlines()]
-    parts = [json.loads(line) for path in (tmp_path / "out/data/by_task").iterdir() for line in path.open()]
-    key = lambda row: row["prompt"][0]["content"]  # noqa: E731
-    assert sorted(parts, key=key) == sorted(whole, key=key) and len(whole) == 24
+    folder = tmp_path / "whole"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+    test, train = (read(folder / "data" / f"{split}.jsonl") for split in ("test", "train"))
+    parts = {path.stem: read(path) for path in (folder / "data" / "by_task").iterdir()}
+    assert len(train) == len(test) == 24 and set(parts) == set(FAMILIES)
+    assert all(part == [row for row in test if row["task"] == task] for task, part in parts.items())
 
 
 def test_mistakes_end_before_training(tmp_path):
@@ -204,7 +204,7 @@ def test_mistakes_end_before_training(tmp_path):
     with pytest.raises(ValueError, match="`slip_probability` is 2"):
         SmallConfig(slip_probability=2)
     with pytest.raises(ValueError, match="`max_steps` is missing"):
-        sft.check(sft_config(tmp_path, max_steps=-1))
+        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
 
 def test_the_recipes_ask_in_the_words_that_were_taught():

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
 
 #: What came out of a step: its text, what is right, and what a slip may give (for numbers by default one close to it).
 Step = Callable[..., Any]
@@ -68,6 +66,8 @@ def _basic_arithmetic(metadata: dict, step: Step) -> str:
 
 
 def _leg_counting(metadata: dict, step: Step) -> str:
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS  # an optional package
+
     total = 0
     for index, (animal, number) in enumerate(metadata["animals"].items()):
         legs = step(f"{number} {animal}: {number}*{ANIMALS[animal]}=", number * ANIMALS[animal])

@@ -4,6 +4,7 @@ The warm start of the small reasoner: supervised fine-tuning for a number of ste
 It ends on a number of steps and not on an accuracy, since what is hard for it is arithmetic, which comes gradually.
 """
 
+import importlib.util
 import json
 import time
 from dataclasses import asdict
@@ -84,12 +85,15 @@ def check(args: SFTConfig) -> str | None:
         `str` or `None`: Checkpoint to go on from.
 
     Raises:
-        ValueError: If `max_steps` is missing, there is more than one process, or the output folder cannot be had.
+        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, or the
+            output folder cannot be had.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
     if args.world_size > 1:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
     resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     claim(args)
     return resume_from

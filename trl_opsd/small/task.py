@@ -20,8 +20,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from reasoning_gym.factory import create_dataset
-
 from ..tiny.task import split_of
 from .families import FAMILIES
 
@@ -271,6 +269,8 @@ class _Source:
 
     def __init__(self, task: str, difficulty: int, split: str, seed: int):
         self.task, self.difficulty, self.split = task, difficulty, split
+        from reasoning_gym.factory import create_dataset  # an optional package
+
         # Problem i is made from the seed plus i, so seeds must lie far apart
         start = random.Random(f"{task} {difficulty} {split} {seed}").randrange(2**40)
         self.entries = create_dataset(task, seed=start, size=2**30, **FAMILIES[task].levels[difficulty - 1])
@@ -307,17 +307,16 @@ def problems(split: str, size: int, seed: int) -> list[Problem]:
     quota = size // (3 * len(FAMILIES))
     for task in FAMILIES:
         for difficulty in (1, 2, 3):
-            source, found = _Source(task, difficulty, split, seed), {}
-            for _ in range(100 * quota):
-                if len(found) == quota:
-                    break
+            source, found, repeats = _Source(task, difficulty, split, seed), {}, 0
+            while len(found) < quota:
                 problem = next(source)
+                repeats = repeats + 1 if problem.question in found else 0
+                if repeats == 200:
+                    raise ValueError(
+                        f"There are too few `{split}` problems of `{task}` at difficulty {difficulty} for {size} rows: "
+                        "ask for fewer."
+                    )
                 found.setdefault(problem.question, problem)
-            if len(found) < quota:
-                raise ValueError(
-                    f"There are too few `{split}` problems of `{task}` at difficulty {difficulty} for {size} rows: ask "
-                    "for fewer."
-                )
             drawn += found.values()
     random.Random(f"order {split} {seed}").shuffle(drawn)
     return drawn
