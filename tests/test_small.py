@@ -179,13 +179,15 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
         return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
 
     whole = run("whole")
+    assert "step 2: " in capsys.readouterr().out
     halfway = tmp_path / "whole" / "checkpoint-2"
     again = run("again", resume_from_checkpoint=halfway)
+    out = capsys.readouterr().out
+    assert "step 2: " not in out and "step 4: " in out and "leg_counting" in out  # it has not begun anew
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     first = AutoModelForCausalLM.from_pretrained(halfway).state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in whole.items())
 
-    assert "leg_counting" in capsys.readouterr().out
     folder = tmp_path / "whole"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
