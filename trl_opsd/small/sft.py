@@ -7,7 +7,7 @@ It ends on a number of steps and not on an accuracy, since what is hard for it i
 import importlib.util
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -162,7 +162,8 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
 
 def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a world, which depends on no seed."""
-    rows = islice(sft_rows(config, 0), TOKENIZER_ROWS)
+    # Drills have no words that the others lack
+    rows = islice(sft_rows(replace(config, drill_share=0.0), 0), TOKENIZER_ROWS)
     messages = (message for row in rows for message in row["prompt"] + row["completion"])
     return make_tokenizer((f"{message['role']}\n{message['content']}" for message in messages), config.vocab_size)
 

@@ -12,6 +12,8 @@ and the boxed answer; it slips as often and notices less.
 | solution | with a reference solution | that solution |
 | sibling | with a short reply | that reply |
 
+Beside these, the warm start drills single steps, which most of what is written in plain replies only repeats.
+
 All but the plain way are taught for the families of `SmallConfig.taught` alone, and up to `taught_difficulty`. Elsewhere
 they have to carry over.
 """
@@ -28,6 +30,10 @@ from .families import FAMILIES
 CONCISE_TEMPLATE = "{prompt}\n\nReason as concisely as you can, without restatements or repeated checks."
 SOLUTION_TEMPLATE = "{prompt}\n\nA reference solution: {solution}\n\nDerive the answer again, step by step."
 SIBLING_TEMPLATE = "{prompt}\n\nA short and correct way to solve it: {sibling}\n\nSolve it as briefly."
+
+# No way of answering: single steps, so that the larger part of the warm start's tokens is not repetition
+DRILL_TEMPLATE = "Work out each of these: {steps}"
+DRILL_STEPS = 6
 
 #: Prompt template of each mode, as OPSD's `teacher_prompt_template` takes it.
 TEMPLATES = {
@@ -75,6 +81,8 @@ class SmallConfig:
         notice_probability (`float`, *optional*, defaults to `0.7`):
             How often a check then notices, and corrects it; one that does not repeats the mistake. Where there is no
             check it is a third of that.
+        drill_share (`float`, *optional*, defaults to `0.4`):
+            Share of the rows that drill single steps of several problems.
         terseness (`float`, *optional*, defaults to `0.6`):
             Share of the redundancy that is missing in the tersest plain replies. It differs from reply to reply.
         train_size (`int`, *optional*, defaults to `4800`):
@@ -125,6 +133,9 @@ class SmallConfig:
             "is no check it is a third of that."
         },
     )
+    drill_share: float = field(
+        default=0.4, metadata={"help": "Share of the rows that drill single steps of several problems."}
+    )
     terseness: float = field(
         default=0.6,
         metadata={
@@ -157,7 +168,7 @@ class SmallConfig:
                 raise ValueError(f"`taught` has `{task}`, and the families are {', '.join(FAMILIES)}.")
         if not 0 <= self.taught_difficulty <= 3:
             raise ValueError(f"`taught_difficulty` is {self.taught_difficulty} and must be from 0 to 3.")
-        for name in ("slip_probability", "notice_probability", "terseness"):
+        for name in ("slip_probability", "notice_probability", "drill_share", "terseness"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
 
@@ -333,11 +344,15 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
             Seed of the draw.
 
     Yields:
-        `dict`: `prompt` and `completion`, each a list of one message, and `mode`, `task` and `difficulty`.
+        `dict`: `prompt` and `completion`, each a list of one message, and `mode`, `task` and `difficulty`; those of
+        drills are `"drill"` and 0.
     """
     rng = random.Random(f"rows {seed}")
     sources = [_Source(task, difficulty, "sft", seed) for task in FAMILIES for difficulty in (1, 2, 3)]
     while True:
+        if config.drill_share and rng.random() < config.drill_share:
+            yield _drill(sources, rng)
+            continue
         problem = next(rng.choice(sources))
         mode, sibling = "plain", None
         if problem.task in config.taught and problem.difficulty <= config.taught_difficulty:
@@ -359,6 +374,24 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
             "task": problem.task,
             "difficulty": problem.difficulty,
         }
+
+
+def _drill(sources: list[_Source], rng: random.Random) -> dict:
+    """A row of the warm start with single steps. Whether a number is kept depends on the question, so those are left out."""
+    steps = []
+    while len(steps) < DRILL_STEPS:
+        writer = Writer(0.0, rng)
+        next(rng.choice(sources)).reply(writer)
+        steps += [step for step in writer.steps if "=" in step]
+    steps = rng.sample(steps, DRILL_STEPS)
+    asked = DRILL_TEMPLATE.format(steps=", ".join(step.partition("=")[0] for step in steps))
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": ". ".join(steps) + "."}],
+        "mode": "drill",
+        "task": "drill",
+        "difficulty": 0,
+    }
 
 
 def row(problem: Problem) -> dict:
