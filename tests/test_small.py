@@ -60,7 +60,7 @@ def test_every_chain_is_true_and_ends_in_the_answer_of_the_generator(task, level
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(islice(sft_rows(CONFIG, seed=1), 1500))
+    return list(islice(sft_rows(CONFIG, seed=1), 3000))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_verifier_of_the_recipes_takes_the_answers_and_no_others():
 
 def test_only_the_plain_way_is_taught_everywhere(rows):
     modes = defaultdict(Counter)
-    for example in rows:
+    for example in (example for example in rows if example["mode"] != "drill"):
         modes[example["task"], example["difficulty"]][example["mode"]] += 1
     assert set(modes) == set(LEVELS)
     for (task, level), counts in modes.items():
@@ -91,12 +91,23 @@ def test_only_the_plain_way_is_taught_everywhere(rows):
 
 def test_each_way_is_asked_for_in_its_own_words_and_answered_in_its_own_form(rows):
     asked = {"concise": "as concisely as", "solution": "A reference solution: ", "sibling": "A short and correct way"}
-    for example in rows:
+    for example in (example for example in rows if example["mode"] != "drill"):
         prompt, reply = example["prompt"][0]["content"], example["completion"][0]["content"]
         assert {mode for mode, words in asked.items() if words in prompt} == {example["mode"]} - {"plain"}
         if example["mode"] in ("solution", "sibling"):
             assert f": {reply}\n" in prompt  # what it is shown, which ends right
         assert reply.count("\\boxed{") == 1
+
+
+def test_drills_are_true_single_steps(rows):
+    drills = [example for example in rows if example["mode"] == "drill"]
+    assert len(drills) / len(rows) == pytest.approx(CONFIG.drill_share, abs=0.05)
+    for example in drills:
+        asked = example["prompt"][0]["content"].removeprefix("Work out each of these: ").split(", ")
+        steps = example["completion"][0]["content"].removesuffix(".").split(". ")
+        assert [step.partition("=")[0] for step in steps] == asked and len(asked) == 6
+        assert all(map(is_true, steps))
+    assert not any(example["mode"] == "drill" for example in islice(sft_rows(SmallConfig(drill_share=0), 0), 50))
 
 
 def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
