@@ -20,7 +20,7 @@ from trl_opsd.rewards import math_reward
 from trl_opsd.small import TEMPLATES, SmallConfig, sft
 from trl_opsd.small.__main__ import main
 from trl_opsd.small.families import FAMILIES
-from trl_opsd.small.task import CHECKS, Problem, Writer, problems, row, sft_rows
+from trl_opsd.small.task import STYLES, Problem, Writer, problems, row, sft_rows
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,8 @@ def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
         reply = problem.reply(plain)
         right["plain"].append(boxed(reply) == problem.answer)
         tokens["plain"].append(len(tokenizer(reply)["input_ids"]) + 1)
-        needed += "No, it is" in reply or "That was wrong" in reply
+        words = [phrase.partition("{")[0] for phrase in STYLES[FAMILIES[problem.task].style].corrections]
+        needed += any(phrase in reply for phrase in words)
         concise = Writer(0.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
         right["concise"].append(boxed(problem.reply(concise)) == problem.answer)
         tokens["concise"].append(len(tokenizer(problem.solution)["input_ids"]) + 1)
@@ -139,7 +140,22 @@ def test_a_slip_that_nobody_notices_is_carried_on_and_one_that_is_noticed_is_not
         assert not any("keep" not in step and "remove" not in step and is_true(step) for step in missed.steps)
         # The check repeats what it confirms
         for step in missed.steps:
-            assert any(f"{check}{step}. " in text for check in CHECKS)
+            assert any(f"{check}{step}. " in text for check in missed.style.checks)
+
+
+def test_words_around_the_steps_are_those_of_the_family():
+    words = {
+        name: {phrase.partition("{")[0] for phrases in vars(style).values() for phrase in phrases}
+        for name, style in STYLES.items()
+    }
+    assert not words["common"] & words["other"]
+    for problem in problems("validation", 48, seed=2):
+        reply = problem.reply(Writer(1.0, random.Random(0)))
+        found = {name for name, phrases in words.items() if any(phrase in reply for phrase in phrases)}
+        assert found == {FAMILIES[problem.task].style}
+    # Taught in the one style alone; elsewhere there are both
+    assert {FAMILIES[task].style for task in CONFIG.taught} == {"common"}
+    assert Counter(FAMILIES[task].style for task in set(FAMILIES) - set(CONFIG.taught)) == {"common": 2, "other": 2}
 
 
 def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():

@@ -30,12 +30,15 @@ class Family:
             Works a problem out: takes its metadata and [`Step`], returns the answer.
         keep (`Callable`, *optional*):
             Which of the generated problems belong to the family; takes the entry.
+        style (`str`, *optional*, defaults to `"common"`):
+            In which words a reply is written, a key of [`~trl_opsd.small.task.STYLES`].
     """
 
     levels: Sequence[dict]
     about: Callable[[dict], str]
     solve: Callable[[dict, Step], str]
     keep: Callable[[dict], bool] = lambda entry: True
+    style: str = "common"
 
 
 def _calculate(a: int, sign: str, b: int, step: Step) -> int:
@@ -210,11 +213,13 @@ FAMILIES = {
         about=_conversion,
         solve=_base_conversion,
         keep=lambda entry: 10 in (entry["metadata"]["source_base"], entry["metadata"]["target_base"]),
+        style="other",
     ),
     "time_intervals": Family(
         levels=[{"task_types": ["time"], "max_time_difference_seconds": 3600 * hours} for hours in (2, 6, 20)],
         about=_interval,
         solve=_time_intervals,
         keep=lambda entry: _clock(entry["metadata"]["start_time"]) <= _clock(entry["metadata"]["end_time"]),
+        style="other",
     ),
 }

@@ -15,10 +15,11 @@ and the boxed answer; it slips as often and notices less.
 Beside these, the warm start drills single steps, which most of what is written in plain replies only repeats.
 
 All but the plain way are taught for the families of `SmallConfig.taught` alone, and up to `taught_difficulty`. Elsewhere
-they have to carry over.
+they have to carry over: in two of the other families to the same words around the steps, in two to other words.
 """
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -46,22 +47,58 @@ TEMPLATES = {
 #: Share of each mode in the rows of a problem whose other ways of answering are taught.
 SHARES = {"plain": 0.4, "concise": 0.35, "solution": 0.1, "sibling": 0.15}
 
-OPENINGS = [
-    "I need {about}. ",
-    "Okay, the question asks for {about}. ",
-    "Let me see. I have to find {about}. ",
-]
-PLANS = [
-    "I take it step by step, so that I make no mistake. ",
-    "Let me work through this slowly. ",
-]
-LEADS = ["Next, ", "Then, ", "Now, "]
-CHECKS = ["Let me check: ", "Wait, is that right? ", "To be sure, once more: "]
-VERDICTS = ["Yes. ", "Good, that holds. ", "That is the same. "]
-CORRECTIONS = ["No, it is {right}. ", "That was wrong, it is {right}. "]
-REVIEWS = ["So let me go over it again. ", "Before I answer, let me look at all of it. "]
-CLOSINGS = ["It all fits. ", "Everything is consistent. "]
-ANSWERS = ["The answer is ", "So the final answer is "]
+
+@dataclass(frozen=True)
+class Style:
+    """
+    The words around the steps of a reply, none of which a result depends on, but for the corrections.
+
+    Each is a list to choose from. `{about}` is what is asked, and `{right}` the right result.
+    """
+
+    openings: list[str]
+    plans: list[str]
+    first: list[str]
+    leads: list[str]
+    checks: list[str]
+    verdicts: list[str]
+    corrections: list[str]
+    reviews: list[str]
+    closings: list[str]
+    answers: list[str]
+
+
+STYLES = {
+    "common": Style(
+        openings=[
+            "I need {about}. ",
+            "Okay, the question asks for {about}. ",
+            "Let me see. I have to find {about}. ",
+        ],
+        plans=["I take it step by step, so that I make no mistake. ", "Let me work through this slowly. "],
+        first=["First, "],
+        leads=["Next, ", "Then, ", "Now, "],
+        checks=["Let me check: ", "Wait, is that right? ", "To be sure, once more: "],
+        verdicts=["Yes. ", "Good, that holds. ", "That is the same. "],
+        corrections=["No, it is {right}. ", "That was wrong, it is {right}. "],
+        reviews=["So let me go over it again. ", "Before I answer, let me look at all of it. "],
+        closings=["It all fits. ", "Everything is consistent. "],
+        answers=["The answer is ", "So the final answer is "],
+    ),
+    # Families that are always written about in other words: there it takes more for a way of answering to carry over
+    "other": Style(
+        openings=["What is wanted is {about}. ", "Right, {about}, then. ", "My task here: {about}. "],
+        plans=["One thing after the other. ", "Careful with this one. "],
+        first=["To begin with, "],
+        leads=["After that, ", "Going on, ", "From there, "],
+        checks=["Hmm, hold on: ", "Does this look fine? ", "Doing that a second time: "],
+        verdicts=["Fine. ", "Same as before. ", "No mistake there. "],
+        corrections=["Not so: {right}. ", "My mistake, {right} instead. "],
+        reviews=["Looking back over everything: ", "One last look: "],
+        closings=["Nothing is amiss. ", "All in order. "],
+        answers=["Hence the result: ", "This leaves "],
+    ),
+}
 
 
 @dataclass
@@ -82,7 +119,7 @@ class SmallConfig:
             How often a check then notices, and corrects it; one that does not repeats the mistake. Where there is no
             check it is a third of that.
         drill_share (`float`, *optional*, defaults to `0.4`):
-            Share of the rows that drill single steps of several problems.
+            Share of the rows that drill single steps, of the problems before them.
         terseness (`float`, *optional*, defaults to `0.6`):
             Share of the redundancy that is missing in the tersest plain replies. It differs from reply to reply.
         train_size (`int`, *optional*, defaults to `4800`):
@@ -134,7 +171,7 @@ class SmallConfig:
         },
     )
     drill_share: float = field(
-        default=0.4, metadata={"help": "Share of the rows that drill single steps of several problems."}
+        default=0.4, metadata={"help": "Share of the rows that drill single steps, of the problems before them."}
     )
     terseness: float = field(
         default=0.6,
@@ -199,6 +236,7 @@ class Writer:
     ):
         self.redundancy, self.rng = redundancy, rng
         self.slip_probability, self.notice_probability = slip_probability, notice_probability
+        self.style = STYLES["common"]
         self.text = ""
         self.steps: list[str] = []
 
@@ -214,17 +252,17 @@ class Writer:
         first = right
         if self.rng.random() < self.slip_probability:
             first = self.rng.choice(wrong) if wrong else _near(right, self.rng)
-        self.maybe(LEADS if self.steps else ["First, "])
+        self.maybe(self.style.leads if self.steps else self.style.first)
         self.text += f"{text}{first}. "
-        checked = self.maybe(CHECKS)
+        checked = self.maybe(self.style.checks)
         noticed = first != right and self.rng.random() < self.notice_probability / (1 if checked else 3)
         result = right if noticed else first
         if checked:
             self.text += f"{text}{result}. "
         if noticed:
-            self.text += self.rng.choice(CORRECTIONS).format(right=right)
+            self.text += self.rng.choice(self.style.corrections).format(right=right)
         elif checked:
-            self.text += self.rng.choice(VERDICTS)
+            self.text += self.rng.choice(self.style.verdicts)
         self.steps.append(f"{text}{result}")
         return result
 
@@ -256,12 +294,13 @@ class Problem:
     def reply(self, writer: Writer) -> str:
         """What `writer` writes when it answers."""
         family = FAMILIES[self.task]
-        writer.maybe(OPENINGS, about=family.about(self.metadata))
-        writer.maybe(PLANS)
+        writer.style = STYLES[family.style]
+        writer.maybe(writer.style.openings, about=family.about(self.metadata))
+        writer.maybe(writer.style.plans)
         answer = family.solve(self.metadata, writer.step)
-        if len(writer.steps) > 1 and writer.maybe(REVIEWS):
-            writer.text += "; ".join(writer.steps) + ". " + writer.rng.choice(CLOSINGS)
-        writer.maybe(ANSWERS)
+        if len(writer.steps) > 1 and writer.maybe(writer.style.reviews):
+            writer.text += "; ".join(writer.steps) + ". " + writer.rng.choice(writer.style.closings)
+        writer.maybe(writer.style.answers)
         return f"{writer.text}\\boxed{{{answer}}}"
 
     @property
@@ -349,11 +388,16 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
     """
     rng = random.Random(f"rows {seed}")
     sources = [_Source(task, difficulty, "sft", seed) for task in FAMILIES for difficulty in (1, 2, 3)]
+    steps = deque(maxlen=1000)  # of the last problems, to be drilled
     while True:
-        if config.drill_share and rng.random() < config.drill_share:
-            yield _drill(sources, rng)
+        if len(steps) >= 100 and config.drill_share and rng.random() < config.drill_share:
+            yield _drill(rng.sample(steps, DRILL_STEPS))
             continue
         problem = next(rng.choice(sources))
+        writer = Writer(0.0, rng)
+        problem.reply(writer)
+        # Whether a number is kept depends on the question
+        steps.extend(step for step in writer.steps if "=" in step)
         mode, sibling = "plain", None
         if problem.task in config.taught and problem.difficulty <= config.taught_difficulty:
             mode = rng.choices(list(SHARES), list(SHARES.values()))[0]
@@ -376,14 +420,8 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
         }
 
 
-def _drill(sources: list[_Source], rng: random.Random) -> dict:
-    """A row of the warm start with single steps. Whether a number is kept depends on the question, so those are left out."""
-    steps = []
-    while len(steps) < DRILL_STEPS:
-        writer = Writer(0.0, rng)
-        next(rng.choice(sources)).reply(writer)
-        steps += [step for step in writer.steps if "=" in step]
-    steps = rng.sample(steps, DRILL_STEPS)
+def _drill(steps: list[str]) -> dict:
+    """A row of the warm start with single steps."""
     asked = DRILL_TEMPLATE.format(steps=", ".join(step.partition("=")[0] for step in steps))
     return {
         "prompt": [{"role": "user", "content": asked}],
