@@ -21,6 +21,7 @@ from trl_opsd.plan.__main__ import ARGUMENTS as PLAN
 from trl_opsd.prune.__main__ import ARGUMENTS as PRUNE
 from trl_opsd.rlvr.__main__ import ARGUMENTS as RLVR
 from trl_opsd.shadows import Computed, Unreadable, read_dataclass
+from trl_opsd.small.__main__ import ARGUMENTS as SMALL
 from trl_opsd.tiny.__main__ import ARGUMENTS as TINY
 
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = {
     "data": DATA,
     "tiny": TINY,
+    "small": SMALL,
     "rlvr": RLVR,
     "prune": PRUNE,
     "opsd": OPSD,

@@ -5,16 +5,30 @@ import re
 
 import pytest
 
+from trl_opsd.compress.auto_config import AutoConfig
 from trl_opsd.compress.config import CompressConfig
 from trl_opsd.evaluate.config import EvaluateConfig
 from trl_opsd.export.config import ExportConfig
 from trl_opsd.opsd.config import OPSDConfig
+from trl_opsd.plan.config import PlanArguments
 from trl_opsd.prune.config import PruneConfig
 from trl_opsd.rlvr.config import RLVRConfig
+from trl_opsd.small.task import SmallConfig
 from trl_opsd.tiny.task import TinyConfig
 
 
-CONFIGS = [TinyConfig, RLVRConfig, PruneConfig, OPSDConfig, EvaluateConfig, ExportConfig, CompressConfig]
+CONFIGS = [
+    TinyConfig,
+    SmallConfig,
+    RLVRConfig,
+    PruneConfig,
+    OPSDConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PlanArguments,
+    CompressConfig,
+    AutoConfig,
+]
 
 
 def own_fields(config):

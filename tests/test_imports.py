@@ -20,6 +20,7 @@ ORDER = [
     "data",
     "rewards",
     "tiny",
+    "small",
     "rlvr",
     "prune",
     "opsd",

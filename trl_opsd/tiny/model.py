@@ -6,17 +6,21 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 from .task import TinyConfig
 
 
-def make_model(config: TinyConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+def make_model(
+    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int = 512
+) -> Qwen3ForCausalLM:
     """
     Builds an untrained model.
 
     Args:
         config ([`TinyConfig`]):
-            Its sizes.
+            Its sizes; another configuration with the same fields will do.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its vocabulary.
         seed (`int`):
             Seed of the weights.
+        max_length (`int`, *optional*, defaults to `512`):
+            Positions that it has.
 
     Returns:
         [`~transformers.Qwen3ForCausalLM`]: In float32.
@@ -29,7 +33,7 @@ def make_model(config: TinyConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         tie_word_embeddings=config.tie_word_embeddings,
         # The 0.02 of large models leaves so narrow a one at a plateau for longer.
         initializer_range=config.hidden_size**-0.5,

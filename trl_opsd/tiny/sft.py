@@ -48,16 +48,16 @@ def encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 @torch.no_grad()
-def measure(
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Problem],
     mode: str,
     max_new_tokens: int,
     sample: bool = False,
-) -> dict:
+) -> tuple[list[bool], list[int]]:
     """
-    Accuracy and mean length of the replies to `tasks` in one mode.
+    Whether each of `tasks` is answered right in one mode, and in how many tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -74,7 +74,7 @@ def measure(
             Whether to sample at temperature 1 instead of taking the likeliest token.
 
     Returns:
-        `dict`: `mode`, `decoding`, `n`, `accuracy` from 0 to 1, and `mean_tokens` with the end token.
+        `tuple[list[bool], list[int]]`: For each task whether it was right, and the tokens with the end token.
     """
     chats = [[{"role": "user", "content": task.ask(mode)}] for task in tasks]
     inputs = tokenizer.apply_chat_template(
@@ -87,19 +87,39 @@ def measure(
         :, inputs["input_ids"].shape[1] :
     ]
     model.train(training)
-    lengths = (generated != tokenizer.pad_token_id).sum(1)
-    replies = tokenizer.batch_decode(generated)
     ending = re.escape(tokenizer.eos_token)
     right = [
-        re.search(rf"\\boxed\{{{task.answer}\}}{ending}", reply) is not None
-        for task, reply in zip(tasks, replies, strict=True)
+        re.search(rf"\\boxed\{{{re.escape(task.answer)}\}}{ending}", reply) is not None
+        for task, reply in zip(tasks, tokenizer.batch_decode(generated), strict=True)
     ]
+    return right, (generated != tokenizer.pad_token_id).sum(1).tolist()
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Problem],
+    mode: str,
+    max_new_tokens: int,
+    sample: bool = False,
+) -> dict:
+    """
+    Accuracy and mean length of the replies to `tasks` in one mode: of what [`answer`] returns.
+
+    Returns:
+        `dict`: `mode`, `decoding`, `n`, `accuracy` from 0 to 1, and `mean_tokens` with the end token.
+    """
+    return summary(mode, sample, *answer(model, tokenizer, tasks, mode, max_new_tokens, sample))
+
+
+def summary(mode: str, sample: bool, right: list[bool], lengths: list[int]) -> dict:
+    """The row of results of some replies."""
     return {
         "mode": mode,
         "decoding": "sampled" if sample else "greedy",
-        "n": len(tasks),
-        "accuracy": sum(right) / len(tasks),
-        "mean_tokens": lengths.float().mean().item(),
+        "n": len(right),
+        "accuracy": sum(right) / len(right),
+        "mean_tokens": sum(lengths) / len(lengths),
     }
 
 

@@ -1,0 +1,247 @@
+"""The small reasoner: its chains, its ways of answering, its tokenizer, its warm start and its recipes."""
+
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from reasoning_gym.factory import create_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from trl_opsd.cli import parse
+from trl_opsd.rewards import math_reward
+from trl_opsd.small import TEMPLATES, SmallConfig, sft
+from trl_opsd.small.__main__ import main
+from trl_opsd.small.families import FAMILIES
+from trl_opsd.small.task import STYLES, Problem, Writer, problems, row, sft_rows
+
+
+ROOT = Path(__file__).parents[1]
+CONFIG = SmallConfig()
+LEVELS = [(task, level) for task in FAMILIES for level in (1, 2, 3)]
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+SMALL |= {"intermediate_size": 32, "train_size": 24, "test_size": 24, "accuracy_problems": 24}
+
+
+def boxed(reply: str) -> str:
+    return re.fullmatch(r".*\\boxed\{(.*)\}", reply)[1]
+
+
+def is_true(step: str) -> bool:
+    """Whether a written step holds, by Python's own arithmetic."""
+    if " against " in step:
+        return step.endswith(("keep", "remove"))  # which of them depends on the question
+    left, right = step.rpartition(": ")[2].split("=")
+    if " r " in right:
+        return right == "{} r {}".format(*divmod(*map(int, left.split("/"))))
+    return eval(left.replace("mod", "%")) == int(right)
+
+
+@pytest.mark.parametrize(("task", "level"), LEVELS, ids=lambda value: str(value))
+def test_every_chain_is_true_and_ends_in_the_answer_of_the_generator(task, level):
+    entries = create_dataset(task, seed=5_000_000, size=400, **FAMILIES[task].levels[level - 1])
+    kept = [entry for entry in entries if FAMILIES[task].keep(entry)]
+    assert len(kept) > 50
+    for index, entry in enumerate(kept[:150]):
+        problem = Problem(task, level, entry["question"].strip(), entry["answer"], entry["metadata"])
+        writers = [Writer(0.0, random.Random(0)), Writer(1.0, random.Random(index))]
+        for writer in writers:
+            assert entries.score_answer(boxed(problem.reply(writer)), entry) == 1.0
+            assert all(map(is_true, writer.steps))
+        assert problem.solution == ". ".join([*writers[0].steps, f"\\boxed{{{entry['answer']}}}"])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(islice(sft_rows(CONFIG, seed=1), 3000))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]
+    return sft.make_tokenizer([*texts, "user\n", "assistant\n"], CONFIG.vocab_size)
+
+
+def test_the_verifier_of_the_recipes_takes_the_answers_and_no_others():
+    tasks = problems("test", 96, seed=0)
+    asked = {"completions": [[{"role": "assistant", "content": task.solution}] for task in tasks]}
+    assert math_reward(**asked, answer=[task.answer for task in tasks]) == [1.0] * len(tasks)
+    others = {task.task: [other.answer for other in tasks if other.task == task.task] for task in tasks}
+    wrong = [next(answer for answer in others[task.task] if answer != task.answer) for task in tasks]
+    assert math_reward(**asked, answer=wrong) == [0.0] * len(tasks)
+
+
+def test_only_the_plain_way_is_taught_everywhere(rows):
+    modes = defaultdict(Counter)
+    for example in (example for example in rows if example["mode"] != "drill"):
+        modes[example["task"], example["difficulty"]][example["mode"]] += 1
+    assert set(modes) == set(LEVELS)
+    for (task, level), counts in modes.items():
+        taught = task in CONFIG.taught and level <= 2
+        assert set(counts) == (set(TEMPLATES) if taught else {"plain"})
+    assert 0 < len(CONFIG.taught) < len(FAMILIES)
+
+
+def test_each_way_is_asked_for_in_its_own_words_and_answered_in_its_own_form(rows):
+    asked = {"concise": "as concisely as", "solution": "A reference solution: ", "sibling": "A short and correct way"}
+    for example in (example for example in rows if example["mode"] != "drill"):
+        prompt, reply = example["prompt"][0]["content"], example["completion"][0]["content"]
+        assert {mode for mode, words in asked.items() if words in prompt} == {example["mode"]} - {"plain"}
+        if example["mode"] in ("solution", "sibling"):
+            assert f": {reply}\n" in prompt  # what it is shown, which ends right
+        assert reply.count("\\boxed{") == 1
+
+
+def test_drills_are_true_single_steps(rows):
+    drills = [example for example in rows if example["mode"] == "drill"]
+    assert len(drills) / len(rows) == pytest.approx(CONFIG.drill_share, abs=0.05)
+    for example in drills:
+        asked = example["prompt"][0]["content"].removeprefix("Work out each of these: ").split(", ")
+        steps = example["completion"][0]["content"].removesuffix(".").split(". ")
+        assert [step.partition("=")[0] for step in steps] == asked and len(asked) == 6
+        assert all(map(is_true, steps))
+    assert not any(example["mode"] == "drill" for example in islice(sft_rows(SmallConfig(drill_share=0), 0), 50))
+
+
+def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
+    right, tokens, needed = defaultdict(list), defaultdict(list), 0
+    generator = random.Random(0)
+    for problem in problems("validation", 480, seed=0):
+        plain = Writer(1.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
+        reply = problem.reply(plain)
+        right["plain"].append(boxed(reply) == problem.answer)
+        tokens["plain"].append(len(tokenizer(reply)["input_ids"]) + 1)
+        words = [phrase.partition("{")[0] for phrase in STYLES[FAMILIES[problem.task].style].corrections]
+        needed += any(phrase in reply for phrase in words)
+        concise = Writer(0.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
+        right["concise"].append(boxed(problem.reply(concise)) == problem.answer)
+        tokens["concise"].append(len(tokenizer(problem.solution)["input_ids"]) + 1)
+    mean = {name: sum(values) / len(values) for name, values in right.items()}
+    length = {name: sum(values) / len(values) for name, values in tokens.items()}
+    assert 0.9 < mean["plain"] < 0.99 and mean["concise"] < mean["plain"] - 0.03
+    assert needed > 24
+    assert length["concise"] < 0.4 * length["plain"] and 80 < length["plain"] < 180
+
+
+def test_a_slip_that_nobody_notices_is_carried_on_and_one_that_is_noticed_is_not():
+    for problem in problems("validation", 96, seed=1):
+        noticed = Writer(1.0, random.Random(0), slip_probability=1.0, notice_probability=1.0)
+        assert boxed(problem.reply(noticed)) == problem.answer
+        assert all(map(is_true, noticed.steps))
+        missed = Writer(1.0, random.Random(0), slip_probability=1.0)
+        text = problem.reply(missed)
+        assert not any("keep" not in step and "remove" not in step and is_true(step) for step in missed.steps)
+        # The check repeats what it confirms
+        for step in missed.steps:
+            assert any(f"{check}{step}. " in text for check in missed.style.checks)
+
+
+def test_words_around_the_steps_are_those_of_the_family():
+    words = {
+        name: {phrase.partition("{")[0] for phrases in vars(style).values() for phrase in phrases}
+        for name, style in STYLES.items()
+    }
+    assert not words["common"] & words["other"]
+    for problem in problems("validation", 48, seed=2):
+        reply = problem.reply(Writer(1.0, random.Random(0)))
+        found = {name for name, phrases in words.items() if any(phrase in reply for phrase in phrases)}
+        assert found == {FAMILIES[problem.task].style}
+    # Taught in the one style alone; elsewhere there are both
+    assert {FAMILIES[task].style for task in CONFIG.taught} == {"common"}
+    assert Counter(FAMILIES[task].style for task in set(FAMILIES) - set(CONFIG.taught)) == {"common": 2, "other": 2}
+
+
+def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():
+    drawn = {split: {problem.question for problem in problems(split, 240, seed=0)} for split in ("test", "train")}
+    assert not drawn["test"] & drawn["train"]
+    assert len(drawn["test"]) == 240
+    questions = {example["prompt"][0]["content"] for example in islice(sft_rows(CONFIG, seed=2), 300)}
+    assert not questions & (drawn["test"] | drawn["train"])
+    example = row(problems("test", 24, seed=0)[0])
+    assert set(example) == {"prompt", "answer", "solution", "task", "difficulty"}
+
+
+def test_more_problems_than_there_are_cannot_be_had(monkeypatch):
+    few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # 200 in all, a twentieth of which is for validation
+    monkeypatch.setitem(FAMILIES, "chain_sum", replace(FAMILIES["chain_sum"], levels=[few] * 3))
+    with pytest.raises(ValueError, match="too few `validation` problems of `chain_sum` at difficulty 1 for 720 rows"):
+        problems("validation", 720, seed=0)
+
+
+def test_the_tokenizer_has_digits_of_their_own_and_gives_back_what_it_read(rows, tokenizer):
+    assert len(tokenizer) <= 1024
+    for example in rows[:200]:
+        text = example["completion"][0]["content"]
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if re.search(r"\d", token)]
+        assert all(re.fullmatch(r"\d", token) for token in digits) and len(digits) == len(re.findall(r"\d", text))
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [token for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "That.<|im_end|>"
+
+
+def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_the_next_stages_take(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sft, "TOKENIZER_ROWS", 100)
+    monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
+    options = {**SMALL, "max_steps": 4, "save_steps": 2, "accuracy_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 1}', "disable_tqdm": "true"}
+
+    def run(name, **changes):
+        given = {**options, "output_dir": tmp_path / name, **changes}
+        main(["--config", str(ROOT / "recipes/small/sft.yaml"), *(f"--{key}={value}" for key, value in given.items())])
+        results = json.loads((tmp_path / name / "sft.json").read_text())["rows"]
+        # 8 families, plain and concise, at two steps; and 4 ways, greedy and sampled
+        assert Counter(result["phase"] for result in results) == {"training": 32, "final": 64}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+
+    whole = run("whole")
+    assert "step 2: " in capsys.readouterr().out
+    halfway = tmp_path / "whole" / "checkpoint-2"
+    again = run("again", resume_from_checkpoint=halfway)
+    out = capsys.readouterr().out
+    assert "step 2: " not in out and "step 4: " in out and "leg_counting" in out  # it has not begun anew
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    first = AutoModelForCausalLM.from_pretrained(halfway).state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in whole.items())
+
+    folder = tmp_path / "whole"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+    test, train = (read(folder / "data" / f"{split}.jsonl") for split in ("test", "train"))
+    parts = {path.stem: read(path) for path in (folder / "data" / "by_task").iterdir()}
+    assert len(train) == len(test) == 24 and set(parts) == set(FAMILIES)
+    assert all(part == [row for row in test if row["task"] == task] for task, part in parts.items())
+
+
+def test_mistakes_end_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`taught` has `sums`, and the families are chain_sum"):
+        SmallConfig(taught=["sums"])
+    with pytest.raises(ValueError, match="`taught_difficulty` is 4"):
+        SmallConfig(taught_difficulty=4)
+    with pytest.raises(ValueError, match="`slip_probability` is 2"):
+        SmallConfig(slip_probability=2)
+    with pytest.raises(ValueError, match="`max_steps` is missing"):
+        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_the_recipes_ask_in_the_words_that_were_taught():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/small").glob("*.yaml")}
+    for mode in ("concise", "solution", "sibling"):
+        assert recipes[f"opsd_{mode}"]["teacher_prompt_template"] == TEMPLATES[mode]
+    assert recipes["compress"]["prompt_only_template"] == TEMPLATES["concise"]
+    names = [Path(path).stem for path in recipes["evaluate_by_task"]["tasks"]]
+    assert names == list(FAMILIES)
+    config, _ = parse(("trl_opsd.small.task.SmallConfig", "trl.SFTConfig"), ["--config", "recipes/small/sft.yaml"])
+    assert config == SmallConfig(accuracy_steps=config.accuracy_steps)

@@ -1,0 +1,28 @@
+"""
+Command line of the small reasoner: `python -m trl_opsd.small --config recipes/small/sft.yaml`.
+
+Every field of [`SmallConfig`] and [`~trl.SFTConfig`] is a key of the YAML file and an option of the command line, which
+overrides the file.
+"""
+
+from ..cli import parse, silence, user_errors
+
+
+ARGUMENTS = ("trl_opsd.small.task.SmallConfig", "trl.SFTConfig")
+
+
+def main(args: list[str] | None = None) -> None:
+    with user_errors():
+        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.small")
+    from .sft import check, line_of, warm_start
+
+    with user_errors():
+        resume_from = check(training_args)
+    for result in warm_start(config, training_args, resume_from):
+        if result["phase"] == "final":
+            print(line_of(result))
+
+
+if __name__ == "__main__":
+    silence()
+    main()

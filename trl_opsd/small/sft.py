@@ -1,0 +1,173 @@
+"""
+The warm start of the small reasoner: supervised fine-tuning for a number of steps, which can be interrupted.
+
+It ends on a number of steps and not on an accuracy, since what is hard for it is arithmetic, which comes gradually.
+"""
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict, replace
+from itertools import groupby, islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from ..cli import save_final
+from ..results import write_results, write_text
+from ..resuming import StopOnSignal, claim, find_checkpoint
+from ..tiny.model import make_model
+from ..tiny.sft import answer, encode, summary
+from .families import FAMILIES
+from .task import TEMPLATES, Problem, SmallConfig, problems, row, sft_rows
+from .tokenizer import make_tokenizer
+
+
+#: Positions of the model: a long sibling in the prompt, and a long reply.
+MAX_LENGTH = 1024
+#: Longest reply of a measurement. The longest right one of the warm start has some 330 tokens.
+MAX_NEW_TOKENS = 384
+#: Rows that the tokenizer learns from, the same for every seed.
+TOKENIZER_ROWS = 4000
+
+
+class MeasureAccuracy(TrainerCallback):
+    """
+    Measures greedy accuracy on validation problems, by family, plain and concise, and logs it.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        tasks (`list[Problem]`):
+            Validation problems.
+        every (`int`):
+            Optimizer steps between two measurements.
+    """
+
+    def __init__(self, trainer: SFTTrainer, tasks: list[Problem], every: int):
+        self._print, self._tokenizer = trainer.accelerator.print, trainer.processing_class
+        self._tasks, self._every = tasks, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self._every == 0:
+            for result in measure_families(model, self._tokenizer, self._tasks, ("plain", "concise"), sample=False):
+                # Kept with the checkpoint, so that a run that goes on has those from before
+                state.log_history.append({"phase": "training", "step": state.global_step, **result})
+                self._print(f"step {state.global_step}: {line_of(result)}", flush=True)
+
+
+def measure_families(model, tokenizer, tasks: list[Problem], modes, sample: bool) -> list[dict]:
+    """Accuracy and mean length by mode and family: rows as those of [`~trl_opsd.tiny.sft.measure`], with `task`."""
+    rows = []
+    for mode in modes:
+        replies = zip(tasks, *answer(model, tokenizer, tasks, mode, MAX_NEW_TOKENS, sample), strict=True)
+        replies = sorted(replies, key=lambda reply: reply[0].task)  # asked all at once, which takes less time
+        for task, group in groupby(replies, key=lambda reply: reply[0].task):
+            _, right, lengths = zip(*group, strict=True)
+            rows.append({"task": task, **summary(mode, sample, right, lengths)})
+    return rows
+
+
+def line_of(result: dict) -> str:
+    """A measurement, for people."""
+    return (
+        f"{result['mode']:>8} {result['decoding']:>7} {result['task']:>16}: {result['accuracy']:6.1%} in "
+        f"{result['mean_tokens']:.1f} tokens"
+    )
+
+
+def check(args: SFTConfig) -> str | None:
+    """
+    Checks what can be checked before training, and takes the output folder.
+
+    Returns:
+        `str` or `None`: Checkpoint to go on from.
+
+    Raises:
+        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, or the
+            output folder cannot be had.
+    """
+    if args.max_steps < 1:
+        raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
+    if args.world_size > 1:
+        raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
+    resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    claim(args)
+    return resume_from
+
+
+def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = None) -> list[dict]:
+    """
+    Trains the small reasoner and writes it, with the data of the later stages, to `args.output_dir`.
+
+    The folder holds `data/train.jsonl` and `data/test.jsonl` in the data contract, the test rows of each family once
+    more in `data/by_task`, at the end an ordinary checkpoint, and `sft.json` with what was measured. The seed decides
+    the weights and the training rows; tokenizer and test rows are the same for every seed.
+
+    Args:
+        config ([`SmallConfig`]):
+            Tasks, architecture and warm start.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+        resume_from (`str`, *optional*):
+            Checkpoint to go on from.
+
+    Returns:
+        `list[dict]`: The measurements in `sft.json`: greedy accuracy on the way (`phase` is `"training"`), and every
+        mode, greedy and sampled, at the end (`"final"`).
+
+    Raises:
+        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
+    """
+    start = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    for split, size in (("train", config.train_size), ("test", config.test_size)):
+        rows = [row(problem) for problem in problems(split, size, args.seed if split == "train" else 0)]
+        write_rows(output_dir / "data" / f"{split}.jsonl", rows)
+    for task in FAMILIES:
+        write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
+
+    set_seed(args.seed)
+    tokenizer = tokenizer_of(config)
+    model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
+    if args.device.type == "cpu":
+        model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
+    num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+    dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
+    tasks = problems("validation", config.accuracy_problems, 0)
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
+    interruption = StopOnSignal(trainer)
+    trainer.add_callback(interruption)
+    trainer.train(resume_from_checkpoint=resume_from)
+    interruption.end(args.output_dir)
+
+    results = [entry for entry in trainer.state.log_history if "phase" in entry]
+    for sample in (False, True):
+        for result in measure_families(model, tokenizer, tasks, TEMPLATES, sample):
+            results.append({"phase": "final", "step": trainer.state.global_step, **result})
+    save_final(trainer)
+    results[-1]["wall_s"] = time.perf_counter() - start
+    write_results(output_dir / "sft.json", results, {**asdict(config), **args.to_dict()})
+    return results
+
+
+def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a world, which depends on no seed."""
+    # Drills have no words that the others lack
+    rows = islice(sft_rows(replace(config, drill_share=0.0), 0), TOKENIZER_ROWS)
+    messages = (message for row in rows for message in row["prompt"] + row["completion"])
+    return make_tokenizer((f"{message['role']}\n{message['content']}" for message in messages), config.vocab_size)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes JSON Lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
