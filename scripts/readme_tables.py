@@ -12,7 +12,7 @@ from functools import partial
 
 from scripts.benchmarks import attention_mask, divergence, gpu, memory_plan, sandbox, scaling, step, teacher_memory
 from scripts.benchmarks.decoding import table as decoding_table
-from scripts.experiments import ablations, bank, coverage, recover, rlvr_code, rlvr_curves, time_to_goal
+from scripts.experiments import ablations, bank, competence, coverage, recover, rlvr_code, rlvr_curves, time_to_goal
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
 from trl_opsd.evaluate import svg
@@ -214,6 +214,7 @@ FILES = {
     "rlvr_curves": rlvr_curves.table,
     "rlvr_code": rlvr_code.table,
     "tiny_bank": bank.table,
+    "tiny_competence": competence.table,
     "tiny_recover": recover.table,
     "coverage": coverage.table,
     "time_to_goal": partial(time_to_goal.table, "short"),

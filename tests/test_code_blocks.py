@@ -70,6 +70,7 @@ ELSEWHERE = {
     "--output_dir runs/export": "tests/test_export.py, slow: the same",
     "python -m trl_opsd.export --model_name_or_path runs/opsd --tasks 'gsm8k[:500]' --formats w8a8 fp8 w4a16 tensorrt-llm "
     "--bank runs/opsd-bank --output_dir runs/export": "tests/test_export.py, slow: the same",
+    "python -m trl_opsd.small --config recipes/small/sft.yaml": "tests/test_small.py, two steps of it; the whole takes hours",
     "python -m trl_opsd.plan --config recipes/opsd.yaml": "tests/test_plan.py, with configurations that are built",
     "python -m trl_opsd.plan --config recipes/opsd.yaml --model_name_or_path Qwen/Qwen3-8B --accelerate_config "
     "recipes/accelerate_configs/fsdp2.yaml": "tests/test_plan.py::test_eight_gpus_that_share_it_are_enough",
