@@ -55,10 +55,10 @@ def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False)
     return [more * (asked[prompt] - 1) + completions[index[prompt]] for prompt in prompts]
 
 
-def train(kept: str) -> dict:
+def train(case: str) -> dict:
     asked.clear()
     calls.clear()
-    skip, gated, kept = kept.startswith("s"), kept.startswith("t"), kept.removeprefix("s").removeprefix("t")
+    skip, gated, kept = case.startswith("s"), case.startswith("t"), case.lstrip("st")
 
     def write(self, input_ids, attention_mask, **kwargs):
         """The teacher's: two 5 where it is right, else 4, three tokens in all."""
@@ -78,7 +78,7 @@ def train(kept: str) -> dict:
         return [float(0 < int(kept[row]) <= number) for row, number in zip(rows, rounds, strict=True)]
 
     config = OPSDConfig(
-        output_dir=str(args.output.with_suffix("") / kept),
+        output_dir=str(args.output.with_suffix("") / case),
         log_completions=True,
         num_completions_to_print=3,
         per_device_train_batch_size=args.per_device,

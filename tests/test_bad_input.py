@@ -16,6 +16,7 @@ from trl_opsd.compress.__main__ import ARGUMENTS as COMPRESS
 from trl_opsd.evaluate.__main__ import ARGUMENTS as EVALUATE
 from trl_opsd.export.__main__ import ARGUMENTS as EXPORT
 from trl_opsd.opsd.__main__ import ARGUMENTS as OPSD
+from trl_opsd.plan.__main__ import ARGUMENTS as PLAN
 from trl_opsd.prune.__main__ import ARGUMENTS as PRUNE
 from trl_opsd.ranges import RANGES, check_range
 from trl_opsd.rlvr.__main__ import ARGUMENTS as RLVR
@@ -24,7 +25,7 @@ from trl_opsd.tiny.__main__ import ARGUMENTS as TINY
 
 
 STAGES = {"tiny": TINY, "rlvr": RLVR, "prune": PRUNE, "opsd": OPSD, "evaluate": EVALUATE}
-STAGES |= {"export": EXPORT, "compress": COMPRESS}
+STAGES |= {"export": EXPORT, "plan": PLAN, "compress": COMPRESS}
 
 
 @cache
