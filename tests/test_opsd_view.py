@@ -219,7 +219,16 @@ def test_what_a_model_wrote_is_shown_and_not_run(text):
     tokenizer = byte_tokenizer("qwen3")
     ids = tokenizer(text)["input_ids"]
     rollout = Rollout(
-        text, text, len(ids), True, {"rewards/<b>": 1.0}, {}, 0.1, ids, ids, ids, [0.001 * i for i in range(len(ids))]
+        text,
+        text,
+        len(ids),
+        True,
+        {"rewards/<b>": 1.0},
+        kl=0.1,
+        token_ids=ids,
+        prompt_ids=ids,
+        teacher_prompt_ids=ids,
+        token_kl=[0.001 * i for i in range(len(ids))],
     )
     html = render([rollout], tokenizer, text)
     page = Page(html)
