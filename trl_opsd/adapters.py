@@ -33,8 +33,11 @@ def merged(name_or_path: str, folder: str) -> str:
             staging = Path(f"{folder}.tmp")
             shutil.rmtree(staging, ignore_errors=True)
             model = AutoPeftModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32, device_map="cpu")
+            # An adapter need not have a tokenizer of its own
+            has_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
+            tokenizer = name_or_path if has_tokenizer else model.active_peft_config.base_model_name_or_path
             model.merge_and_unload().save_pretrained(staging)
-            AutoTokenizer.from_pretrained(name_or_path).save_pretrained(staging)
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)
             shutil.rmtree(folder, ignore_errors=True)
             staging.rename(folder)
     return folder

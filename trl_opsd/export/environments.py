@@ -118,9 +118,10 @@ def make_environment(name: str, folders: Mapping[str, Path], log: Path, say: Cal
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as parent, log.open("w") as output:
             # Its Python finds what is installed beside itself, wherever the folder is moved to; scripts would not
             staging = Path(parent) / "environment"
-            pip = [str(python_of(staging)), "-m", "pip"]
+            # Isolated: pip takes what it finds on PYTHONPATH for installed
+            pip = [str(python_of(staging)), "-I", "-m", "pip"]
             commands = [
-                [sys.executable, "-m", "venv", str(staging)],
+                [sys.executable, "-I", "-m", "venv", str(staging)],
                 [*pip, "install", "--disable-pip-version-check", *pins],
             ]
             if not_wanted:

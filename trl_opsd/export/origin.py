@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,14 @@ def plain_checkpoint(checkpoint: Checkpoint, tokenizer, dtype: str | None, folde
         dtype (`str`, *optional*):
             Precision of its weights.
         folder (`Path`):
-            Where it is written to, if it is not that already.
+            Where it is written to, if it is not that already, or comes with code of its own, which is left behind.
     """
     path = Path(checkpoint.path)
     if checkpoint.base is not None:
         return Path(merged(checkpoint.path, str(folder)))
-    if path.is_dir() and dtype == "float32" and any(path.glob("model*.safetensors")):
+    # Converters trust what lies in a folder: llama.cpp's runs the code of a tokenizer, for some architectures
+    has_code = any(path.rglob("*.py")) if path.is_dir() else False
+    if path.is_dir() and dtype == "float32" and any(path.glob("model*.safetensors")) and not has_code:
         return path
     save_as(checkpoint.path, tokenizer, "float32", folder)
     return folder
@@ -100,7 +103,13 @@ def travel(checkpoint: Checkpoint, plain: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def provenance(artefact: Artefact, checkpoint: Checkpoint, licence: str | None, row: dict[str, Any]) -> dict[str, Any]:
+def provenance(
+    artefact: Artefact,
+    checkpoint: Checkpoint,
+    licence: str | None,
+    row: dict[str, Any],
+    folders: Mapping[str, Path],
+) -> dict[str, Any]:
     """
     Says what an artefact was made of, by what, and what it was checked with.
 
@@ -113,6 +122,8 @@ def provenance(artefact: Artefact, checkpoint: Checkpoint, licence: str | None, 
             Licence, if the user has said it.
         row (`dict`):
             What came out of its check.
+        folders (`Mapping[str, Path]`):
+            Environments that the user has given, whose versions are not ours to say.
     """
     folder = Path(checkpoint.path)
     origin, stages, seen = find_origin(folder), [], set()
@@ -157,7 +168,11 @@ def provenance(artefact: Artefact, checkpoint: Checkpoint, licence: str | None, 
             "trl-opsd": __version__,
             "commit": commit(),
             "transformers": importlib.metadata.version("transformers"),
-            **{name: list(PINS[name]) for name in (family.converter, family.engine) if name is not None},
+            **{
+                name: str(folders[name]) if name in folders else list(PINS[name])
+                for name in (family.converter, family.engine)
+                if name is not None
+            },
         },
         "check": row,
     }

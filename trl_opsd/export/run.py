@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import fcntl
+import hashlib
 import itertools
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..cli import UserError, user_errors
 from ..evaluate.card import write_card
 from ..evaluate.compare import Answer as Verdict
 from ..evaluate.config import EvaluateConfig
-from ..evaluate.plan import plan
+from ..evaluate.plan import Job, plan
 from ..evaluate.results_file import load_results
 from ..results import write_results
 from ..rlvr.bank import read_rollouts
@@ -119,9 +121,17 @@ class Exporter:
             raise UserError(
                 f"`{self.checkpoint.path}` is quantised already: export the checkpoint that it was made from."
             )
-        self.dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+        if self.checkpoint.base is not None and not Path(self.checkpoint.path).is_dir():
+            raise UserError(
+                f"`{self.checkpoint.path}` is an adapter on the Hub: fetch it (`hf download {self.checkpoint.path} --local-dir "
+                "FOLDER`), and give the folder."
+            )
+        # What an adapter is merged into holds numbers of float32, whatever its base has
+        is_merged = self.checkpoint.base is not None
+        self.dtype = None if is_merged or config.dtype is None else str(config.dtype).removeprefix("torch.")
         self.model_type = config.model_type
         check_checkpoint_ends(self.checkpoint, self.tokenizer)
+        self.judged_on = _judged_on(self.jobs, export.margins)
         self.done, self.missing = {}, []
         for artefact in export.artefacts:
             if not (self.folder / artefact.name).exists():
@@ -132,6 +142,11 @@ class Exporter:
                 raise UserError(
                     f"`{self.folder / artefact.name}` was made of another checkpoint (`{found['checkpoint']}`): move it away, or "
                     "give another `output_dir`."
+                )
+            if found["check"]["answer"] != "identical" and found.get("judged_on") != self.judged_on:
+                raise UserError(
+                    f"`{self.folder / artefact.name}` was judged on other problems, or by another margin, than those asked for: "
+                    "move it away, or give another `output_dir`."
                 )
             self.done[artefact.name] = found["check"]
         text = config.get_text_config()
@@ -160,12 +175,22 @@ class Exporter:
 
     @contextmanager
     def _workplace(self) -> Iterator[None]:
-        """What is under way lies in one folder, of which nothing is left."""
-        shutil.rmtree(self.folder / ".making", ignore_errors=True)
-        try:
-            yield
-        finally:
+        """What is under way lies in one folder, of which nothing is left, and which no other export clears meanwhile."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / ".lock"
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"`output_dir`: another export is writing into `{self.folder}`: wait for it, or give another folder."
+                ) from None
             shutil.rmtree(self.folder / ".making", ignore_errors=True)
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.folder / ".making", ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     def _make_all(self, rows: dict[str, dict[str, Any]]) -> None:
         if self.missing:
@@ -321,12 +346,12 @@ class Exporter:
                 ]
                 for single in conclusion.singles
             }
-        name = f"{artefact.name}{folder_suffix(verdict).replace(' ', '-')}"
-        write_provenance(staging, provenance(artefact, self.checkpoint, self.export.licence, row))
+        made = provenance(artefact, self.checkpoint, self.export.licence, row, self.export.folders)
+        write_provenance(staging, {**made, "judged_on": self.judged_on})
         self._write_card(staging, None if is_exact else artefact.name, digest)
-        for old in self.folder.glob(f"{artefact.name}.*"):
-            shutil.rmtree(old)
-        staging.rename(self.folder / name)
+        for old in (Verdict.WORSE, Verdict.UNDECIDED):
+            shutil.rmtree(self.folder / _folder_name(artefact, old), ignore_errors=True)
+        staging.rename(self.folder / _folder_name(artefact, verdict))
         return row
 
     def _write_card(self, folder: Path, name: str | None, digest: str) -> None:
@@ -410,6 +435,23 @@ class Exporter:
             )
 
 
+def _judged_on(jobs: Iterable[Job], margins: Mapping[str | None, float]) -> dict[str, dict[str, Any]]:
+    """What a verdict depends on beside the checkpoint, by task."""
+    return {
+        job.config.task: {
+            "margin": margins.get(job.config.task, margins[None]),
+            "verifiers": job.config.reward_funcs,
+            "problems": hashlib.sha256(json.dumps([job.names, job.prompt_ids, job.limits]).encode()).hexdigest(),
+        }
+        for job in jobs
+    }
+
+
+def _folder_name(artefact: Artefact, verdict: Verdict) -> str:
+    """What the folder of an artefact is called, by what came out of its check."""
+    return f"{artefact.name}{folder_suffix(verdict).replace(' ', '-')}"
+
+
 def known_texts(texts: Iterable[str], tokenizer) -> list[str]:
     """Returns the texts that a tokenizer can read: one of few words, with none for unknown ones, cannot read all."""
     known = []
@@ -437,6 +479,8 @@ def _judged(config: EvaluateConfig, folder: Path) -> EvaluateConfig:
             )
     if config.backend != "transformers":
         raise UserError("`backend`: artefacts are compared with what transformers writes: leave it out.")
+    if config.trust_remote_code:
+        raise UserError("`trust_remote_code`: converters and engines run no code of a checkpoint: leave it out.")
     # The default of one data set is greedy too
     if config.decoding not in (None, ["greedy"]):
         raise UserError("`decoding`: artefacts are judged greedily, which all engines do alike: set it to `greedy`.")

@@ -113,7 +113,8 @@ class Tool:
         log = self.logs.absolute() / f"{self.name}-{action}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # Nothing is to be fetched, and nothing of this process's environment to be imported
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
             asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
             asked.write_text(json.dumps({**request, "answer": str(answer)}), encoding="utf-8")

@@ -61,10 +61,12 @@ def generate(request: dict) -> dict:
         written = list(pipe.generate(inputs, config).tokens[0])
         completions.append([int(token) for token in written])
     seconds = time.perf_counter() - start
-    # It leaves out the token that ended a completion
+    # It leaves out the token that ended a completion: of several, the one that ends a turn of its tokenizer's
+    end = int(tokenizer.get_eos_token_id())
+    end = end if end in ends else ends[0]
     for (_, limit), written in zip(request["prompts"], completions, strict=True):
         if len(written) < limit and (not written or written[-1] not in ends):
-            written.append(ends[0])
+            written.append(end)
     return {
         "tokens": tokens,
         "eos_ids": [int(tokenizer.get_eos_token_id())],
