@@ -14,6 +14,7 @@ import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluation_world as world
 import pytest
@@ -38,6 +39,7 @@ from trl_opsd.export.formats import ARTEFACTS, FAMILIES, parse_formats
 from trl_opsd.export.origin import plain_checkpoint
 from trl_opsd.export.tensorrt_llm import write_commands
 from trl_opsd.export.tool import Tool, ToolError, Transformers, complete, render
+from trl_opsd.export.tools import in_openvino
 from trl_opsd.opsd.ends import turn_without_end
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id
 from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights
@@ -351,6 +353,7 @@ def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path, capl
     status, said = exported("safetensors:bfloat16", "gguf", "w8a8", bank=bank)
     assert status == 0, said
     assert "`gguf:q4_k_m`: [16, 32] are no multiples of 256" in caplog.text
+    assert "`bank`: 1 of the 200 problems that artefacts are judged on are in" in caplog.text
     out = tmp_path / "out"
     made = {"safetensors-bfloat16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "w8a8"}
     assert names(out) == {*made, "results", "export.json"}
@@ -398,6 +401,10 @@ def test_what_was_judged_otherwise_is_not_taken_for_done(exported, tmp_path):
     few = world.write_rows(tmp_path / "few.jsonl", rows)
     status, said = exported("gguf:q8_0", dataset_name=few)
     assert status == 2 and "was judged on other problems" in said
+    # what is there and not asked for stays in the summary
+    assert exported("safetensors:bfloat16")[0] == 0
+    rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
+    assert [row["artefact"] for row in rows] == ["checkpoint", "safetensors-bfloat16", "gguf-f32", "gguf-q8_0"]
     # what writes the same tokens needs no verdict
     assert exported("gguf:f32", margin=0.5)[0] == 0
 
@@ -634,6 +641,10 @@ def test_an_environment_is_whole_or_not_there(tmp_path, monkeypatch):
     number = len(commands)
     assert environments.make_environment("gguf", {}, log, said.append) == python and len(commands) == number
     assert environments.make_environment("gguf", {"gguf": tmp_path}, log, said.append) == tmp_path / "bin" / "python"
+    # one whose Python has gone is made anew
+    (python.parent / "left").touch()
+    python.unlink()
+    assert environments.make_environment("gguf", {}, log, said.append) == python and python.is_file()
     # other versions are another environment
     monkeypatch.setitem(environments.PINS, "gguf", ("cyllama==9",))
     assert environments.make_environment("gguf", {}, log, said.append) != python
@@ -659,6 +670,24 @@ def test_what_a_tool_starts_is_isolated_too(tmp_path, monkeypatch):
     with pytest.raises(ToolError):
         Tool("gguf", Path(sys.executable), tmp_path / "logs").convert(tmp_path, tmp_path, "f32")
     assert "PYTHONPATH" not in seen and seen["PATH"]
+
+
+@pytest.mark.parametrize(("written", "whole"), [([5], [5, 9]), ([5, 9], [5, 9]), ([5, 6, 7], [5, 6, 7])])
+def test_openvino_ends_in_the_end_of_a_turn(tmp_path, monkeypatch, written, whole):
+    """It leaves the end out, and Qwen3 has two, of which the lower number ends no turn."""
+    tokenizer = SimpleNamespace(chat_template=None, get_eos_token_id=lambda: 9)
+    config = SimpleNamespace(stop_token_ids={3, 9}, eos_token_id=9)
+    pipe = SimpleNamespace(
+        get_tokenizer=lambda: tokenizer,
+        get_generation_config=lambda: config,
+        generate=lambda inputs, config: SimpleNamespace(tokens=[written]),
+    )
+    genai = SimpleNamespace(LLMPipeline=lambda *args, **kwargs: pipe, TokenizedInputs=lambda *args: None)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: None))
+    monkeypatch.setitem(sys.modules, "openvino_genai", genai)
+    request = {"artefact": "x", "texts": [], "conversations": [], "prompts": [([1], 3)], "is_exact": True}
+    answer = in_openvino.generate(request)
+    assert answer["completions"] == [whole] and answer["end_ids"] == [3, 9]
 
 
 def test_every_artefact_can_be_asked_for():

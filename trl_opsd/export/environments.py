@@ -5,6 +5,7 @@ folder of its own, made when it is first needed: whole or not at all, and used a
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,9 +131,10 @@ def make_environment(name: str, folders: Mapping[str, Path], log: Path, say: Cal
                 subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=True)
             try:
                 staging.rename(folder)
-            except OSError:  # another process was as fast
+            except OSError:  # another process was as fast, or the Python of the one there has gone, as in an upgrade
                 if not python_of(folder).is_file():
-                    raise
+                    shutil.rmtree(folder)
+                    staging.rename(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         said = [line for line in lines if "error" in line.lower()] or lines[-1:] or [str(error)]

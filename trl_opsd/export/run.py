@@ -23,12 +23,12 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.plan import Job, plan
 from ..evaluate.results_file import load_results
 from ..results import write_results
-from ..rlvr.bank import read_rollouts
+from ..rlvr.bank import prompt_id, read_rollouts
 from ..rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from .check import PROBES, Reference
 from .config import ExportConfig
 from .environments import make_environment
-from .formats import FAMILIES, Artefact
+from .formats import ARTEFACTS, FAMILIES, Artefact
 from .judge import CHECKPOINT, Judge, folder_suffix
 from .origin import (
     check_checkpoint_ends,
@@ -133,22 +133,16 @@ class Exporter:
         check_checkpoint_ends(self.checkpoint, self.tokenizer)
         self.judged_on = _judged_on(self.jobs, export.margins)
         self.done, self.missing = {}, []
-        for artefact in export.artefacts:
-            if not (self.folder / artefact.name).exists():
+        for artefact in ARTEFACTS:
+            is_asked = artefact in export.artefacts
+            if (self.folder / artefact.name).exists():
+                try:
+                    self.done[artefact.name] = self._finished(artefact)
+                except UserError:
+                    if is_asked:
+                        raise
+            elif is_asked:
                 self.missing.append(artefact)
-                continue
-            found = read_provenance(self.folder / artefact.name)
-            if found["checkpoint_hash"] != self.checkpoint.hash:
-                raise UserError(
-                    f"`{self.folder / artefact.name}` was made of another checkpoint (`{found['checkpoint']}`): move it away, or "
-                    "give another `output_dir`."
-                )
-            if found["check"]["answer"] != "identical" and found.get("judged_on") != self.judged_on:
-                raise UserError(
-                    f"`{self.folder / artefact.name}` was judged on other problems, or by another margin, than those asked for: "
-                    "move it away, or give another `output_dir`."
-                )
-            self.done[artefact.name] = found["check"]
         text = config.get_text_config()
         odd = sorted({size for size in (text.hidden_size, text.intermediate_size) if size % _K_BLOCK})
         if odd and any(artefact.precision == "q4_k_m" for artefact in self.missing):
@@ -159,6 +153,22 @@ class Exporter:
         self.rollouts = self._rollouts()
         self._check_room()
         self.judge = Judge(job.config, self.jobs, self.folder / "results", export.margins)
+
+    def _finished(self, artefact: Artefact) -> dict[str, Any]:
+        """What came out of an artefact that is there, of this checkpoint and judged as is asked for."""
+        folder = self.folder / artefact.name
+        found = read_provenance(folder)
+        if found["checkpoint_hash"] != self.checkpoint.hash:
+            raise UserError(
+                f"`{folder}` was made of another checkpoint (`{found['checkpoint']}`): move it away, or give another "
+                "`output_dir`."
+            )
+        if found["check"]["answer"] != "identical" and found.get("judged_on") != self.judged_on:
+            raise UserError(
+                f"`{folder}` was judged on other problems, or by another margin, than those asked for: move it away, or give "
+                "another `output_dir`."
+            )
+        return found["check"]
 
     def run(self) -> list[dict[str, Any]]:
         """
@@ -216,7 +226,7 @@ class Exporter:
     def _record(self, rows: dict[str, dict[str, Any]]) -> None:
         write_results(
             self.folder / "export.json",
-            [*self._own_row(), *(rows[artefact.name] for artefact in self.export.artefacts if artefact.name in rows)],
+            [*self._own_row(), *(rows[artefact.name] for artefact in ARTEFACTS if artefact.name in rows)],
             {**_plain(self.export), "evaluate": _plain(self.judge.config)},
         )
 
@@ -404,6 +414,12 @@ class Exporter:
                 "writes itself: fill a bank with `python -m trl_opsd.compress.bank`."
             )
         rollouts = read_rollouts(self.export.bank).shuffle(seed=self.judge_seed)
+        judged = {prompt_id(prompt) for job in self.jobs for prompt in job.prompts}
+        if shared := len(judged & set(rollouts["prompt_id"])):
+            logger.warning(
+                f"`bank`: {shared} of the {len(judged)} problems that artefacts are judged on are in `{self.export.bank}`, on which "
+                "they are calibrated: fill it from another split."
+            )
         rollouts = rollouts.select(range(min(len(rollouts), self.export.calibration_samples)))
         prompts = [
             self.tokenizer(prompt)["input_ids"]
