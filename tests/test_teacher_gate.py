@@ -253,6 +253,17 @@ def test_with_a_sibling_its_place_is_taken_when_the_teacher_is_asked(
     assert batch["kept"].tolist() == [True, True, True, False]  # without a sibling it is an anchor, and not dropped
 
 
+@pytest.mark.parametrize("quantile", [None, 0.9])
+def test_the_teacher_may_write_as_long_as_ever(tmp_path, small_model, tokenizer, rows, world, quantile):
+    """A limit that follows the student's rollouts is not the teacher's."""
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, world, completion_limit_quantile=quantile)
+    if quantile is not None:  # as it has been set for the student's rollouts
+        trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = 2
+    with mock.patch.object(Teacher, "generate", side_effect=lambda **inputs: inputs["input_ids"]) as generated:
+        trainer._write_as_teacher(list(rows.select(range(2))), [None] * 2, trainer.teacher_gate.contexts[0])
+    assert generated.call_args.kwargs["generation_config"].max_new_tokens == trainer.args.max_completion_length
+
+
 def test_pass_rates_of_the_data_come_first(tmp_path, small_model, tokenizer, rows, world):
     rows = rows.select(range(4)).add_column("teacher_pass_rates", [[1.0], [0.4], None, [None]])
     plain = texts_of(rows)
