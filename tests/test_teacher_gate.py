@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_opsd_probe import sides
 from test_opsd_trainer import NoModel, Recorder, reference_loss, same_rollouts, settings
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.compress.bank import main as fill_bank
@@ -21,6 +21,7 @@ from trl_opsd.decoding import generate
 from trl_opsd.opsd.__main__ import main
 from trl_opsd.opsd.alarms import AlarmCallback
 from trl_opsd.opsd.batches import unpadded
+from trl_opsd.opsd.config import check_arguments
 from trl_opsd.opsd.context import TeacherContext
 from trl_opsd.opsd.pass_rates import prompt_key
 from trl_opsd.opsd.probe import _warnings, probe
@@ -250,6 +251,17 @@ def test_with_a_sibling_its_place_is_taken_when_the_teacher_is_asked(
     in_context = f"{one} solution 6 a:-3=3" if right else one
     assert seen_by_teacher(tokenizer, batch)[:3] == [in_context, in_context, two]
     assert batch["kept"].tolist() == [True, True, True, False]  # without a sibling it is an anchor, and not dropped
+
+
+@pytest.mark.parametrize("quantile", [None, 0.9])
+def test_the_teacher_may_write_as_long_as_ever(tmp_path, small_model, tokenizer, rows, world, quantile):
+    """A limit that follows the student's rollouts is not the teacher's."""
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, world, completion_limit_quantile=quantile)
+    if quantile is not None:  # as it has been set for the student's rollouts
+        trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = 2
+    with mock.patch.object(Teacher, "generate", side_effect=lambda **inputs: inputs["input_ids"]) as generated:
+        trainer._write_as_teacher(list(rows.select(range(2))), [None] * 2, trainer.teacher_gate.contexts[0])
+    assert generated.call_args.kwargs["generation_config"].max_new_tokens == trainer.args.max_completion_length
 
 
 def test_pass_rates_of_the_data_come_first(tmp_path, small_model, tokenizer, rows, world):
@@ -523,6 +535,21 @@ def test_combinations_that_say_nothing_are_refused(tmp_path, rows, changes, mess
         OPSDTrainer(model=NoModel(), args=config, train_dataset=rows, **kwargs)
 
 
+def test_evaluation_is_not_on_the_plain_prompt_alone(tmp_path, rows):
+    """With pass rates for the training data alone the lowest loss would be that of the untrained student."""
+    config = OPSDConfig(**settings(tmp_path), teacher_prompt_template=CONCISE_TEMPLATE, teacher_gate=0.5)
+    rated = Dataset.from_list([{**row, "teacher_pass_rates": [0.5]} for row in rows])
+    for held_out in (rows, {"known": rated, "unknown": rows}):
+        with pytest.raises(ValueError, match="the evaluation data has no column `teacher_pass_rates`"):
+            check_arguments(config, "model", None, rated, held_out, [len])
+    wrong = Dataset.from_list([{**row, "teacher_pass_rates": [0.5, 0.5]} for row in rows])
+    with pytest.raises(ValueError, match="row 0 is \\[0.5, 0.5\\]"):
+        check_arguments(config, "model", None, rated, wrong, [len])
+    check_arguments(config, "model", None, rated, {"known": rated}, [len])
+    config.teacher_gate_rollouts = 2
+    check_arguments(config, "model", None, rated, rows, [len])
+
+
 def test_one_context_is_as_simple_as_it_was(tmp_path):
     for value in ("concise", ["concise"]):
         config = OPSDConfig(**settings(tmp_path), teacher_context=value)
@@ -533,6 +560,22 @@ def test_one_context_is_as_simple_as_it_was(tmp_path):
 
 
 # The command line
+
+
+def test_a_resumed_run_knows_of_earlier_batches_in_context(tmp_path, small_model, tokenizer, rows, world):
+    """A batch of anchors alone, the first one after resuming, says nothing of those before."""
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, world)
+    batch = {"completions/mean_length": 9.0, "completions/clipped_ratio": 0.0, "opsd/correct": 1.0, "opsd/kept": 1.0}
+    for share, stops in ((0.5, False), (1.0, True)):
+        alarms = AlarmCallback(trainer)
+        alarms.window = 3
+        log = {**batch, "opsd/kl": 1.0 - share, "opsd/anchored": share, "step": 10}
+        state = TrainerState(global_step=10, log_history=[log])
+        alarms.on_train_begin(trainer.args, state, TrainerControl())
+        state.global_step = 11
+        last = {**batch, "opsd/kl": 0.0, "opsd/anchored": 1.0}
+        alarms.on_log(trainer.args, state, TrainerControl(), logs=last)
+        assert (alarms.stopped_by is not None) == stops
 
 
 @pytest.fixture
@@ -620,6 +663,22 @@ def test_banks_that_say_nothing_of_the_teacher_are_refused(command, tmp_path):
     ):
         status, error = command(**changes)
         assert status == 2 and words in error, (changes, error)
+
+
+def test_banks_speak_of_the_evaluation_data_too(command, tmp_path, rows):
+    (tmp_path / "data").mkdir()
+    rows.select(range(6)).to_json(tmp_path / "data" / "train.jsonl")
+    rows.select(range(6, 8)).to_json(tmp_path / "data" / "test.jsonl")
+    options = {"dataset_name": str(tmp_path / "data"), "eval_strategy": "steps", "eval_steps": 1}
+    both = command.bank("both", CONCISE_TEMPLATE, [4, 1, 0, 0, 0, 0, 3])
+    given, printed = command(teacher_bank=both, **options)
+    assert given["eval_dataset"]["teacher_pass_rates"] == [[None, 0.75], [None, None]]
+    assert "of 6 prompts the banks know 6" in printed and "of 2 prompts the banks know 1" in printed
+    trained_on = command.bank("trained_on", CONCISE_TEMPLATE, [4, 1])
+    status, error = command(teacher_bank=trained_on, **options)
+    assert status == 2 and "the evaluation data has no column `teacher_pass_rates`" in error
+    given, _ = command(teacher_bank=trained_on, teacher_gate_rollouts=2, **options)  # measured there in the run
+    assert "teacher_pass_rates" not in given["eval_dataset"].column_names
 
 
 @pytest.mark.parametrize("value", ["concise", ["answer", "concise"]])

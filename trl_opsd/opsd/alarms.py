@@ -96,6 +96,8 @@ class AlarmCallback(DivergenceCallback):
                 self.lengths += [log["completions/mean_length"]] * steps
                 self.correct += [log.get("opsd/correct", math.nan)] * steps
                 self.kept.append(log.get("opsd/kept", 1.0))
+            if "opsd/kl" in log:
+                self.anchored.append(log.get("opsd/anchored", 0.0))
         folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step + 1)}
         self.checkpoints = [self._measured(str(path), step) for step, path in folders.items() if path.is_dir()]
 

@@ -757,7 +757,8 @@ def _check_datasets(
     if train_dataset is None:
         return
     columns = train_dataset.column_names
-    _check_teacher_gate(args, train_dataset, tools)
+    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    _check_teacher_gate(args, train_dataset, [data for data in held_out.values() if data is not None], tools)
     if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
             f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "
@@ -787,18 +788,34 @@ def _check_datasets(
         )
 
 
-def _check_teacher_gate(args: OPSDConfig, dataset: Dataset | IterableDataset, tools: list[Callable] | None) -> None:
+def _check_teacher_gate(
+    args: OPSDConfig,
+    dataset: Dataset | IterableDataset,
+    held_out: list[Dataset | IterableDataset],
+    tools: list[Callable] | None,
+) -> None:
     """Checks what the teacher's gate decides by."""
     if args.teacher_gate is None:
         return
     columns, number = dataset.column_names or [], len(args.build_teacher_contexts())
-    if args.resolve_teacher_gate_rollouts(columns) == 0 and "teacher_pass_rates" not in columns:
+    measures_nothing = args.resolve_teacher_gate_rollouts(columns) == 0
+    if measures_nothing and "teacher_pass_rates" not in columns:
         raise ValueError(
             "`teacher_gate_rollouts=0` measures nothing, and the training data has no pass rates of the teacher (column "
             "`teacher_pass_rates`; on the command line `--teacher_bank` adds it): give them, or let it write rollouts."
         )
-    if "teacher_pass_rates" in columns and isinstance(dataset, Dataset):
-        for row, rates in enumerate(dataset["teacher_pass_rates"]):
+    for data in held_out:
+        # All of it would be on the plain prompt, where the teacher is what the student was: lowest loss, no training
+        if measures_nothing and "teacher_pass_rates" not in (data.column_names or ["teacher_pass_rates"]):
+            raise ValueError(
+                "The training data has pass rates of the teacher and nothing is measured, but the evaluation data has no "
+                "column `teacher_pass_rates`, so its loss would say only how far the student is from its own start: give "
+                "them there too, set `teacher_gate_rollouts`, for instance to 4, or drop the evaluation."
+            )
+    for data in (dataset, *held_out):
+        if not isinstance(data, Dataset) or "teacher_pass_rates" not in data.column_names:
+            continue
+        for row, rates in enumerate(data["teacher_pass_rates"]):
             if rates is not None and (
                 len(rates) != number or not all(rate is None or 0 <= rate <= 1 for rate in rates)
             ):
@@ -806,7 +823,7 @@ def _check_teacher_gate(args: OPSDConfig, dataset: Dataset | IterableDataset, to
                     f"`teacher_pass_rates` of row {row} is {rates}: it must have a share from 0 to 1, or None, for each of "
                     f"the teacher's {number} contexts."
                 )
-    if args.resolve_teacher_gate_rollouts(columns) == 0:
+    if measures_nothing:
         return
     is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
     for name, is_set in (

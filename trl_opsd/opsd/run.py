@@ -290,10 +290,15 @@ def find_teacher_banks(
     return found
 
 
+def knows_any(banks: dict[int, dict[str, tuple[int, int]]], dataset: Dataset) -> bool:
+    """Whether the teacher's banks have any prompt of a data set."""
+    return any(prompt_id(prompt) in bank for prompt in dataset["prompt"] for bank in banks.values())
+
+
 def add_pass_rates(
     dataset: Dataset, banks: dict[int, dict[str, tuple[int, int]]], args: OPSDConfig, name: str
 ) -> tuple[Dataset, str]:
-    """The training set with the column `teacher_pass_rates` out of the teacher's banks, and a line that counts it."""
+    """A data set with the column `teacher_pass_rates` out of the teacher's banks, and a line that counts it."""
     if "teacher_pass_rates" in dataset.column_names:
         raise UserError(
             f"`{name}` has a column `teacher_pass_rates`, which `teacher_bank` would replace: drop one of the two."
@@ -306,11 +311,6 @@ def add_pass_rates(
         rates.append([correct / tried if tried else None for tried, correct in counts])
         first.append(next((place for place, rate in enumerate(rates[-1]) if (rate or 0) >= args.teacher_gate), None))
     known = sum(any(rate is not None for rate in row) for row in rates)
-    if known == 0:
-        raise UserError(
-            f"The teacher's rollout banks have none of the prompts of `{name}`: they are of other data, or of the same with "
-            "another wording."
-        )
     shares = ", ".join(f"{first.count(place)} have context {place + 1}" for place in places)
     return dataset.add_column("teacher_pass_rates", rates), (
         f"teacher's gate: of {len(rates)} prompts the banks know {known}; {shares}, {first.count(None)} the plain prompt"
@@ -388,9 +388,17 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             if training_args.process_index == 0:
                 print(counts)
         if script_args.teacher_bank is not None:
-            datasets[0], counts = add_pass_rates(datasets[0], banks, training_args, script_args.dataset_name)
-            if training_args.process_index == 0:
-                print(counts)
+            for place, split in enumerate(datasets):
+                is_known = knows_any(banks, split)
+                if place == 0 and not is_known:
+                    raise UserError(
+                        f"The teacher's rollout banks have none of the prompts of `{script_args.dataset_name}`: they are of "
+                        "other data, or of the same with another wording."
+                    )
+                if is_known:  # else the evaluation is measured in the run, or refused below
+                    datasets[place], counts = add_pass_rates(split, banks, training_args, script_args.dataset_name)
+                    if training_args.process_index == 0:
+                        print(counts if place == 0 else f"evaluation, {counts}")
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
         if script_args.probe_difficulty is not None:
             check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
