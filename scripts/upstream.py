@@ -1151,6 +1151,10 @@ def extract_logprobs(''',
                         "        self.anchored: list[float] = []  # share on the plain prompt, one entry for each log\n",
                         "",
                     ),
+                    (
+                        '            if "opsd/kl" in log:\n                self.anchored.append(log.get("opsd/anchored", 0.0))\n',
+                        "",
+                    ),
                     ('        self.anchored.append(logs.get("opsd/anchored", 0.0))\n', ""),
                     (
                         "        if all(share == 1.0 for share in self.anchored):\n"

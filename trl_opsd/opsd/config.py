@@ -757,8 +757,7 @@ def _check_datasets(
     if train_dataset is None:
         return
     columns = train_dataset.column_names
-    held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    _check_teacher_gate(args, train_dataset, [data for data in held_out.values() if data is not None], tools)
+    _check_teacher_gate(args, train_dataset, eval_dataset, tools)
     if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
             f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "
@@ -791,13 +790,15 @@ def _check_datasets(
 def _check_teacher_gate(
     args: OPSDConfig,
     dataset: Dataset | IterableDataset,
-    held_out: list[Dataset | IterableDataset],
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
     tools: list[Callable] | None,
 ) -> None:
     """Checks what the teacher's gate decides by."""
     if args.teacher_gate is None:
         return
     columns, number = dataset.column_names or [], len(args.build_teacher_contexts())
+    held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    held_out = [data for data in held_out if data is not None]
     measures_nothing = args.resolve_teacher_gate_rollouts(columns) == 0
     if measures_nothing and "teacher_pass_rates" not in columns:
         raise ValueError(
