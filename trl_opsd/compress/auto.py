@@ -22,8 +22,8 @@ import pyarrow.parquet
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig
 from rich.console import Console
-from transformers.utils import is_peft_available
 
 from ..adapters import merged
 from ..cli import UserError, check_checkpoint, user_errors
@@ -258,10 +258,6 @@ class Automatic:
         full, has_adapter = planned(None), False
         memory = full
         if most(full) > 0.9 * capacity:
-            if not is_peft_available():
-                raise UserError("Full training does not fit and peft is not installed: run `pip install peft`.")
-            from peft import LoraConfig
-
             memory, has_adapter = planned(LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")), True
             if most(memory) > 0.9 * capacity:
                 raise UserError(
