@@ -25,13 +25,11 @@ and the table from whatever files there are (`--report`: only that).
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from scripts.experiments.bank import concise_bank
 from scripts.harness.results import RESULTS, ROOT, read_all, write_results, write_text
-from scripts.harness.stages import MEASURED, evaluate, make_teacher
+from scripts.harness.stages import MEASURED, evaluate, log_of, make_teacher, train_arm
 from scripts.harness.tables import markdown, spread
 from trl_opsd.data import load_prompts
 from trl_opsd.tiny.task import CONCISE_TEMPLATE, SOLUTION_TEMPLATE
@@ -54,41 +52,6 @@ ARMS = {
     "concise, gate, second round": {},
 }
 PROBLEMS = {"1 to 3": (1, 3), "4 to 6": (4, 6)}
-
-
-def train(folder: Path, **options) -> Path:
-    """
-    Trains an arm, unless that has been done, and returns its checkpoint: of a run that the alarm has ended the last one.
-    An option that is `None` is taken out of the recipe.
-    """
-    stopped = folder / "stopped"
-    if not (folder / "config.json").is_file() and not stopped.is_file():
-        recipe = folder.with_suffix(".yaml")
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        left_out = tuple(f"{name}:" for name, value in options.items() if value is None)
-        lines = [line for line in (ROOT / RECIPE).read_text().splitlines() if not line.startswith(left_out or "\0")]
-        write_text(recipe, "\n".join([*lines, ""]))
-        command = [sys.executable, "-m", "trl_opsd.opsd", "--config", str(recipe), "--output_dir", str(folder)]
-        for name, value in options.items():
-            if value is not None:
-                command += [f"--{name}", str(value)]
-        ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        if ended.returncode == 3:
-            stopped.touch()
-        elif ended.returncode != 0:
-            raise SystemExit(f"{folder.name} has failed: {' '.join(command)}")
-    if not stopped.is_file():
-        return folder
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def log_of(checkpoint: Path) -> list[dict]:
-    """What was logged of the steps of a run."""
-    if (checkpoint / "opsd.json").is_file():
-        rows = json.loads((checkpoint / "opsd.json").read_text())["rows"]
-    else:
-        rows = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [row for row in rows if "loss" in row]
 
 
 def measure(arm: str, checkpoint: Path, data: Path, seed: int, folder: Path, max_samples: int) -> list[dict]:
@@ -127,8 +90,8 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
         if arm == "concise, gate, second round":
             run("concise, gate", seed, args)
             options["model_name_or_path"] = folder / "concise__gate"
-        checkpoint = train(folder / name, **options | ARMS[arm])
-        log = log_of(checkpoint)
+        checkpoint = train_arm("trl_opsd.opsd", RECIPE, folder / name, **options | ARMS[arm])
+        log = log_of(checkpoint, "opsd")
         trained = {
             "steps": len(log),
             "stopped": (folder / name / "stopped").is_file(),

@@ -1,12 +1,13 @@
 """The stages of the tiny chain as experiments use them: run by their commands, kept when finished, measured in place."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from scripts.harness.results import ROOT
+from scripts.harness.results import ROOT, write_text
 from trl_opsd.cli import parse
 from trl_opsd.evaluate import EvaluateConfig
 from trl_opsd.evaluate import evaluate as evaluate_config
@@ -38,6 +39,41 @@ def train_stage(module: str, recipe: str, output: Path, **options) -> Path:
     if not (output / "config.json").is_file():
         run_stage(module, recipe, output_dir=output, **options)
     return output
+
+
+def train_arm(module: str, recipe: str, folder: Path, **options) -> Path:
+    """
+    Trains an arm of an experiment, unless that has been done, and returns its checkpoint: of a run that the alarm has ended
+    the last one. An option that is `None` is taken out of the recipe.
+    """
+    stopped = folder / "stopped"
+    if not (folder / "config.json").is_file() and not stopped.is_file():
+        own = folder.with_suffix(".yaml")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        left_out = tuple(f"{name}:" for name, value in options.items() if value is None)
+        lines = [line for line in (ROOT / recipe).read_text().splitlines() if not line.startswith(left_out or "\0")]
+        write_text(own, "\n".join([*lines, ""]))
+        command = [sys.executable, "-m", module, "--config", str(own), "--output_dir", str(folder)]
+        for name, value in options.items():
+            if value is not None:
+                command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        if ended.returncode == 3:
+            stopped.touch()
+        elif ended.returncode != 0:
+            raise SystemExit(f"{folder.name} has failed: {' '.join(command)}")
+    if not stopped.is_file():
+        return folder
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def log_of(checkpoint: Path, stage: str) -> list[dict]:
+    """What was logged of the steps of a run of a stage."""
+    if (checkpoint / f"{stage}.json").is_file():
+        rows = json.loads((checkpoint / f"{stage}.json").read_text())["rows"]
+    else:
+        rows = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row for row in rows if "loss" in row]
 
 
 def warm_start(kind: str, seed: int, runs: Path) -> Path:

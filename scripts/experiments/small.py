@@ -1,0 +1,186 @@
+"""
+The small reasoner, made long-winded by its warm start, accurate by RLVR and short by OPSD, beside what one would do otherwise.
+
+    OMP_NUM_THREADS=1 python -m scripts.experiments.small --seeds 0 1 2
+
+Five million parameters, eight families of problems; to be concise was taught for four of them only, and there not at the
+highest difficulty. Warm start and RLVR are those of recipes/small. From the RLVR checkpoint each arm makes as many updates of
+as many rollouts, by its recipe:
+
+| arm | what is done |
+|---|---|
+| warm start, RLVR | measured as they are |
+| prompt-only | RLVR, asked to be concise |
+| OPSD, concise / solution / sibling | the teacher is asked to be concise / shown the reference solution / shown the shortest correct of eight rollouts |
+| OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
+| GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier |
+| GRPO, truncated | recipes/small/rlvr.yaml with half of the tokens that RLVR needs as the limit (https://huggingface.co/papers/2510.15110) |
+| SFT on the shortest | TRL's SFT on the shortest correct rollout of each prompt that RLVR has kept |
+
+A run that the alarm ends is measured as it was then. Accuracy is sampled at temperature 1 on held-out problems, 100 of each
+family. The command goes on where it was, with what is in `--runs`. One results file for each seed,
+recipes/results/small/seed-<seed>.json, with the arms that are there, and the table from whatever files there are (`--report`:
+only that).
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from scripts.harness.results import RESULTS, ROOT, read, read_all, write_results, write_text
+from scripts.harness.stages import MEASURED, evaluate, log_of, train_arm, train_stage
+from scripts.harness.tables import markdown, spread
+from trl_opsd.small.families import FAMILIES
+from trl_opsd.small.task import CONCISE_TEMPLATE, SmallConfig
+
+
+RECIPES = "recipes/small"
+PROMPT_ONLY = "RLVR, asked to be concise (prompt-only)"
+#: Stage and recipe of each arm that is trained from the RLVR checkpoint, and its further options
+ARMS = {
+    "warm start": None,
+    "RLVR": None,
+    PROMPT_ONLY: None,
+    "OPSD, concise": ("opsd", "opsd_concise", {}),
+    "OPSD, solution": ("opsd", "opsd_solution", {}),
+    "OPSD, sibling": ("opsd", "opsd_sibling", {}),
+    "OPSD, sibling, second round": ("opsd", "opsd_sibling", {}),
+    "GRPO, length penalty": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
+    "GRPO, truncated": ("rlvr", "rlvr", {}),
+    "SFT on the shortest": ("sft", "", {}),
+}
+TAUGHT = tuple(SmallConfig().taught)
+GROUPS = {"taught": TAUGHT, "not taught": tuple(family for family in FAMILIES if family not in TAUGHT)}
+
+
+def name_of(arm: str) -> str:
+    """The folder and the file of an arm."""
+    return "".join(letter if letter.isalnum() else "_" for letter in arm)
+
+
+def shortest(rlvr: Path, output: Path) -> Path:
+    """Writes the shortest of the correct rollouts of each prompt in the bank that RLVR has filled."""
+    rows = {}
+    for row in load_dataset("parquet", data_dir=str(rlvr / "bank" / "rollouts"), split="train"):
+        key = json.dumps(row["prompt"])
+        if key not in rows or len(row["completion_ids"]) < len(rows[key]["completion_ids"]):
+            rows[key] = row
+    kept = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows.values()]
+    output.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(kept).to_json(output / "train.jsonl")
+    return output
+
+
+def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int) -> Path:
+    """The checkpoint of an arm, trained unless it is there."""
+    own = {"seed": seed, "resume_from_checkpoint": "true"}
+    sft = train_stage("trl_opsd.small", f"{RECIPES}/sft.yaml", folder / "sft", **own)
+    if arm == "warm start":
+        return sft
+    data = {"dataset_name": sft / "data"}
+    rlvr = train_stage("trl_opsd.rlvr", f"{RECIPES}/rlvr.yaml", folder / "rlvr", model_name_or_path=sft, **data, **own)
+    if ARMS[arm] is None:
+        return rlvr
+    stage, recipe, options = ARMS[arm]
+    options = {"model_name_or_path": rlvr, "max_steps": max_steps, **data, **own, **options}
+    if stage == "sft":
+        # The rows that fill an update of the others; their rate is that of the warm start at its end, on the way down
+        options |= {"dataset_name": shortest(rlvr, folder / "shortest"), "learning_rate": 2e-4, "bf16": True}
+        options |= {"per_device_train_batch_size": 96, "warmup_steps": 2, "resume_from_checkpoint": None}
+        return train_stage(
+            "trl.scripts.sft",
+            "recipes/tiny/size_sft.yaml",
+            folder / name_of(arm),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    if arm == "OPSD, sibling, second round":
+        options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps)
+    if arm == "GRPO, truncated":
+        lengths = [row["mean_tokens"] for row in measure("RLVR", rlvr, sft, folder)]
+        options["max_completion_length"] = round(statistics.mean(lengths) / 2)
+    if stage == "opsd":
+        options |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 1}
+    return train_arm(f"trl_opsd.{stage}", f"{RECIPES}/{recipe}.yaml", folder / name_of(arm), **options)
+
+
+def measure(arm: str, checkpoint: Path, sft: Path, folder: Path) -> list[dict]:
+    """A row for each family, kept beside the checkpoints."""
+    kept = folder / "measured" / f"{name_of(arm)}.json"
+    if not kept.is_file():
+        rows = []
+        for family in FAMILIES:
+            options = {"decoding": "sampled", "task": "small", "max_completion_length": 384, "batch_size": 128}
+            if arm == PROMPT_ONLY:
+                options["prompt_template"] = CONCISE_TEMPLATE
+            (row,) = evaluate(checkpoint, sft / "data" / "by_task" / f"{family}.jsonl", 42, 100, **options)
+            rows.append({"arm": arm, "family": family, **{field: row[field] for field in MEASURED}})
+        write_results(kept, rows, {})
+    return read(kept)
+
+
+def run(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
+    """The rows of an arm, with what its training took."""
+    folder = Path(args.runs) / f"seed-{seed}"
+    checkpoint = checkpoint_of(arm, seed, folder, args.max_steps)
+    rows = measure(arm, checkpoint, folder / "sft", folder)
+    trained = {}
+    if ARMS[arm] is not None and ARMS[arm][0] != "sft":
+        log = log_of(checkpoint, ARMS[arm][0])
+        stopped = (folder / name_of(arm) / "stopped").is_file()
+        trained = {"steps": log[-1]["step"], "stopped": stopped, "num_tokens": log[-1]["num_tokens"]}
+    return [{**row, **trained} for row in rows]
+
+
+def table() -> str:
+    """Every arm's mean over the seeds, with the lowest and the highest, on the families of each group."""
+    seeds = read_all(RESULTS / "small")
+    lines = []
+    for arm in ARMS:
+        found = [[row for row in rows if row["arm"] == arm] for rows in seeds]
+        found = [rows for rows in found if rows]
+        if not found:
+            continue
+        cells = []
+        for families in (tuple(FAMILIES), *GROUPS.values()):
+            chosen = [[row for row in rows if row["family"] in families] for rows in found]
+            cells.append(spread(100 * statistics.mean(row["accuracy"] for row in rows) for rows in chosen))
+            cells.append(spread(statistics.mean(row["mean_tokens"] for row in rows) for rows in chosen))
+        first = [rows[0] for rows in found]
+        steps = ", ".join(f"{row['steps']}{' (alarm)' if row['stopped'] else ''}" for row in first if "steps" in row)
+        lines.append([arm, str(len(found)), *cells, steps])
+    number = seeds[0][0]["n"]
+    heading = ["arm", "seeds", "accuracy %", "tokens", "concise taught: accuracy %", "tokens"]
+    heading += ["not taught: accuracy %", "tokens", "updates"]
+    return (
+        f"The small reasoner, sampled, on {number} held-out problems of each of its eight families: mean over the seeds, lowest "
+        "and highest. Made by `python -m scripts.experiments.small`.\n\n" + markdown(heading, lines) + "\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--max_steps", type=int, default=40, help="optimizer steps of an arm")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "small"), help="folder for the runs")
+    parser.add_argument("--report", action="store_true", help="only make the table")
+    args = parser.parse_args(argv)
+    if not args.report:
+        for seed in args.seeds:
+            rows = []
+            for arm in args.arms:
+                rows += run(arm, seed, args)
+                found = [row for row in rows if row["arm"] == arm]
+                means = (statistics.mean(row[field] for row in found) for field in ("accuracy", "mean_tokens"))
+                print(seed, arm, found[0].get("steps"), *means, flush=True)
+                config = {"seed": seed, "max_steps": args.max_steps}
+                write_results(RESULTS / "small" / f"seed-{seed}.json", rows, config)
+    write_text(RESULTS / "small" / "table.md", table())
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
