@@ -8,7 +8,6 @@ there: that is `right`, or in a slip one of `wrong`. So an answer that follows f
 import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 
@@ -86,12 +85,17 @@ def _gcd(metadata: dict, step: Step) -> str:
 
 
 def _number_filtering(metadata: dict, step: Step) -> str:
-    limit, (action, which) = metadata["filter_value"], metadata["operation"].split("_")
+    limit, (action, which) = float(metadata["filter_value"]), metadata["operation"].split("_")
+    # First how it compares, then what follows from that: both at once is more than one token can work out
+    verdicts = {
+        relation: f"{relation}, {'keep' if (relation == which) == (action == 'keep') else 'remove'}"
+        for relation in ("larger", "smaller", "equal")
+    }
     kept = []
     for number in metadata["original_numbers"]:
-        matches = float(number) > float(limit) if which == "larger" else float(number) < float(limit)
-        verdicts = ["keep", "remove"] if matches == (action == "keep") else ["remove", "keep"]
-        if step(f"{number} against {limit}: ", verdicts[0], verdicts[1:]) == "keep":
+        relation = "equal" if float(number) == limit else "larger" if float(number) > limit else "smaller"
+        wrong = [verdict for name, verdict in verdicts.items() if name != relation]
+        if step(f"{number} against {metadata['filter_value']}: ", verdicts[relation], wrong).endswith("keep"):
             kept.append(number)
     return str(kept)
 
@@ -128,54 +132,47 @@ def _base_conversion(metadata: dict, step: Step) -> str:
     return "".join(reversed(digits))
 
 
-def _clock(text: str) -> tuple[int, int]:
-    time = datetime.fromisoformat(text)
-    return time.hour, time.minute
-
-
-def _time_intervals(metadata: dict, step: Step) -> str:
-    (start_hour, start_minute), (end_hour, end_minute) = _clock(metadata["start_time"]), _clock(metadata["end_time"])
-    hours = _calculate(end_hour, "-", start_hour, step)
-    minutes = _calculate(end_minute, "-", start_minute, step)
-    if minutes < 0:
-        hours = _calculate(hours, "-", 1, step)
-        minutes = _calculate(minutes, "+", 60, step)
-    return f"{hours:02d}:{minutes:02d}"
-
-
 def _conversion(metadata: dict) -> str:
     return f"{metadata['source_repr']} from base {metadata['source_base']} to {metadata['target_base']}"
 
 
-def _interval(metadata: dict) -> str:
-    (start_hour, start_minute), (end_hour, end_minute) = _clock(metadata["start_time"]), _clock(metadata["end_time"])
-    return f"the time from {start_hour:02d}:{start_minute:02d} to {end_hour:02d}:{end_minute:02d}"
+def _stays_small(entry: dict) -> bool:
+    """Whether no step of an expression leaves what two digits can write."""
+    results = []
+
+    def step(text: str, right: int) -> int:
+        results.append(right)
+        return right
+
+    _basic_arithmetic(entry["metadata"], step)
+    return all(abs(result) < 100 for result in results)
 
 
-#: By the name of the task in reasoning-gym. Numbers are small: the model has five million parameters.
+#: By the name of the task in reasoning-gym. Numbers are small: with up to 99 (and 250, in other bases) a model of five million
+#: parameters was right in 24% of the problems after an hour.
 FAMILIES = {
     "chain_sum": Family(
         levels=[
-            {"min_terms": 2, "max_terms": 3, "max_digits": 2},
-            {"min_terms": 3, "max_terms": 4, "min_digits": 2, "max_digits": 2},
-            {"min_terms": 5, "max_terms": 5, "min_digits": 2, "max_digits": 2},
+            {"min_terms": few, "max_terms": many, "min_digits": 1, "max_digits": 1}
+            for few, many in ((2, 3), (3, 4), (5, 6))
         ],
         about=lambda metadata: f"the value of {metadata['expression']}",
         solve=_chain_sum,
     ),
     "leg_counting": Family(
-        levels=[{"min_animals": n, "max_animals": n, "max_instances": most} for n, most in ((2, 4), (2, 9), (3, 9))],
+        levels=[{"min_animals": n, "max_animals": n, "max_instances": most} for n, most in ((2, 4), (2, 6), (3, 6))],
         about=lambda metadata: "the legs of " + ", ".join(f"{n} {name}" for name, n in metadata["animals"].items()),
         solve=_leg_counting,
     ),
     "gcd": Family(
-        levels=[{"min_value": 2, "max_value": most} for most in (40, 60, 99)],
+        levels=[{"min_value": 2, "max_value": most} for most in (30, 40, 50)],
         about=lambda metadata: "the greatest common divisor of {} and {}".format(*metadata["numbers"]),
         solve=_gcd,
+        style="other",
     ),
     "number_filtering": Family(
         levels=[
-            {"min_numbers": n, "max_numbers": n, "max_decimals": 0, "min_value": 0.0, "max_value": 99.0}
+            {"min_numbers": n, "max_numbers": n, "max_decimals": 0, "min_value": 0.0, "max_value": 30.0}
             for n in (2, 3, 4)
         ],
         about=lambda metadata: "the list " + ", ".join(metadata["original_numbers"]),
@@ -189,7 +186,7 @@ FAMILIES = {
         ],
         about=lambda metadata: f"the value of {metadata['expression']}",
         solve=_basic_arithmetic,
-        keep=lambda entry: abs(int(entry["answer"])) < 1000,
+        keep=_stays_small,
     ),
     "simple_equations": Family(
         levels=[
@@ -208,18 +205,11 @@ FAMILIES = {
     "base_conversion": Family(
         levels=[
             {"min_base": base, "max_base": 10, "min_value": 10, "max_value": most}
-            for base, most in ((5, 100), (4, 150), (3, 250))
+            for base, most in ((5, 60), (4, 70), (4, 80))
         ],
         about=_conversion,
         solve=_base_conversion,
         keep=lambda entry: 10 in (entry["metadata"]["source_base"], entry["metadata"]["target_base"]),
-        style="other",
-    ),
-    "time_intervals": Family(
-        levels=[{"task_types": ["time"], "max_time_difference_seconds": 3600 * hours} for hours in (2, 6, 20)],
-        about=_interval,
-        solve=_time_intervals,
-        keep=lambda entry: _clock(entry["metadata"]["start_time"]) <= _clock(entry["metadata"]["end_time"]),
         style="other",
     ),
 }

@@ -109,7 +109,7 @@ class SmallConfig:
     Args:
         > Parameters that control the tasks
 
-        taught (`list[str]`, *optional*, defaults to four of the eight):
+        taught (`list[str]`, *optional*, defaults to three of the seven):
             Families in which it is taught to answer in other ways than the plain one.
         taught_difficulty (`int`, *optional*, defaults to `2`):
             Highest difficulty, of three, at which it is.
@@ -122,9 +122,9 @@ class SmallConfig:
             Share of the rows that drill single steps, of the problems before them.
         terseness (`float`, *optional*, defaults to `0.6`):
             Share of the redundancy that is missing in the tersest plain replies. It differs from reply to reply.
-        train_size (`int`, *optional*, defaults to `4800`):
+        train_size (`int`, *optional*, defaults to `2100`):
             Number of rows written for the stages after the warm start.
-        test_size (`int`, *optional*, defaults to `1200`):
+        test_size (`int`, *optional*, defaults to `1050`):
             Number of held-out rows.
 
         > Parameters that control the model
@@ -150,12 +150,12 @@ class SmallConfig:
 
         accuracy_steps (`int`, *optional*, defaults to `500`):
             Optimizer steps between two measurements of greedy accuracy.
-        accuracy_problems (`int`, *optional*, defaults to `160`):
+        accuracy_problems (`int`, *optional*, defaults to `168`):
             Number of validation problems of one measurement.
     """
 
     taught: list[str] = field(
-        default_factory=lambda: ["chain_sum", "leg_counting", "gcd", "number_filtering"],
+        default_factory=lambda: ["chain_sum", "leg_counting", "number_filtering"],
         metadata={"help": "Families in which it is taught to answer in other ways than the plain one."},
     )
     taught_difficulty: int = field(default=2, metadata={"help": "Highest difficulty, of three, at which it is."})
@@ -181,9 +181,9 @@ class SmallConfig:
         },
     )
     train_size: int = field(
-        default=4800, metadata={"help": "Number of rows written for the stages after the warm start."}
+        default=2100, metadata={"help": "Number of rows written for the stages after the warm start."}
     )
-    test_size: int = field(default=1200, metadata={"help": "Number of held-out rows."})
+    test_size: int = field(default=1050, metadata={"help": "Number of held-out rows."})
     vocab_size: int = field(default=1024, metadata={"help": "Tokens that the tokenizer may have."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the residual stream."})
     num_layers: int = field(default=6, metadata={"help": "Number of layers."})
@@ -197,7 +197,7 @@ class SmallConfig:
     accuracy_steps: int = field(
         default=500, metadata={"help": "Optimizer steps between two measurements of greedy accuracy."}
     )
-    accuracy_problems: int = field(default=160, metadata={"help": "Number of validation problems of one measurement."})
+    accuracy_problems: int = field(default=168, metadata={"help": "Number of validation problems of one measurement."})
 
     def __post_init__(self):
         for task in self.taught:
