@@ -122,7 +122,7 @@ class SmallConfig:
             Share of the rows that drill single steps, of the problems before them.
         terseness (`float`, *optional*, defaults to `0.6`):
             Share of the redundancy that is missing in the tersest plain replies. It differs from reply to reply.
-        train_size (`int`, *optional*, defaults to `2100`):
+        train_size (`int`, *optional*, defaults to `1260`):
             Number of rows written for the stages after the warm start.
         test_size (`int`, *optional*, defaults to `1050`):
             Number of held-out rows.
@@ -181,7 +181,7 @@ class SmallConfig:
         },
     )
     train_size: int = field(
-        default=2100, metadata={"help": "Number of rows written for the stages after the warm start."}
+        default=1260, metadata={"help": "Number of rows written for the stages after the warm start."}
     )
     test_size: int = field(default=1050, metadata={"help": "Number of held-out rows."})
     vocab_size: int = field(default=1024, metadata={"help": "Tokens that the tokenizer may have."})
@@ -356,9 +356,10 @@ def problems(split: str, size: int, seed: int) -> list[Problem]:
     drawn = []
     quota = size // (3 * len(FAMILIES))
     for task in FAMILIES:
+        found, repeats = {}, 0  # by the question: one difficulty has some of another's
         for difficulty in (1, 2, 3):
-            source, found, repeats = _Source(task, difficulty, split, seed), {}, 0
-            while len(found) < quota:
+            source = _Source(task, difficulty, split, seed)
+            while len(found) < quota * difficulty:
                 problem = next(source)
                 repeats = repeats + 1 if problem.question in found else 0
                 if repeats == 200:
@@ -367,7 +368,7 @@ def problems(split: str, size: int, seed: int) -> list[Problem]:
                         "ask for fewer."
                     )
                 found.setdefault(problem.question, problem)
-            drawn += found.values()
+        drawn += found.values()
     random.Random(f"order {split} {seed}").shuffle(drawn)
     return drawn
 
