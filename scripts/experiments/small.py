@@ -3,7 +3,7 @@ The small reasoner, made long-winded by its warm start, accurate by RLVR and sho
 
     OMP_NUM_THREADS=1 python -m scripts.experiments.small --seeds 0 1 2
 
-Five million parameters, eight families of problems; to be concise was taught for four of them only, and there not at the
+Five million parameters, seven families of problems; to be concise was taught for three of them only, and there not at the
 highest difficulty. Warm start and RLVR are those of recipes/small. From the RLVR checkpoint each arm makes as many updates of
 as many rollouts, by its recipe:
 
@@ -155,7 +155,7 @@ def table() -> str:
     heading = ["arm", "seeds", "accuracy %", "tokens", "concise taught: accuracy %", "tokens"]
     heading += ["not taught: accuracy %", "tokens", "updates"]
     return (
-        f"The small reasoner, sampled, on {number} held-out problems of each of its eight families: mean over the seeds, lowest "
+        f"The small reasoner, sampled, on {number} held-out problems of each of its seven families: mean over the seeds, lowest "
         "and highest. Made by `python -m scripts.experiments.small`.\n\n" + markdown(heading, lines) + "\n"
     )
 
