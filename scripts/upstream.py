@@ -485,6 +485,7 @@ STAYS = """
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
     teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher Teacher.generate
     resolve_teacher_gate_rollouts _check_teacher_gate OPSDTrainer._saved ._saved
+    current_state
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
@@ -556,6 +557,12 @@ _ABOUT = """    Trainer for on-policy (self-)distillation as compression: the st
     Teaches](https://huggingface.co/papers/2605.06188).
 """
 _OF_TRAINER = (
+    # Ours differs in what a resumed run needs, which belongs into TRL's own
+    ("from ..sampling import RepeatSampler\n", ""),
+    (
+        "from trl.trainer.utils import get_config_model_id\n",
+        "from trl.trainer.utils import RepeatSampler, get_config_model_id\n",
+    ),
     ("            self.train_dataset,\n            self._tokenizer,\n", "            self._tokenizer,\n"),
     (
         """;

@@ -85,8 +85,8 @@ STAGES = {"opsd": opsd, "rlvr": rlvr}
 
 @pytest.fixture
 def recipe(tmp_path, checkpoint, rows):
-    """Writes a recipe for six steps of a stage on a small model, and returns its options."""
-    rows.to_json(tmp_path / "train.jsonl")
+    """Writes a recipe for six steps, three passes, of a stage on a small model, and returns its options."""
+    rows.select(range(4)).to_json(tmp_path / "train.jsonl")
 
     def write(stage: str, out: str, **changes) -> list[str]:
         config = {

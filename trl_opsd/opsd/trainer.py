@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer import distillation_trainer
-from trl.trainer.utils import RepeatSampler, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
 from ..rollout_engine import rollout_engine
+from ..sampling import RepeatSampler
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -265,6 +266,7 @@ class OPSDTrainer(DistillationTrainer):
             repeat_count=self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
+            current_state=lambda: self.state,
         )
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):

@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped
 from ..rollout_engine import rollout_engine
+from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
@@ -45,6 +46,7 @@ class RLVRTrainer(GRPOTrainer):
       `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
+    - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
 
@@ -158,6 +160,18 @@ class RLVRTrainer(GRPOTrainer):
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        theirs = super()._get_train_sampler(dataset)
+        return RepeatSampler(
+            data_source=theirs.data_source,
+            mini_repeat_count=theirs.mini_repeat_count,
+            batch_size=theirs.batch_size,
+            repeat_count=theirs.repeat_count,
+            shuffle=theirs.shuffle,
+            seed=theirs.seed,
+            current_state=lambda: self.state,
+        )
 
     def _generate_single_turn(self, *args, **kwargs):
         with finished_rows_dropped(self.model):
