@@ -184,7 +184,7 @@ def test_what_is_printed_is_the_same_as_itself_and_as_nothing_else(printed, othe
 
 
 @quickly
-@given(st.binary(max_size=80), st.integers(0, 200), st.booleans())
+@given(st.binary(max_size=80) | st.text("0123", max_size=2).map(str.encode), st.integers(0, 200), st.booleans())
 def test_a_cache_gives_what_was_written_or_nothing(tmp_path, noise, place, replaces):
     path = tmp_path / "cache.jsonl"
     path.unlink(missing_ok=True)

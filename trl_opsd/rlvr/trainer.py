@@ -19,7 +19,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
-from ..decoding import finished_rows_dropped
+from ..decoding import finished_rows_dropped, never_empty
 from ..rollout_engine import rollout_engine
 from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
@@ -175,7 +175,10 @@ class RLVRTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         with finished_rows_dropped(self.model):
-            return super()._generate_single_turn(*args, **kwargs)
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        if logprobs is not None:  # of vLLM: what it has not written it has not weighed either
+            logprobs = [row or [0.0] for row in logprobs]
+        return never_empty(completion_ids, self.eos_token_ids[0]), logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
