@@ -1160,10 +1160,14 @@ def extract_logprobs(''',
         parts=(
             _ours("faults"),
             _ours("metrics"),
+            _ours("verify"),
             _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
             _test("test_opsd_faults", only=_TESTS_OF_FAULTS),
         ),
-        brings="OPSDAlarm Faults faults finite_rows _finite _loss_without compute_loss:measured",
+        brings="""
+            OPSDAlarm Faults faults finite_rows _finite _loss_without compute_loss:measured
+            time_limit _TimeIsUp timeout _timeout ddp_timeout
+        """,
     ),
     Step(
         "alarms",

@@ -43,6 +43,8 @@ SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_value_head
 TIMES = ("time", "runtime", "per_second", "profiling", "seconds", "wall_s", "memory", "generation_s", "scoring_s")
 # And the mean that transformers takes at the end over what was trained since the run was resumed
 TIMES += ("train_loss",)
+# And how much of an evaluation an earlier run had generated
+TIMES += ("cached",)
 
 TRAINING = {
     "per_device_train_batch_size": 4,

@@ -89,7 +89,7 @@ class Verifiers:
             `torch.Tensor`: Reward by each function, of shape `(B, functions)`, NaN where one has returned `None`.
 
         Raises:
-            RuntimeError: If a function raises, or takes longer than `timeout`. The message names it and the sample.
+            RuntimeError: If a function raises, or takes too long. The message names it and the sample.
             ValueError: If a function gives another number of rewards than there are rollouts.
         """
         arguments = {
@@ -112,8 +112,9 @@ class Verifiers:
             if is_async_callable(function):
                 waiting[index] = function(**arguments)
             else:
-                with self._profile(name), time_limit(name, self._timeout):
-                    rewards[:, index] = self._column(name, function(**arguments), len(rows))
+                with self._profile(name):
+                    with time_limit(name, self._timeout):
+                        rewards[:, index] = self._column(name, function(**arguments), len(rows))
         if waiting:
 
             async def together():
@@ -122,8 +123,9 @@ class Verifiers:
             names = ", ".join(self.names[index] for index in waiting)
             future = asyncio.run_coroutine_threadsafe(together(), self._loop)
             try:
-                with self._profile(names), time_limit(names, self._timeout):
-                    answers = future.result()
+                with self._profile(names):
+                    with time_limit(names, self._timeout):
+                        answers = future.result()
             finally:
                 future.cancel()
             for index, answer in zip(waiting, answers, strict=True):
