@@ -485,6 +485,7 @@ STAYS = """
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
     teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher Teacher.generate
     resolve_teacher_gate_rollouts _check_teacher_gate OPSDTrainer._saved ._saved
+    current_state never_empty compute_loss:mismatch training_step:mismatch
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
@@ -556,6 +557,12 @@ _ABOUT = """    Trainer for on-policy (self-)distillation as compression: the st
     Teaches](https://huggingface.co/papers/2605.06188).
 """
 _OF_TRAINER = (
+    # Ours differs in what a resumed run needs, which belongs into TRL's own
+    ("from ..sampling import RepeatSampler\n", ""),
+    (
+        "from trl.trainer.utils import get_config_model_id\n",
+        "from trl.trainer.utils import RepeatSampler, get_config_model_id\n",
+    ),
     ("            self.train_dataset,\n            self._tokenizer,\n", "            self._tokenizer,\n"),
     (
         """;
@@ -566,8 +573,8 @@ _OF_TRAINER = (
     ),
     (
         """step by step. It ends on a divergence
-    that is not finite, and on nothing else: see [`AlarmCallback`] for what else can be watched, and [`RolloutPages`] for
-    a page of the rollouts.
+    that is not finite on any rollout, and on nothing else: see [`AlarmCallback`] for what else can be watched, and
+    [`RolloutPages`] for a page of the rollouts. Single rollouts whose divergence is not finite are left out ([`Faults`]).
 """,
         "step by step.\n",
     ),
@@ -712,6 +719,14 @@ _TESTS_OF_CONTEXT = """
     reference_loss test_loss_is_the_formula_on_the_kept_rollouts
     test_teacher_sees_its_context_and_the_same_completion_tokens test_own_chat_template_arguments_on_each_side
     test_different_generation_prompts_are_an_error
+"""
+
+# All but what an engine may write, which is not TRL's there
+_TESTS_OF_FAULTS = """
+    completions build recorder test_a_rollout_that_is_not_finite_is_left_out test_a_gradient_that_is_not_finite_is_not_followed
+    test_too_many_in_a_row_end_the_run NoMemory test_a_step_without_memory_is_made_again_in_halves
+    test_what_has_no_memory_in_halves_either_is_named sleeps spins waits test_a_verifier_that_hangs_ends_the_run_in_time
+    test_an_interruption_of_the_users_stays_one test_the_time_is_up_where_the_users_interruption_is_ignored
 """
 
 # What all tests of the trainer stand on: a tokenizer and a model of some kilobytes, so that none is downloaded
@@ -1137,7 +1152,21 @@ def extract_logprobs(''',
         ),
         brings="""
             max_tokens_per_microbatch OPSDTrainer.training_step _accumulate micro_batches gather_rows balanced_length
-            token_budget_batches budget
+            token_budget_batches budget size_of _at_work _out_of_memory _accumulate_under
+        """,
+    ),
+    Step(
+        "faults",
+        parts=(
+            _ours("faults"),
+            _ours("metrics"),
+            _ours("verify"),
+            _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
+            _test("test_opsd_faults", only=_TESTS_OF_FAULTS),
+        ),
+        brings="""
+            OPSDAlarm Faults faults finite_rows _finite _loss_without compute_loss:measured
+            time_limit _TimeIsUp timeout _timeout ddp_timeout
         """,
     ),
     Step(
@@ -1180,7 +1209,7 @@ def extract_logprobs(''',
                 alarms="AlarmCallback", divergence="divergence", opsd_config="OPSDConfig", opsd_trainer="OPSDTrainer"
             ),
         ),
-        brings="AlarmCallback DivergenceCallback check_finite OPSDAlarm compute_loss:metrics",
+        brings="AlarmCallback DivergenceCallback compute_loss:metrics",
     ),
 )
 

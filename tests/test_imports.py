@@ -17,6 +17,7 @@ ORDER = [
     "rollout_engine",
     "resuming",
     "decoding",
+    "sampling",
     "data",
     "rewards",
     "tiny",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_opsd.opsd.__main__ import main as opsd
-from trl_opsd.resuming import INTERRUPTED, StopOnSignal, find_checkpoint, why_broken
+from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, why_broken
 from trl_opsd.rlvr.__main__ import main as rlvr
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -67,6 +67,32 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, whole, reason, caplo
         find_checkpoint(str(tmp_path / "checkpoint-10"), str(tmp_path))
 
 
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+SEALED_DAMAGE = {
+    "its model-1.safetensors is damaged": lambda folder: flip(folder / "model-1.safetensors", -1),  # in a weight
+    "its optimizer.pt is damaged": lambda folder: flip(folder / "optimizer.pt", 20),
+    "its optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "its checksums.json is not whole": lambda folder: truncate(folder / CHECKSUMS),
+}
+
+
+@pytest.mark.parametrize("reason", SEALED_DAMAGE)
+def test_a_checkpoint_of_which_a_byte_has_changed_is_not_gone_on_from(tmp_path, whole, reason):
+    for step in (3, 4):
+        folder = whole(step)
+        torch.save({"state": torch.ones(8)}, folder / "optimizer.pt")
+        (folder / CHECKSUMS).write_text(json.dumps(hash_files(folder)))
+        assert why_broken(folder) is None
+    SEALED_DAMAGE[reason](tmp_path / "checkpoint-4")
+    assert why_broken(tmp_path / "checkpoint-4") == reason
+    assert find_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-3")
+
+
 @pytest.mark.parametrize("wish", ["true", "True", True])
 def test_without_a_whole_checkpoint_the_run_begins_anew(tmp_path, whole, wish):
     assert find_checkpoint(wish, str(tmp_path / "nowhere")) is None
@@ -85,8 +111,8 @@ STAGES = {"opsd": opsd, "rlvr": rlvr}
 
 @pytest.fixture
 def recipe(tmp_path, checkpoint, rows):
-    """Writes a recipe for six steps of a stage on a small model, and returns its options."""
-    rows.to_json(tmp_path / "train.jsonl")
+    """Writes a recipe for six steps, three passes, of a stage on a small model, and returns its options."""
+    rows.select(range(4)).to_json(tmp_path / "train.jsonl")
 
     def write(stage: str, out: str, **changes) -> list[str]:
         config = {
@@ -163,6 +189,8 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
     monkeypatch.undo()
     assert end.value.code == INTERRUPTED == 143
     stopped = tmp_path / "stopped"
+    sealed = json.loads((stopped / "checkpoint-3" / CHECKSUMS).read_text())
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= sealed.keys()
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: Ended by SIGTERM after step 3") and f"{stopped}/checkpoint-3" in error
     assert not (stopped / "model.safetensors").exists() and not (stopped / "config.json").exists()
@@ -182,6 +210,23 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
         for name in ("alone", "stopped")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, recipe, stage):
+    """Three steps of four in an epoch, and after them what a kill leaves: a checkpoint, and nothing under the final name."""
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
+    line = recipe(stage, "out", **options, lr_scheduler_type="constant")
+    STAGES[stage](line)
+    out = tmp_path / "out"
+    files = out / "model.safetensors", out / f"{stage}.json"
+    weights, rows = load_file(files[0]), json.loads(files[1].read_text())["rows"]
+    for file in (*files, out / "config.json"):
+        file.unlink()
+    STAGES[stage]([*line, "--resume_from_checkpoint", "true"])
+    assert all(torch.equal(value, load_file(files[0])[name]) for name, value in weights.items())
+    again = json.loads(files[1].read_text())["rows"]
+    assert again[:-1] == rows[:-1] and again[-1]["step"] == 3  # the last has the time that it took
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, recipe, killed):

@@ -108,6 +108,22 @@ def finished_rows_dropped(model: PreTrainedModel) -> Iterator[None]:
         del model.generate
 
 
+def never_empty(completion_ids: list[list[int]], end: int) -> list[list[int]]:
+    """
+    Completions of an engine that may write nothing at all, which TRL's trainers do not count with.
+
+    Args:
+        completion_ids (`list[list[int]]`):
+            Token ids of each.
+        end (`int`):
+            Token that ends a completion.
+
+    Returns:
+        `list[list[int]]`: The same, with one that has come to its end in the place of each that is empty.
+    """
+    return [ids or [end] for ids in completion_ids]
+
+
 def _generate(model, method, *args, **kwargs):
     if not args and can_call(model, **kwargs):
         kwargs["custom_generate"] = decode

@@ -1,6 +1,7 @@
 """How the training stages go on where they were: which checkpoint is whole, whose folder it is, and a SIGTERM in time."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .results import write_text
 from .rollout_engine import EngineError
 
 
@@ -26,13 +28,31 @@ if TYPE_CHECKING:
 
 # 128 + SIGTERM, as a shell reports a process that the signal has ended
 INTERRUPTED = 143
+# Hashes of the files of a checkpoint, in the checkpoint
+CHECKSUMS = "checksums.json"
 # Output folders of this process, open for as long as it lives, which holds their locks
 _claimed: dict[Path, int] = {}
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """
+    Args:
+        folder (`Path`):
+            Folder of a checkpoint.
+
+    Returns:
+        `dict[str, str]`: SHA-256 of each of its files, by its path in the folder.
+    """
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        with file.open("rb") as stream:
+            found[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
 def why_broken(folder: Path) -> str | None:
     """
-    Looks for what makes a training checkpoint useless.
+    Looks for what makes a training checkpoint useless. One with checksums is read whole.
 
     Args:
         folder (`Path`):
@@ -50,6 +70,16 @@ def why_broken(folder: Path) -> str | None:
         return "it has no trainer_state.json, so its writing was interrupted"
     except ValueError:
         return "its trainer_state.json is not whole"
+    if (folder / CHECKSUMS).is_file():
+        try:
+            written = dict(json.loads((folder / CHECKSUMS).read_text()))
+        except (ValueError, TypeError):
+            return f"its {CHECKSUMS} is not whole"
+        there = hash_files(folder)
+        for name, digest in written.items():
+            if there.get(name) != digest:
+                return f"its {name} is {'damaged' if name in there else 'missing'}"
+        return None
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
@@ -140,6 +170,25 @@ def claim(training_args: "TrainingArguments") -> None:
             f"`output_dir`: another run is writing into `{output_dir}`: wait for it, or choose another folder."
         ) from None
     _claimed[folder.resolve()] = lock
+
+
+class Checksums(TrainerCallback):
+    """
+    Writes hashes of its files into every checkpoint, so that none is gone on from of which a byte has changed.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._accelerator = trainer.accelerator
+
+    def on_save(self, args, state, control, **kwargs):
+        self._accelerator.wait_for_everyone()  # each process writes its random numbers
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if args.should_save and folder.is_dir():
+            write_text(folder / CHECKSUMS, json.dumps(hash_files(folder), indent=1))
 
 
 class StopOnSignal(TrainerCallback):

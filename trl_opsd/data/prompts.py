@@ -229,7 +229,7 @@ def _read_file(path: Path) -> Dataset:
         raise UserError(f"`{path}` is none of {', '.join(_SUFFIXES)}: convert it, or rename it if it is one of them.")
     try:
         if path.suffix == ".parquet" or path.is_dir():
-            return Dataset(pyarrow.parquet.read_table(path))
+            return Dataset(pyarrow.parquet.read_table(path, page_checksum_verification=True))
         return Dataset.from_list(_read_json(path))
     except UserError:
         raise

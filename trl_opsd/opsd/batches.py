@@ -142,6 +142,22 @@ def select_rows(batch: dict, rows: torch.Tensor, keep_shape: bool = False) -> di
     return selected
 
 
+def size_of(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """
+    How large the longer of the student's and the teacher's input is.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Batch.
+
+    Returns:
+        `tuple[int, int]`: Its rows, and its tokens with padding.
+    """
+    prompt = max(batch[name].size(1) for name in ("prompt_ids", "teacher_prompt_ids") if name in batch)
+    rows, completion = batch["completion_ids"].shape
+    return rows, rows * (prompt + completion)
+
+
 def gather_rows(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """
     The batches of all processes as one. Called on every process.

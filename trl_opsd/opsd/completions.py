@@ -162,7 +162,7 @@ class RolloutLog:
         values = torch.full(valid.shape, torch.nan, device=valid.device)
         values[valid] = kl.detach().float()
         for number, row, counts in zip(numbers.tolist(), values.cpu(), valid.cpu(), strict=True):
-            if counts.any():
+            if not row[counts].isnan().all():  # where nothing counts, or nothing was finite
                 self.measured[mode][number] = row[: counts.nonzero().max() + 1].tolist()
         for old in list(self.measured[mode])[: -self.num_kept]:
             del self.measured[mode][old]

@@ -6,6 +6,7 @@ A context is a prompt template. Its placeholders say what it needs from a row: `
 also stands in for `{solution}` and `{answer}`, and `{sibling}` is the shortest correct rollout of the same prompt.
 """
 
+import re
 from collections.abc import Callable
 from string import Formatter
 from typing import Any
@@ -207,6 +208,8 @@ class TeacherPrompts:
     ):
         self.contexts, self.sibling_fallback = contexts, sibling_fallback
         self.render, self.tokenizer = render, tokenizer
+        special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def context_of(self, sibling: str | None) -> TeacherContext | None:
         """
@@ -250,6 +253,11 @@ class TeacherPrompts:
         texts = context.privileged_texts(row, sibling)
         if cut is not None:
             texts = {field: cut(text) for field, text in texts.items()}
+        # What spells a special token would be one, and might end the turn that it stands in: it is read as text with a space
+        texts = {
+            field: self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+            for field, text in texts.items()
+        }
         return context.prompt(row, texts)
 
     def encode(
@@ -347,6 +355,32 @@ class TeacherPrompts:
                 f"In {len(too_long)} of {len(dataset)} rows the teacher's prompt is longer than {max_length} tokens even "
                 f"without its privileged text, and the problem is never cut: raise `max_teacher_prompt_length`, lower "
                 f"`max_completion_length`, or filter such rows out (the first is row {too_long[0]})."
+            )
+
+    def check_turns(self, dataset: Dataset) -> None:
+        """
+        Checks that no problem spells a special token, such as the one that ends a turn: what follows it in the teacher's
+        context would not be the user's any more.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Training data. In plain strings the chat template is a part of the prompt, and so are its tokens.
+
+        Raises:
+            ValueError: If one does. The message counts such rows.
+        """
+        found = {}
+        for number, prompt in enumerate(dataset["prompt"]):
+            if not isinstance(prompt, str) and isinstance(prompt[-1]["content"], str):
+                match = self._special.search(prompt[-1]["content"])
+                if match is not None:
+                    found[number] = match[0]
+        if found:
+            row, token = next(iter(found.items()))
+            raise ValueError(
+                f"In {len(found)} of {len(dataset)} rows the last message of `prompt` spells a special token of the "
+                f"tokenizer's ({token!r} in row {row}), and so may end the turn that the teacher's context stands in: filter "
+                "such rows out, or write it otherwise."
             )
 
     def check_boundary(self, row: dict[str, Any], student: Callable, teacher: Callable) -> None:

@@ -1,7 +1,5 @@
 """What the loss measures at each token, and who is told of it before the weights move."""
 
-import math
-
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
@@ -47,7 +45,7 @@ class TokenMetrics:
 
         Args:
             tokens ([`DivergenceOutput`]):
-                Divergence of each token, and what was measured beside it.
+                Divergence of each token, and what was measured beside it. One that is not finite is left out.
 
         Returns:
             `torch.Tensor`: Sum of the student's entropy over the tokens, a scalar.
@@ -161,24 +159,3 @@ class DivergenceCallback(TrainerCallback):
         Raises:
             OPSDAlarm: To end the run with the weights as they are.
         """
-
-
-def check_finite(metrics: TokenMetrics, step: int) -> None:
-    """
-    Checks that there is a gradient to follow.
-
-    Args:
-        metrics ([`TokenMetrics`]):
-            What was measured.
-        step (`int`):
-            Number of the optimizer step, for the message.
-
-    Raises:
-        OPSDAlarm: If the divergence is not finite.
-    """
-    kl = metrics.means()["opsd/kl"]
-    if metrics.num_tokens > 0 and not math.isfinite(kl):
-        raise OPSDAlarm(
-            f"The divergence of step {step} is {kl}: the weights of the teacher or of the student are not finite, or "
-            "their logits overflow. Nothing was updated in this step."
-        )

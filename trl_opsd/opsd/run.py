@@ -13,7 +13,7 @@ from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts, record_held_out
 from ..results import write_results
-from ..resuming import StopOnSignal, claim, find_checkpoint
+from ..resuming import Checksums, StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
@@ -474,6 +474,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         return
     interruption = StopOnSignal(trainer)
     trainer.add_callback(interruption)
+    trainer.add_callback(Checksums(trainer))
     trainer.train(resume_from_checkpoint=resume_from)
     interruption.end(training_args.output_dir)
     if alarms.stopped_by is not None:

@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 import textwrap
 import time
@@ -9,18 +10,19 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
+from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env, release_memory
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerState
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer import distillation_trainer
-from trl.trainer.utils import RepeatSampler, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
-from ..decoding import finished_rows_dropped
+from ..decoding import finished_rows_dropped, never_empty
 from ..rollout_engine import rollout_engine
+from ..sampling import RepeatSampler
 from .batches import (
     MULTIMODAL_FIELDS,
     balanced_length,
@@ -28,6 +30,7 @@ from .batches import (
     micro_batches,
     padded,
     select_rows,
+    size_of,
     unpadded,
     with_completion,
 )
@@ -36,9 +39,10 @@ from .config import OPSDConfig, check_arguments, check_text_only
 from .context import TeacherContext, TeacherPrompts
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .ends import check_ends, check_lengths
+from .faults import Faults, finite_rows
 from .gate import Verdicts
 from .head import Head
-from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics, check_finite
+from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics
 from .rollouts import CollectedRollouts, Rollouts
 from .saved import Saved
 from .teacher import Teacher
@@ -71,8 +75,8 @@ class OPSDTrainer(DistillationTrainer):
     - the divergence can be clipped per vocabulary entry without going negative (`kl_clip`).
 
     With none of them used, and an external teacher, it is `DistillationTrainer`, step by step. It ends on a divergence
-    that is not finite, and on nothing else: see [`AlarmCallback`] for what else can be watched, and [`RolloutPages`] for
-    a page of the rollouts.
+    that is not finite on any rollout, and on nothing else: see [`AlarmCallback`] for what else can be watched, and
+    [`RolloutPages`] for a page of the rollouts. Single rollouts whose divergence is not finite are left out ([`Faults`]).
 
     Example:
 
@@ -201,7 +205,9 @@ class OPSDTrainer(DistillationTrainer):
                     "The prompts are plain strings, so the chat template of the tokenizer is not applied: give lists of "
                     'messages (`[{"role": "user", "content": ...}]`) unless the template is in the strings already.'
                 )
-        verifiers = Verifiers(reward_funcs, partial(profiling_context, self)) if reward_funcs else None
+        verifiers = None
+        if reward_funcs:
+            verifiers = Verifiers(reward_funcs, partial(profiling_context, self), args.ddp_timeout)
         self.rollouts = Rollouts(
             args,
             super()._generate_and_score_completions,
@@ -222,6 +228,8 @@ class OPSDTrainer(DistillationTrainer):
                 contexts, args.build_sibling_fallback(), self._tokenize_for_teacher, self._tokenizer
             )
             if isinstance(train_dataset, Dataset):
+                if contexts:
+                    self.teacher_prompts.check_turns(train_dataset)
                 self.teacher_prompts.check_lengths(train_dataset, self._max_teacher_prompt(args.max_completion_length))
             if train_dataset is not None:
                 self.teacher_prompts.check_boundary(
@@ -246,6 +254,9 @@ class OPSDTrainer(DistillationTrainer):
             self.vllm_generation.end_at(self.eos_token_ids)
             if has_adapter:
                 self.vllm_generation.sync_within(self.teacher.hidden, FrozenBase(self.model).restored)
+        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator)
+        self._finite: torch.Tensor | None = None  # whose divergence was, of the last forward pass
+        self._at_work: tuple[int, int] | None = None  # rollouts and tokens of the micro-batch at hand
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
         self.engine_mismatch = {mode: EngineMismatch() for mode in self._metrics}
         # Sum of the losses of an evaluation, batches that have one, and those that have none
@@ -265,6 +276,7 @@ class OPSDTrainer(DistillationTrainer):
             repeat_count=self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
+            current_state=lambda: self.state,
         )
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -278,7 +290,8 @@ class OPSDTrainer(DistillationTrainer):
             else:
                 self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = length
         with nullcontext() if self.use_vllm else finished_rows_dropped(self.model):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return never_empty(completion_ids, self.eos_token_ids[0])
 
     def _tool_call_loop(self, *args, **kwargs):
         turns = super()._tool_call_loop(*args, **kwargs)
@@ -433,19 +446,68 @@ class OPSDTrainer(DistillationTrainer):
     # Micro-batches
 
     def training_step(self, model, inputs, num_items_in_batch):
+        self._at_work = None
         budget = self.args.max_tokens_per_microbatch
         if budget is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
         accelerator = self.accelerator
-        loss = torch.zeros((), device=accelerator.device)
         if not accelerator.sync_gradients:
             # How many micro-batches it takes is known when the gate has decided: all of them run in the last of the
             # accumulation steps, each of which has the whole generation batch
-            return loss
+            return torch.zeros((), device=accelerator.device)
         start = time.perf_counter()
         model.train()
         self.optimizer.train()
         batch = gather_rows(self._generate_and_score_completions(inputs), accelerator)
+        loss = None
+        if accelerator.num_processes == 1:  # others would wait for what this one does again
+            measured = copy.deepcopy(self.token_metrics["train"])
+            mismatch = copy.deepcopy(self.engine_mismatch["train"])
+            try:
+                loss = self._accumulate_under(model, batch, budget)
+            except torch.OutOfMemoryError as error:
+                rows, tokens = self._at_work or (1, 0)
+                if rows == 1:  # which has no half
+                    raise self._out_of_memory(error) from error
+                logger.warning(
+                    f"{self._out_of_memory(error)} This step is made again in micro-batches of half of that."
+                )
+                budget = tokens // 2
+            if loss is None:  # here, where the error holds no memory any more
+                self.token_metrics["train"] = measured
+                self.engine_mismatch["train"] = mismatch
+                model.zero_grad()
+                release_memory()
+        if loss is None:
+            try:
+                loss = self._accumulate_under(model, batch, budget)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
+        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
+        return loss
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
+        """The error, with the micro-batch that there was no memory for and the settings to lower."""
+        if self._at_work is None:
+            return error
+        rows, tokens = self._at_work
+        setting = "`max_tokens_per_microbatch`"
+        if self.args.max_tokens_per_microbatch is None:
+            setting = "`per_device_train_batch_size` in favour of `gradient_accumulation_steps`, or set " + setting
+        if rows == 1:
+            setting = "`max_completion_length`"
+        return torch.OutOfMemoryError(
+            f"Out of memory in step {self.state.global_step + 1}, in a micro-batch of {rows} rollouts and {tokens} tokens with "
+            f"padding: lower {setting}."
+        )
+
+    def _accumulate_under(self, model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
+        """Adds the gradient of a batch to that of the step, in micro-batches under a budget, and returns its loss."""
+        accelerator = self.accelerator
+        loss = torch.zeros((), device=accelerator.device)
         dealt = micro_batches(
             batch,
             budget,
@@ -459,7 +521,6 @@ class OPSDTrainer(DistillationTrainer):
             accelerator.sync_gradients = is_last
             with nullcontext() if is_last or reduces_each else accelerator.no_sync(model):
                 loss += self._accumulate(model, micro_batch)
-        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss
 
     def _accumulate(self, model, micro_batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -488,13 +549,44 @@ class OPSDTrainer(DistillationTrainer):
                 kept = torch.arange(len(kept), device=kept.device) == 0
                 inputs = {**inputs, "completion_mask": torch.zeros_like(inputs["completion_mask"])}
             inputs = select_rows(inputs, kept, keep_shape=self.pad_to_multiple_of is not None)
+        self._at_work = size_of(inputs)
+        measured = copy.deepcopy(self.token_metrics["train"])
+        mismatch = copy.deepcopy(self.engine_mismatch["train"])
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:
+            finite = self._finite
+            self.faults.add(inputs, finite, self.state.global_step + 1)
+            if self.is_deepspeed_enabled or (self.accelerator.num_processes == 1 and self.accelerator.sync_gradients):
+                self.faults.check_any(self.state.global_step + 1)
+            if self.accelerator.gather((~finite).any()).any():
+                self.token_metrics["train"] = measured
+                self.engine_mismatch["train"] = mismatch
+                self._metrics["train"]["entropy"].pop()
+                loss = self._loss_without(model, inputs, finite, num_items_in_batch)
             metrics = self.token_metrics["train"]
-            check_finite(metrics, self.state.global_step + 1)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, DivergenceCallback):
                     callback.on_divergence(self.args, self.state, self.control, metrics=metrics)
+        return loss
+
+    def _loss_without(self, model, inputs, finite: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """
+        Loss of the rollouts whose divergence is finite. What is not would be in the gradient of the weights even where its own
+        is zero, so the forward pass is made again without it. Called on every process.
+        """
+        if finite.any():
+            inputs = select_rows(inputs, finite, keep_shape=self.pad_to_multiple_of is not None)
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        elif self.accelerator.num_processes == 1:
+            return torch.zeros((), device=finite.device, requires_grad=True)
+        else:
+            # The others go on with a forward and a backward, and so does this one. Its gradient is not finite, and so is theirs
+            # in the end: the step is not taken
+            measured = copy.deepcopy(self.token_metrics["train"])
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.token_metrics["train"] = measured
+        if not math.isfinite(self._metrics["train"]["entropy"][-1]):  # of all processes
+            self._metrics["train"]["entropy"].pop()
         return loss
 
     def _clip_grad_norm(self, model):
@@ -502,7 +594,15 @@ class OPSDTrainer(DistillationTrainer):
         return super()._clip_grad_norm(model) if self.accelerator.sync_gradients else torch.zeros(())
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return super()._get_grad_norm(model, grad_norm) if self.accelerator.sync_gradients else 0.0
+        if not self.accelerator.sync_gradients:
+            return 0.0
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
+        is_ours = not self.is_deepspeed_enabled and self.accelerator.scaler is None
+        if is_ours and not self.faults.end_step(norm, self.state.global_step + 1):
+            self.accelerator.sync_gradients = False
+            return 0.0
+        return norm
 
     # Evaluation: where nothing passes the gate there is no loss, and least of all the lowest one
 
@@ -538,10 +638,11 @@ class OPSDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             tokens, valid = self._compute_divergence(unwrapped_student, inputs)
         mode = "train" if self.model.training else "eval"
+        self._finite = finite_rows(tokens.divergence.detach(), valid)
         entropy = self.token_metrics[mode].add(tokens)
         if "rollout" in inputs and not self.args.use_liger_kernel:  # whose loss has no values of single tokens
             kl = tokens.divergence if tokens.unclipped is None else tokens.unclipped
-            self.rollout_log.measure(mode, inputs["rollout"], valid, kl)
+            self.rollout_log.measure(mode, inputs["rollout"], valid, kl.masked_fill(~kl.isfinite(), torch.nan))
         num_tokens = valid.sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens.clamp(min=1)

@@ -2,9 +2,11 @@
 
 import asyncio
 import atexit
+import signal
+import threading
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ class Verifiers:
             Reward functions, synchronous or not. The asynchronous ones run side by side.
         profile (`Callable`):
             Context manager that times what happens under a name.
+        timeout (`float`, *optional*):
+            Seconds that a function may take for a batch.
 
     Attributes:
         names (`list[str]`):
@@ -43,12 +47,18 @@ class Verifiers:
             What they have logged of the rollouts with `log_extra`, by column, until somebody takes it.
     """
 
-    def __init__(self, functions: list[RewardFunc], profile: Callable[[str], AbstractContextManager]):
+    def __init__(
+        self,
+        functions: list[RewardFunc],
+        profile: Callable[[str], AbstractContextManager],
+        timeout: float | None = None,
+    ):
         self.names = [get_callable_name(function) for function in functions]
         self.functions = [name_errors(function) for function in functions]
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.columns: dict[str, list] = defaultdict(list)
         self._profile = profile
+        self._timeout = timeout
         self._loop = None
         if any(map(is_async_callable, functions)):
             thread, self._loop, ready = start_event_loop_in_daemon(name="OPSDTrainer-AsyncLoop")
@@ -79,7 +89,7 @@ class Verifiers:
             `torch.Tensor`: Reward by each function, of shape `(B, functions)`, NaN where one has returned `None`.
 
         Raises:
-            RuntimeError: If a function raises. The message names it and the sample.
+            RuntimeError: If a function raises, or takes too long. The message names it and the sample.
             ValueError: If a function gives another number of rewards than there are rollouts.
         """
         arguments = {
@@ -103,14 +113,21 @@ class Verifiers:
                 waiting[index] = function(**arguments)
             else:
                 with self._profile(name):
-                    rewards[:, index] = self._column(name, function(**arguments), len(rows))
+                    with time_limit(name, self._timeout):
+                        rewards[:, index] = self._column(name, function(**arguments), len(rows))
         if waiting:
 
             async def together():
                 return await asyncio.gather(*waiting.values())
 
-            with self._profile(", ".join(self.names[index] for index in waiting)):
-                answers = asyncio.run_coroutine_threadsafe(together(), self._loop).result()
+            names = ", ".join(self.names[index] for index in waiting)
+            future = asyncio.run_coroutine_threadsafe(together(), self._loop)
+            try:
+                with self._profile(names):
+                    with time_limit(names, self._timeout):
+                        answers = future.result()
+            finally:
+                future.cancel()
             for index, answer in zip(waiting, answers, strict=True):
                 rewards[:, index] = self._column(self.names[index], answer, len(rows))
         unjudged = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
@@ -129,6 +146,58 @@ class Verifiers:
                 "for each, and `None` where it cannot judge."
             )
         return torch.tensor([torch.nan if reward is None else reward for reward in rewards], dtype=torch.float32)
+
+
+@contextmanager
+def time_limit(name: str, seconds: float | None) -> Iterator[None]:
+    """
+    Ends what takes too long, where a user would end it with the keyboard: in the main thread, unless it is in foreign code
+    that does not listen. An alarm clock of the process would be that of math-verify, which sets it for each answer.
+
+    Args:
+        name (`str`):
+            Name of the function, for the message.
+        seconds (`float`, *optional*):
+            How long it may take. Without it, for ever.
+
+    Raises:
+        RuntimeError: If it takes longer.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_over = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        is_over.set()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def receive(signum, frame) -> None:
+        if is_over.is_set():
+            raise _TimeIsUp
+        if callable(before):  # the user's own interruption, which a process in the background ignores
+            before(signum, frame)
+
+    clock = threading.Timer(seconds, interrupt)
+    clock.daemon = True
+    signal.signal(signal.SIGINT, receive)
+    clock.start()
+    try:
+        yield
+    except _TimeIsUp:
+        raise RuntimeError(
+            f"The reward function `{name}` took more than {seconds} seconds for a batch, which is as long as other "
+            "processes would wait (`ddp_timeout`): give it a time limit of its own, or raise that. The last checkpoint is as "
+            "it was."
+        ) from None
+    finally:
+        clock.cancel()
+        signal.signal(signal.SIGINT, before)
+
+
+class _TimeIsUp(BaseException):
+    """Not an `Exception`, which a reward function may take for its own."""
 
 
 def name_errors(func: RewardFunc) -> RewardFunc:

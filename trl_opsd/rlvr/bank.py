@@ -138,7 +138,7 @@ class RolloutBank:
     @staticmethod
     def _write(path: Path, table: pa.Table) -> None:
         temporary = path.with_name(f".{path.name}.tmp")  # hidden, so that no reader of the folder takes it up
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         os.replace(temporary, path)
 
 
@@ -163,7 +163,7 @@ def read_rollouts(folder: str | Path) -> Dataset:
         )
     if not any((folder / "rollouts").glob("*.parquet")):
         raise ValueError(f"The rollout bank at `{folder}` is empty: no rollout of its run was correct.")
-    table = pq.read_table(folder / "rollouts")
+    table = pq.read_table(folder / "rollouts", page_checksum_verification=True)
     return Dataset(table.sort_by([("prompt_id", "ascending"), ("num_tokens", "ascending")]))
 
 
@@ -187,7 +187,7 @@ def read_attempts(folder: str | Path) -> dict[str, tuple[int, int]]:
             f"There is no rollout bank at `{folder.parent}`: give the folder `bank` of an RLVR run's `output_dir`."
         )
     counts = defaultdict(lambda: (0, 0))
-    for row in pq.read_table(folder).to_pylist():
+    for row in pq.read_table(folder, page_checksum_verification=True).to_pylist():
         attempts, correct = counts[row["prompt_id"]]
         counts[row["prompt_id"]] = (attempts + row["attempts"], correct + row["correct"])
     return dict(counts)

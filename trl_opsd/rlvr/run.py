@@ -10,7 +10,7 @@ from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts, record_held_out
 from ..results import write_results
-from ..resuming import StopOnSignal, claim, find_checkpoint
+from ..resuming import Checksums, StopOnSignal, claim, find_checkpoint
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
@@ -112,6 +112,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     warn_of_precision(trainer)
     interruption = StopOnSignal(trainer)
     trainer.add_callback(interruption)
+    trainer.add_callback(Checksums(trainer))
     trainer.train(resume_from_checkpoint=resume_from)
     interruption.end(training_args.output_dir)
     save_final(trainer)

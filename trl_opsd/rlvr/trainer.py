@@ -19,8 +19,9 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
-from ..decoding import finished_rows_dropped
+from ..decoding import finished_rows_dropped, never_empty
 from ..rollout_engine import rollout_engine
+from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
@@ -45,6 +46,7 @@ class RLVRTrainer(GRPOTrainer):
       `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
+    - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
 
@@ -159,9 +161,24 @@ class RLVRTrainer(GRPOTrainer):
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        theirs = super()._get_train_sampler(dataset)
+        return RepeatSampler(
+            data_source=theirs.data_source,
+            mini_repeat_count=theirs.mini_repeat_count,
+            batch_size=theirs.batch_size,
+            repeat_count=theirs.repeat_count,
+            shuffle=theirs.shuffle,
+            seed=theirs.seed,
+            current_state=lambda: self.state,
+        )
+
     def _generate_single_turn(self, *args, **kwargs):
         with finished_rows_dropped(self.model):
-            return super()._generate_single_turn(*args, **kwargs)
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        if logprobs is not None:  # of vLLM: what it has not written it has not weighed either
+            logprobs = [row or [0.0] for row in logprobs]
+        return never_empty(completion_ids, self.eos_token_ids[0]), logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes

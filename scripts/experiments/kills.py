@@ -1,0 +1,497 @@
+"""
+Every stage killed at random moments: does the continued run end as the undisturbed one?
+
+    OMP_NUM_THREADS=1 python -m scripts.experiments.kills
+
+Each case is a command of the package at a tiny size. It runs once undisturbed. Then, as often as `--kills` says, it is sent
+SIGKILL in a moment that is drawn (an activity of the undisturbed run, one of its occurrences, and how far into it), and is
+given the same command again. What the second one leaves is compared with what the undisturbed one left: weights and all other
+files bitwise, logs in everything but times. Commands run in copies of one process that has imported what they need, which
+saves nine tenths of the time; processes of `compress` are started by itself. Writes recipes/results/kills/kills.json and
+table.md (`--seed` for further moments, whose rows are added; `--cases` for some of them; `--report`: only the table).
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from scripts.harness.results import RESULTS, ROOT, read, write_results, write_text
+from scripts.harness.tables import markdown
+from trl_opsd.tiny.model import make_model
+from trl_opsd.tiny.task import CONCISE_TEMPLATE, TinyConfig, problems, row
+from trl_opsd.tiny.tokenizer import make_tokenizer
+
+
+SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+# What a log says of time, which no run repeats
+TIMES = ("time", "runtime", "per_second", "profiling", "seconds", "wall_s", "memory", "generation_s", "scoring_s")
+# And the mean that transformers takes at the end over what was trained since the run was resumed
+TIMES += ("train_loss",)
+# And how much of an evaluation an earlier run had generated
+TIMES += ("cached",)
+
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 2,
+    "max_completion_length": 32,
+    "max_steps": 6,  # of four steps an epoch
+    "learning_rate": 2e-3,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "reward_funcs": ["scripts.experiments.kills.even"],
+    "resume_from_checkpoint": True,
+}
+OPSD = {**TRAINING, "teacher_prompt_template": CONCISE_TEMPLATE, "probe_prompts": 0, "alarm_correct_drop": 1.0}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+BUDGET = {"max_tokens_per_microbatch": 150}
+
+# Stage, options and number of processes of each case
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "opsd, initial teacher, evaluated": ("opsd", {**OPSD, **EVALUATED}, 1),
+    "opsd, ema teacher, budget, refill": (
+        "opsd",
+        {**OPSD, **BUDGET, "teacher_weights": "ema", "teacher_update_rate": 0.1, "max_generation_rounds": 3},
+        1,
+    ),
+    "opsd, snapshot teacher, pass rates, adaptive limit": (
+        "opsd",
+        {
+            **OPSD,
+            "teacher_weights": "snapshot",
+            "teacher_sync_steps": 3,
+            "min_pass_rate": 0.1,
+            "max_pass_rate": 0.9,
+            "pass_rate_rollouts": 2,
+            "completion_limit_quantile": 0.9,
+        },
+        1,
+    ),
+    "opsd, external teacher": ("opsd", {**OPSD, "teacher_model_name_or_path": "WORLD/teacher", "gate": "all"}, 1),
+    "opsd, LoRA": ("opsd", {**OPSD, **BUDGET, "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"]}, 1),
+    "opsd, first on given rollouts": ("opsd", {**OPSD, "dataset_name": "WORLD/given", "off_policy_steps": 3}, 1),
+    "opsd, two processes": ("opsd", {**OPSD, **BUDGET, "teacher_weights": "ema", "per_device_train_batch_size": 2}, 2),
+    "rlvr": ("rlvr", {**TRAINING, **EVALUATED}, 1),
+    "rlvr, refill, LoRA": (
+        "rlvr",
+        {
+            **TRAINING,
+            "max_generation_rounds": 3,
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_target_modules": ["q_proj"],
+        },
+        1,
+    ),
+    "rlvr, two processes": ("rlvr", {**TRAINING, "per_device_train_batch_size": 2}, 2),
+    "tiny": (
+        "tiny",
+        {
+            **SIZES,
+            "train_size": 64,
+            "test_size": 32,
+            "target_accuracy": 0.0,
+            "accuracy_problems": 16,
+            "accuracy_steps": 5,
+            "max_steps": 10,
+            "slip_steps": 4,
+            "per_device_train_batch_size": 8,
+            **{name: TRAINING[name] for name in ("use_cpu", "bf16", "gradient_checkpointing", "report_to")},
+            "save_strategy": "no",
+        },
+        1,
+    ),
+    "prune": (
+        "prune",
+        {
+            "model_name_or_path": "WORLD/model",
+            "calibration_dataset": "WORLD/data",
+            "target_ratio": 0.3,
+            "calibration_samples": 8,
+            "max_completion_length": 24,
+            "size_multiple": 4,
+        },
+        1,
+    ),
+    "evaluate": (
+        "evaluate",
+        {
+            "model_name_or_path": "WORLD/model",
+            "dataset_name": "WORLD/data",
+            "dataset_split": "test",
+            "task": "tiny",
+            "output": "OUT/results.json",
+            "cache_dir": "OUT/cache",
+            "prompt_only": False,
+            "reward_funcs": ["math_reward"],
+            "decoding": ["greedy", "sampled"],
+            "max_completion_length": 48,
+            "batch_size": 4,
+        },
+        1,
+    ),
+    "export": (
+        "export",
+        {
+            "formats": ["safetensors"],
+            "model_name_or_path": "WORLD/model",
+            "dataset_name": "WORLD/data",
+            "dataset_split": "test",
+            "task": "tiny",
+            "reward_funcs": ["math_reward"],
+            "max_completion_length": 24,
+            "conversion_prompts": 4,
+            "conversion_tokens": 8,
+        },
+        1,
+    ),
+    "compress": (
+        "compress",
+        {name: f"WORLD/{name}.yaml" for name in ("sft", "rlvr", "opsd", "evaluate")}
+        | {"prompt_only_template": CONCISE_TEMPLATE},
+        1,
+    ),
+}
+
+
+def even(completions, completion_ids, **kwargs) -> list[float]:
+    """A reward that a model of random weights earns on some rollouts and not on others."""
+    return [float(len(ids) % 2 == 0) for ids in completion_ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world, and one run in it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_world(folder: Path) -> None:
+    """Two checkpoints of random weights, problems, completions of them, and the recipes of a chain."""
+    tokenizer, config = make_tokenizer(), TinyConfig(**SIZES)
+    for seed, name in enumerate(("model", "teacher")):
+        model = make_model(config, tokenizer, seed)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(4)  # so that distributions differ
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    draw = random.Random(0)
+    for name in ("data", "given"):
+        (folder / name).mkdir()
+        for split in ("train", "test"):
+            rows = [row(problem) for problem in problems(config, split, 16, seed=0)]
+            if name == "given":
+                for one in rows:
+                    one["completion_ids"] = [draw.randrange(8, 20) for _ in range(draw.randrange(3, 9))]
+                    one["completion_ids"].append(tokenizer.eos_token_id)
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    chain = {name: CASES[case][1] for name, case in (("sft", "tiny"), ("rlvr", "rlvr"), ("evaluate", "evaluate"))}
+    chain["opsd"] = CASES["opsd, external teacher"][1]
+    left_out = ("output", "cache_dir", "model_name_or_path", "dataset_name", "resume_from_checkpoint")
+    for name, options in chain.items():
+        options = {key: at(value, folder, folder) for key, value in options.items() if key not in left_out}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(options | {"seed": 0}))
+
+
+def at(value: Any, world: Path, out: Path) -> Any:
+    """An option with the folders in the place of their names."""
+    return value.replace("WORLD", str(world)).replace("OUT", str(out)) if isinstance(value, str) else value
+
+
+def arguments(case: str, world: Path, out: Path) -> list[str]:
+    """The command line of a case."""
+    stage, options, _ = CASES[case]
+    if stage in ("opsd", "rlvr"):
+        options = {"model_name_or_path": "WORLD/model", "dataset_name": "WORLD/data", **options}
+    if "output" not in options:
+        options = {**options, "output_dir": "OUT/out"}
+    recipe = out / "recipe.yaml"
+    options = {name: at(value, world, out) for name, value in options.items() if value is not None}
+    recipe.write_text(yaml.safe_dump(options))
+    return ["--config", str(recipe)]
+
+
+@contextmanager
+def told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Has the activities of a run told, as `+name` and `-name`."""
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer
+
+    from trl_opsd import cli
+    from trl_opsd.opsd import run as opsd
+    from trl_opsd.opsd import trainer as opsd_trainer
+    from trl_opsd.rlvr import run as rlvr
+    from trl_opsd.rlvr import trainer as rlvr_trainer
+    from trl_opsd.tiny import sft
+
+    def wrap(owner, name: str, activity: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            tell(f"+{activity}")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                tell(f"-{activity}")
+
+        setattr(owner, name, wrapped)
+
+    for trainer in (opsd_trainer.OPSDTrainer, rlvr_trainer.RLVRTrainer):
+        wrap(trainer, "_generate_single_turn", "generating")
+    wrap(Trainer, "compute_loss", "forward")
+    for trainer in (opsd_trainer.OPSDTrainer, rlvr_trainer.GRPOTrainer):
+        wrap(trainer, "compute_loss", "forward")
+    wrap(AcceleratedOptimizer, "step", "optimizer step")
+    wrap(Trainer, "_save_checkpoint", "writing a checkpoint")
+    wrap(opsd_trainer.OPSDTrainer, "_save_checkpoint", "writing a checkpoint")
+    wrap(Trainer, "evaluate", "evaluating")
+    wrap(sft, "measure", "evaluating")
+    for run in (opsd, rlvr):
+        wrap(run, "save_final", "saving the model")
+    wrap(cli, "publish", "saving the model")
+    yield
+
+
+def start(case: str, world: Path, out: Path) -> tuple[list[int], int]:
+    """Starts the command of a case in copies of this process. Returns their ids, and where the first tells what it does."""
+    stage, _, number = CASES[case]
+    out.mkdir(parents=True, exist_ok=True)
+    line = arguments(case, world, out)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    processes = []
+    for rank in range(number):
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                os.setsid()
+                log = os.open(out / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for stream in (1, 2):
+                    os.dup2(log, stream)
+                if number > 1:
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+                    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+                status = run(stage, line, writer if rank == 0 else None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        processes.append(process)
+    os.close(writer)
+    return processes, reader
+
+
+def run(stage: str, line: list[str], writer: int | None) -> int:
+    """A command of the package, in this process. Returns its exit status."""
+    from importlib import import_module
+
+    main = import_module(f"trl_opsd.{stage}.__main__").main
+    with told(lambda text: None if writer is None else os.write(writer, f"{text} {time.monotonic()}\n".encode())):
+        try:
+            main(line)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    return 0
+
+
+def wait(processes: list[int]) -> list[int]:
+    """Waits for processes. Returns their exit statuses."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def undisturbed(case: str, world: Path, out: Path) -> tuple[float, dict[str, list[float]]]:
+    """Runs a case. Returns the seconds it took, and the seconds of each occurrence of its activities."""
+    begin = time.monotonic()
+    processes, reader = start(case, world, out)
+    began, seconds = {}, defaultdict(list)
+    with os.fdopen(reader) as told_by:
+        for text in told_by:
+            sign, (activity, moment) = text[0], text[1:].rsplit(maxsplit=1)
+            if sign == "+":
+                began[activity] = float(moment)
+            elif activity in began:
+                seconds[activity].append(float(moment) - began.pop(activity))
+    statuses = wait(processes)
+    if any(statuses):
+        raise RuntimeError(f"`{case}` ended with {statuses}:\n{(out / 'log-0').read_text()[-3000:]}")
+    return time.monotonic() - begin, dict(seconds)
+
+
+def kill(processes: list[int]) -> None:
+    """As a machine that goes away: all of them, and what they have started."""
+    for process in processes:
+        try:
+            os.killpg(process, signal.SIGKILL)
+        except ProcessLookupError:  # before it had a group of its own, or at its end
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def interrupted(
+    case: str, world: Path, out: Path, total: float, seconds: dict[str, list[float]], draw: random.Random
+) -> dict[str, Any]:
+    """Starts a case and kills it. Returns in what, how far into it, and after how long."""
+    activity = draw.choice([*sorted(seconds), "anything"])
+    begin = time.monotonic()
+    processes, reader = start(case, world, out)
+    with os.fdopen(reader) as told_by:
+        if activity == "anything":
+            time.sleep(draw.random() * total)
+        else:
+            occurrence = draw.randrange(len(seconds[activity]))
+            delay, seen = draw.random() * seconds[activity][occurrence], 0
+            for text in told_by:
+                seen += text.startswith(f"+{activity} ")
+                if seen > occurrence:
+                    time.sleep(delay)
+                    break
+        kill(processes)
+        after = time.monotonic() - begin
+    statuses = wait(processes)
+    return {"activity": activity, "after_s": round(after, 3), "was_running": statuses[0] == -signal.SIGKILL}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def timeless(value: Any, out: Path) -> Any:
+    """JSON without times and without the folder of the run."""
+    if isinstance(value, dict):
+        return {
+            name: timeless(part, out)
+            for name, part in value.items()
+            if not any(time in name for time in TIMES) and name not in ("environment", "commit", "logging_dir")
+        }
+    if isinstance(value, list):
+        return [timeless(part, out) for part in value]
+    return value.replace(str(out), "OUT") if isinstance(value, str) else value
+
+
+def differences(alone: Path, continued: Path) -> list[str]:
+    """Files of two runs that say different things: weights and data bitwise, results in everything but times."""
+    found = []
+    patterns = ("*.safetensors", "*.json", "*.jsonl", "*.parquet")
+    names = [{file.relative_to(folder) for p in patterns for file in folder.rglob(p)} for folder in (alone, continued)]
+    # Checkpoints on the way, generations that are kept, and what a chain keeps for itself are no result
+    skipped = ("checkpoint-", "cache", ".", "generations", "logs", "merged")
+    names = [{name for name in side if not any(part.startswith(skipped) for part in name.parts)} for side in names]
+    found += [f"{name} is there in one only" for name in sorted(names[0] ^ names[1])]
+    for name in sorted(names[0] & names[1]):
+        files = alone / name, continued / name
+        if name.suffix == ".safetensors":
+            weights = [load_file(file) for file in files]
+            same = weights[0].keys() == weights[1].keys()
+            same = same and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        elif name.suffix in (".json", ".jsonl"):
+            same = _same_json([file.read_text() for file in files], name, (alone, continued))
+        else:
+            same = files[0].read_bytes() == files[1].read_bytes()
+        if not same:
+            found.append(f"{name} differs")
+    return found
+
+
+def _same_json(texts: list[str], name: Path, folders: tuple[Path, Path]) -> bool:
+    sides = []
+    for text, folder in zip(texts, folders, strict=True):
+        lines = [text] if name.suffix == ".json" else text.splitlines()
+        sides.append([timeless(json.loads(line), folder) for line in lines])
+    return sides[0] == sides[1]
+
+
+def series(case: str, kills: int, runs: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Kills a case, and yields what came of each time."""
+    folder = runs / "".join(letter if letter.isalnum() else "-" for letter in case)
+    shutil.rmtree(folder, ignore_errors=True)
+    world = folder / "world"
+    world.mkdir(parents=True)
+    make_world(world)
+    total, seconds = undisturbed(case, world, folder / "alone")
+    print(f"{case}: {total:.1f} s alone, { ({name: len(times) for name, times in seconds.items()}) }", flush=True)
+    for number in range(kills):
+        draw, out = random.Random(f"{seed} {case} {number}"), folder / f"kill-{number}"
+        result = interrupted(case, world, out, total, seconds, draw)
+        went_on = sorted(int(path.name.rpartition("-")[2]) for path in (out / "out").glob("checkpoint-*"))
+        processes, reader = start(case, world, out)
+        with os.fdopen(reader) as told_by:
+            told_by.read()
+        statuses = wait(processes)
+        lost = differences(folder / "alone", out) if not any(statuses) else [f"ended with {statuses}"]
+        result |= {"case": case, "seed": seed, "number": number, "checkpoints": went_on, "lost": lost}
+        print(json.dumps(result), flush=True)
+        if not lost:
+            shutil.rmtree(out)  # what differs stays, to be looked at
+        yield result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """How often each case was killed in which activity, and what was lost."""
+    lines = []
+    for case in CASES:
+        own = [one for one in rows if one["case"] == case and one["was_running"]]
+        if own:
+            activities = Counter(one["activity"] for one in own)
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(activities.items()))
+            lost = sum(bool(one["lost"]) for one in own)
+            lines.append([case, str(len(own)), counts, str(lost)])
+    total = sum(int(line[1]) for line in lines)
+    lost = sum(int(line[3]) for line in lines)
+    lines.append(["**all**", str(total), "", str(lost)])
+    return markdown(["case", "kills", "killed while", "continued runs that ended otherwise"], lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often each case is killed")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="which of them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "kills"), help="folder for the runs")
+    parser.add_argument("--output_dir", default=str(RESULTS / "kills"), help="folder for the results")
+    parser.add_argument("--report", action="store_true", help="only make the table")
+    args = parser.parse_args(argv)
+    file = Path(args.output_dir) / "kills.json"
+    rows = read(file) if file.is_file() else []
+    if not args.report:
+        from importlib import import_module
+
+        for stage in sorted({CASES[case][0] for case in args.cases} - {"compress"}):
+            import_module(f"trl_opsd.{stage}.run" if stage != "tiny" else "trl_opsd.tiny.sft")
+        for case in args.cases:
+            rows = [one for one in rows if (one["case"], one["seed"]) != (case, args.seed)]
+            for one in series(case, args.kills, Path(args.runs), args.seed):
+                rows.append(one)
+                write_results(file, rows, {"kills": args.kills, "seed": args.seed})
+    write_text(Path(args.output_dir) / "table.md", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
