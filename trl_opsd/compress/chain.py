@@ -1,12 +1,15 @@
 """The chain of stages: what runs, what is finished already, and how long is left."""
 
+import ctypes
 import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -247,11 +250,26 @@ def move_aside(folder: Path) -> None:
     logger.warning("`%s` was made by another configuration, data or checkpoint: it is now `%s`.", folder, aside)
 
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def _end_with(parent: int, prctl: Callable) -> None:
+    """In a new process: has the system end it when the chain is killed, which then cannot do it itself."""
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # that was before this
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _run(stage: Stage, command: list[str], log: Path, report: Callable[[int, int], None]) -> None:
     report(0, 0)
     with log.open("w") as file:
         file.write(f"$ {shlex.join(command)}\n")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        ending = None
+        if sys.platform == "linux":
+            ending = functools.partial(_end_with, os.getpid(), ctypes.CDLL(None).prctl)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, preexec_fn=ending
+        )
         try:
             # Text mode turns the carriage returns of a progress bar into line ends
             for line in process.stdout:
