@@ -34,6 +34,7 @@ from ..data import SOURCES, check_columns, load_prompts
 from ..data.contamination import normalize, problem_text
 from ..data.gym import REASONING_GYM
 from ..data.prompts import NoSplit
+from ..evaluate.card import write_card
 from ..evaluate.checkpoint import base_of, count_checkpoint, open_checkpoint
 from ..evaluate.compare import Answer, Comparison, compare_measurements
 from ..evaluate.decide import decide
@@ -42,6 +43,7 @@ from ..evaluate.results_file import Measurement, load_results, write_rows
 from ..export.formats import parse_formats
 from ..export.origin import check_checkpoint_ends
 from ..export.run import line as export_line
+from ..hub import push
 from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 from ..plan.memory import Training, cache_bytes, empty_model, parts
 from ..plan.run import GIB, read_config, read_launch
@@ -725,7 +727,11 @@ class Automatic:
             return answer
         self.report([comparison.before, comparison.after])
         self.place(whole)
+        files = dict.fromkeys([comparison.before.file, comparison.after.file])
+        write_card(list(files), self.root / "compressed", comparison.after.label, comparison.before.label, margins)
         self.say(f"{self.root / 'compressed'}: the model; report.html: the evidence")
+        if self.arguments.push_to_hub:
+            self.upload(answer)
         if self.artefacts:
             exported = self.export()
             self.report([comparison.before, comparison.after])
@@ -751,6 +757,14 @@ class Automatic:
         shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "merged"))
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
+
+    def upload(self, answer: Answer) -> None:
+        """Uploads `compressed`, if it is as good."""
+        name = self.arguments.hub_model_id
+        if answer is not Answer.AS_GOOD:
+            self.decide("not pushed", f"it is {answer.text}, so nothing is at `{name}`", answer=answer.text)
+            return
+        self.decide("pushed", f"it is at {push(self.root / 'compressed', name)}", repository=name)
 
     def export(self) -> Answer:
         """
@@ -778,7 +792,10 @@ class Automatic:
         write_text(known, made_of)
         if any(artefact.is_calibrated for artefact in self.artefacts):
             options = options | {"bank": self._fill_bank(model, "export-bank")}
-        stage = replace(stage, arguments=options | {"formats": self.arguments.export_formats})
+        options = options | {"formats": self.arguments.export_formats}
+        if self.arguments.push_to_hub:
+            options = options | {"push_to_hub": True, "hub_model_id": self.arguments.hub_model_id}
+        stage = replace(stage, arguments=options)
         try:
             self.run(stage)
         except StageError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from ..cli import UserError
 from ..export.formats import parse_formats
+from ..hub import check_hub
 
 
 #: Has the chain choose, where a number would say it.
@@ -50,6 +51,10 @@ class AutoConfig:
             student is no longer as good, and the smallest that is. Nothing is removed if it is left out.
         export_formats (`list[str]`, *optional*):
             What to make of the result for engines, each checked in its engine: the `formats` of [`trl_opsd.export`].
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload the result if it is as good, and its artefacts, each to a repository of its own.
+        hub_model_id (`str`, *optional*):
+            Repository of the result, as `NAME` or `OWNER/NAME`; those of artefacts add their name to it.
         gpu_memory (`float`, *optional*):
             GiB of a GPU. Defaults to those of the one that is there.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -105,6 +110,13 @@ class AutoConfig:
             "help": "What to make of the result for engines, checked in each: the `formats` of trl_opsd.export."
         },
     )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the result if it is as good, and its artefacts."}
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository of the result, NAME or OWNER/NAME; those of artefacts add their name to it."},
+    )
     gpu_memory: float | None = field(
         default=None, metadata={"help": "GiB of a GPU. Defaults to those of the one that is there."}
     )
@@ -126,6 +138,7 @@ class AutoConfig:
                 raise UserError(
                     f"`ratio` is the share of the parameters to remove, above 0 and below 1, or `{AUTO}`, and is {self.ratio!r}."
                 )
+        check_hub(self.push_to_hub, self.hub_model_id)
         if self.export_formats is not None:
             try:
                 parse_formats(self.export_formats)

@@ -1,15 +1,12 @@
 """The chain of stages: what runs, what is finished already, and how long is left."""
 
-import ctypes
 import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ..children import start
 from ..cli import UserError
 from ..results import write_text
 from ..resuming import find_checkpoint
@@ -225,19 +223,19 @@ def run_chain(
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(stage.started, fingerprint)  # before there is anything that a later run could take for its own
 
-        start = time.monotonic()
+        began = time.monotonic()
         # How much slower or faster than expected this machine has been
         pace = seconds_done / (60 * expected_done) if expected_done else 1.0
 
-        def report(done: int, total: int, stage=stage, start=start, pace=pace, later=later) -> None:
-            passed = time.monotonic() - start
+        def report(done: int, total: int, stage=stage, began=began, pace=pace, later=later) -> None:
+            passed = time.monotonic() - began
             share = done / total if total else 0.0
             left = passed * (1 / share - 1) if share > 0.1 else max(60 * stage.minutes * pace - passed, 0.0)
             on_progress(stage, done, total, left + later * pace)
 
         kind = "train" if stage.is_training else "evaluate"
         _run(stage, command, logs / f"{kind}-{stage.name}.log", report)
-        seconds_done, expected_done = seconds_done + time.monotonic() - start, expected_done + stage.minutes
+        seconds_done, expected_done = seconds_done + time.monotonic() - began, expected_done + stage.minutes
         write_text(stage.marker, fingerprint)
 
 
@@ -250,26 +248,11 @@ def move_aside(folder: Path) -> None:
     logger.warning("`%s` was made by another configuration, data or checkpoint: it is now `%s`.", folder, aside)
 
 
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-
-
-def _end_with(parent: int, prctl: Callable) -> None:
-    """In a new process: has the system end it when the chain is killed, which then cannot do it itself."""
-    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # that was before this
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _run(stage: Stage, command: list[str], log: Path, report: Callable[[int, int], None]) -> None:
     report(0, 0)
     with log.open("w") as file:
         file.write(f"$ {shlex.join(command)}\n")
-        ending = None
-        if sys.platform == "linux":
-            ending = functools.partial(_end_with, os.getpid(), ctypes.CDLL(None).prctl)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, preexec_fn=ending
-        )
+        process = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
         try:
             # Text mode turns the carriage returns of a progress bar into line ends
             for line in process.stdout:
