@@ -349,7 +349,7 @@ class TestSize:
     def test_the_smallest_that_is_as_good_is_taken(self, told, tmp_path, monkeypatch, small, large, taken):
         automatic = told({"base": (0.98, 1.0), "small-50": (small, 0.5), "round-1": (large, 0.5)}, ratio="0.5")
         automatic.arguments.max_accuracy_drop = 0.03
-        errors = []
+        errors, cards = [], []
 
         def decide(before, after, times, output, margins, say, error):
             errors.append(error)
@@ -357,6 +357,7 @@ class TestSize:
             return Conclusion([compare_measurements(*pair, margins[None])])
 
         monkeypatch.setattr("trl_opsd.compress.auto.decide", decide)
+        monkeypatch.setattr("trl_opsd.compress.auto.write_card", lambda files, *told: cards.append(told[1:3]))
         for name in ("small-50", "round-1"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(name)
@@ -368,6 +369,18 @@ class TestSize:
         if taken is not None:
             assert (compressed / "config.json").read_text() == taken
             assert automatic.reported == ["base", taken]
+            assert cards == [(taken, "base")]
+
+
+@pytest.mark.parametrize(("answer", "names"), [(Answer.AS_GOOD, ["me/short"]), (Answer.UNDECIDED, [])])
+def test_what_is_as_good_is_uploaded(told, monkeypatch, answer, names):
+    pushed = []
+    monkeypatch.setattr("trl_opsd.compress.auto.push", lambda folder, name: pushed.append(name) or "http://hub/x")
+    automatic = told({}, push_to_hub=True, hub_model_id="me/short")
+    automatic.upload(answer)
+    assert pushed == names
+    (decision,) = automatic.decisions()
+    assert decision["decision"] == ("pushed" if names else "not pushed")
 
 
 EXPORT = """
