@@ -70,6 +70,10 @@ ELSEWHERE = {
     "--output_dir runs/export": "tests/test_export.py, slow: the same",
     "python -m trl_opsd.export --model_name_or_path runs/opsd --tasks 'gsm8k[:500]' --formats w8a8 fp8 w4a16 tensorrt-llm "
     "--bank runs/opsd-bank --output_dir runs/export": "tests/test_export.py, slow: the same",
+    "python -m trl_opsd.evaluate --backend server --checkpoints before=runs/rlvr after=runs/opsd --tasks 'gsm8k[:256]' "
+    "--concurrency 1 8 64 --serving_requests 128 --output runs/served/results.json": (
+        "tests/test_evaluate_runs.py::TestStartedServer, and in the tier of vLLM tests/test_evaluate_vllm.py"
+    ),
     "python -m trl_opsd.small --config recipes/small/sft.yaml": "tests/test_small.py, two steps of it; the whole takes hours",
     "python -m trl_opsd.plan --config recipes/opsd.yaml": "tests/test_plan.py, with configurations that are built",
     "python -m trl_opsd.plan --config recipes/opsd.yaml --model_name_or_path Qwen/Qwen3-8B --accelerate_config "

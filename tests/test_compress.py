@@ -1,7 +1,10 @@
 """The chain: what is finished is not done again, and what is not whole is not finished."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +141,35 @@ def test_an_alarm_is_told_from_a_crash(tmp_path, monkeypatch, ending, status):
     with pytest.raises(StageError) as end:
         run_chain([stage], tmp_path / "logs", [sys.executable], lambda *progress: None)
     assert end.value.status == status
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends a child with its parent on Linux alone")
+def test_a_chain_that_is_killed_takes_its_stage_along(tmp_path):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, time\npathlib.Path('pid.tmp').write_text(str(os.getpid()))\n"
+        "os.rename('pid.tmp', 'pid')\ntime.sleep(100)"
+    )
+    (tmp_path / "recipe.yaml").write_text("a: 1")
+    program = (
+        "import pathlib, sys\nfrom trl_opsd.compress import Stage, run_chain\n"
+        "stage = Stage('x', 'x', 'sleeper', 'recipe.yaml', {}, pathlib.Path('x'))\n"
+        "run_chain([stage], pathlib.Path('logs'), [sys.executable], lambda *progress: None)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    try:
+        while not (tmp_path / "pid").is_file():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        child = Path("/proc") / (tmp_path / "pid").read_text()
+        assert child.exists()
+    finally:
+        parent.kill()
+        parent.wait()
+    until = time.monotonic() + 10
+    while child.exists() and "zombie" not in (child / "status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_another_recipe_does_not_go_on_from_the_checkpoint(chain, interrupted, tmp_path, caplog):

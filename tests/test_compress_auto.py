@@ -1,5 +1,6 @@
 """The chain that chooses for itself: what it decides, on which numbers, and that nothing is lost where it should stop."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
-from trl_opsd.compress.auto import Automatic, Promise, learning_rate
+from trl_opsd.compress.auto import Automatic, Promise, learning_rate, recovery_rates
 from trl_opsd.compress.auto_config import AutoConfig
-from trl_opsd.compress.chain import StageError
+from trl_opsd.compress.chain import Stage, StageError
 from trl_opsd.compress.config import CompressConfig
 from trl_opsd.data import load_prompts
+from trl_opsd.evaluate.compare import Answer, Conclusion, compare_measurements
 from trl_opsd.evaluate.estimate import Samples
 from trl_opsd.evaluate.results_file import Measurement
 from trl_opsd.evaluate.schema import ResultRow
@@ -110,6 +112,12 @@ def test_the_rate_goes_through_the_two_points_that_are_known():
     assert learning_rate(8_000_000_000, True) == 1e-4
 
 
+def test_the_rates_of_recovery_go_through_what_is_known():
+    assert recovery_rates(1_700_000_000) == (1e-4, 1e-5)
+    assert recovery_rates(83_000)[0] == pytest.approx(3e-3, rel=0.1)
+    assert recovery_rates(260_000)[1] == pytest.approx(1e-3, rel=0.1)
+
+
 @pytest.fixture
 def problems(tmp_path):
     folder = tmp_path / "data"
@@ -123,20 +131,23 @@ def problems(tmp_path):
 class Told(Automatic):
     """Told what every evaluation finds, and whether training ends by itself."""
 
-    def tell(self, found: dict, alarm_at: int | None = None):
-        self.found, self.alarm_at, self.trained, self.status = found, alarm_at, [], 3
+    def tell(self, found: dict, alarm_at: int | str | None = None):
+        self.found, self.alarm_at, self.trained, self.stages, self.status = found, alarm_at, [], [], 3
         (self.root).mkdir(exist_ok=True)
         return self
 
     def measure(self, name, model, split, context=None):
         correct, tokens = self.found[name]
-        return measurement(share(correct), PLAIN_TOKENS * tokens, name)
+        return measurement(share(correct), PLAIN_TOKENS * tokens, name, f"{name}.json")
 
-    def run(self, stage):
-        number = int(stage.name.rpartition("-")[2])
-        if number == self.alarm_at:
+    def run(self, stage, *before):
+        if stage.name in (self.alarm_at, f"round-{self.alarm_at}"):
             raise StageError(f"The stage `{stage.name}` failed: the share of correct rollouts fell.", self.status)
         self.trained.append((stage.arguments, stage.recipe))
+        self.stages.append((stage, before))
+
+    def report(self, measurements):
+        self.reported = [item.row.stage for item in measurements]
 
     def decisions(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -236,6 +247,12 @@ class TestDecisions:
         assert second["resume_from_checkpoint"].endswith("round-1/checkpoint-5")
         assert third["resume_from_checkpoint"].endswith("round-2/checkpoint-10")
         assert third["max_steps"] == 15
+        # And is made again where that is
+        assert [[stage.name for stage in before] for _, before in automatic.stages] == [
+            [],
+            ["round-1"],
+            ["round-1", "round-2"],
+        ]
 
     def test_a_context_that_fails_somewhere_gets_a_gate_of_the_teachers(self, told):
         automatic = told(
@@ -256,6 +273,229 @@ class TestDecisions:
         for entry in automatic.decisions():
             assert entry["because"], entry["decision"]
             assert entry["sentence"]
+
+
+SMALLER = {"base": (0.98, 1.0), "small-25": (0.98, 0.5), "small-50": (0.98, 0.5), "small-75": (0.9, 0.5)}
+
+
+class TestSize:
+    def test_it_goes_on_until_a_student_is_no_longer_as_good(self, told):
+        automatic = told(SMALLER, ratio="auto")
+        base = automatic.measure("base", "", "guard")
+        assert [Path(folder).name for folder in automatic.shrink("runs/teacher", base)] == ["small-50", "small-25"]
+        names = [stage.name for stage, _ in automatic.stages]
+        assert names[:4] == ["bank", "pruned-25", "recovered-25", "small-25"]
+        assert names[-1] == "small-75"  # and 90% is not tried
+        looks = [entry for entry in automatic.decisions() if entry["decision"] == "look"]
+        assert [entry["because"]["ratio"] for entry in looks] == [0.25, 0.5, 0.75]
+        assert automatic.decisions()[-1]["because"]["difference"][0] == pytest.approx(-0.08)
+
+    def test_a_number_is_the_only_one_tried(self, told):
+        automatic = told({**SMALLER, "small-40": (0.98, 0.5)}, ratio="0.4")
+        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        assert [Path(folder).name for folder in found] == ["small-40"]
+        assert len(automatic.stages) == 4
+
+    def test_each_ratio_is_pruned_from_the_teacher_and_taught_by_it(self, told):
+        automatic = told(SMALLER, ratio="auto", max_rounds=2, round_steps=3)
+        automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        stages = {stage.name: stage for stage, _ in automatic.stages}
+        pruned, recovered, small = (stages[f"{name}-50"] for name in ("pruned", "recovered", "small"))
+        assert pruned.arguments["model_name_or_path"] == "runs/teacher"
+        assert pruned.arguments["target_ratio"] == 0.5
+        assert recovered.arguments["model_name_or_path"] == str(pruned.output)
+        assert small.arguments["model_name_or_path"] == str(recovered.output)
+        recipes = [yaml.safe_load(Path(stage.recipe).read_text()) for stage in (recovered, small)]
+        for stage, recipe in zip((recovered, small), recipes, strict=True):
+            assert stage.arguments["teacher_model_name_or_path"] == "runs/teacher"
+            assert recipe["teacher_weights"] == "external" and recipe["max_steps"] == 6
+        by_logits, own = recipes
+        assert (by_logits["lmbda"], by_logits["gate"], by_logits["beta"]) == (0.0, "all", 0.0)
+        assert by_logits["dataset_name"] == str(automatic.root / "bank") and "reward_funcs" not in by_logits
+        assert "lmbda" not in own and (own["gate"], own["beta"]) == ("correct", 1.0)
+        half = round(automatic.parameters / 2)
+        assert (by_logits["learning_rate"], own["learning_rate"]) == recovery_rates(half)
+
+    def test_after_an_alarm_what_was_recovered_is_looked_at(self, told):
+        automatic = told({**SMALLER, "recovered-25": (0.98, 0.5)}, alarm_at="small-25", ratio="0.25")
+        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        assert [Path(folder).name for folder in found] == ["recovered-25"]
+
+    def test_a_ratio_that_cannot_be_pruned_ends_it_and_a_crash_is_no_verdict(self, told):
+        automatic = told(SMALLER, alarm_at="pruned-50", ratio="auto")
+        automatic.status = 2
+        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        assert [Path(folder).name for folder in found] == ["small-25"]
+        automatic.status = 1
+        with pytest.raises(StageError, match="pruned-50"):
+            automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+
+    def test_all_weights_are_trained_or_none(self, told):
+        automatic = told({}, ratio="auto")
+        automatic.recipe["use_peft"] = True  # an adapter, because more does not fit
+        with pytest.raises(UserError, match="`ratio`.*all weights"):
+            automatic._ratios()
+
+    @pytest.mark.parametrize(
+        ("small", "large", "taken"),
+        [
+            (0.98, 0.98, "small-50"),  # the smallest first
+            (0.7, 0.98, "round-1"),  # worse, so the next
+            (0.95, 0.98, "round-1"),  # undecided, and the next is as good
+            (0.95, 0.7, "small-50"),  # undecided, and the next is worse
+            (0.7, 0.7, None),
+        ],
+    )
+    def test_the_smallest_that_is_as_good_is_taken(self, told, tmp_path, monkeypatch, small, large, taken):
+        automatic = told({"base": (0.98, 1.0), "small-50": (small, 0.5), "round-1": (large, 0.5)}, ratio="0.5")
+        automatic.arguments.max_accuracy_drop = 0.03
+        errors, cards = [], []
+
+        def decide(before, after, times, output, margins, say, error):
+            errors.append(error)
+            pair = [automatic.measure(Path(file).stem, "", "final") for file in (before, after)]
+            return Conclusion([compare_measurements(*pair, margins[None])])
+
+        monkeypatch.setattr("trl_opsd.compress.auto.decide", decide)
+        monkeypatch.setattr("trl_opsd.compress.auto.write_card", lambda files, *told: cards.append(told[1:3]))
+        for name in ("small-50", "round-1"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(name)
+        (automatic.root / "compressed").mkdir()  # of an earlier run
+        answer = automatic.conclude([str(tmp_path / "small-50"), str(tmp_path / "round-1")])
+        assert set(errors) == {0.025}
+        compressed = automatic.root / "compressed"
+        assert compressed.exists() == (taken is not None) == (answer is not Answer.WORSE)
+        if taken is not None:
+            assert (compressed / "config.json").read_text() == taken
+            assert automatic.reported == ["base", taken]
+            assert cards == [(taken, "base")]
+
+
+@pytest.mark.parametrize(("answer", "names"), [(Answer.AS_GOOD, ["me/short"]), (Answer.UNDECIDED, [])])
+def test_what_is_as_good_is_uploaded(told, monkeypatch, answer, names):
+    pushed = []
+    monkeypatch.setattr("trl_opsd.compress.auto.push", lambda folder, name: pushed.append(name) or "http://hub/x")
+    automatic = told({}, push_to_hub=True, hub_model_id="me/short")
+    automatic.upload(answer)
+    assert pushed == names
+    (decision,) = automatic.decisions()
+    assert decision["decision"] == ("pushed" if names else "not pushed")
+
+
+EXPORT = """
+import json, pathlib, sys
+options, rows, status = json.loads(sys.argv[1]), ROWS, STATUS
+folder = pathlib.Path(options["output_dir"])
+(folder / "w8a8").mkdir(parents=True, exist_ok=True)
+with open(folder.parent / "calls.txt", "a") as file:
+    file.write("export\\n")
+(folder / "export.json").write_text(json.dumps({"rows": rows}))
+sys.exit(status)
+"""
+
+
+def exported(name: str, answer: str = "as good") -> dict:
+    row = {"artefact": name, "answer": answer, "verdict": f"{answer}: {name}.", "bytes": 1000, "tokens_per_s": 5.0}
+    return {**row, "prefix": 0.5, "why": "its engine aborts", "accuracy": {"final": [0.9, 0.8, 1.0]}}
+
+
+class TestExport:
+    @pytest.fixture
+    def exporting(self, told, tmp_path, monkeypatch):
+        def make(rows, status, formats=("safetensors:float32", "safetensors:bfloat16")) -> Told:
+            script = tmp_path / "export.py"
+            script.write_text(EXPORT.replace("ROWS", repr(rows)).replace("STATUS", str(status)))
+            command = lambda stage, launcher: [sys.executable, str(script), json.dumps(stage.arguments)]  # noqa: E731
+            monkeypatch.setattr(Stage, "command", command)
+            automatic = told({}, export_formats=list(formats))
+            automatic.run = lambda *stages: Automatic.run(automatic, *stages)
+            (automatic.root / "data").mkdir(exist_ok=True)
+            (automatic.root / "data" / "final.parquet").write_text("problems")
+            (automatic.root / "compressed").mkdir(exist_ok=True)
+            (automatic.root / "compressed" / "config.json").write_text("{}")
+            return automatic
+
+        return make
+
+    def calls(self, automatic) -> int:
+        return len((automatic.root / "calls.txt").read_text().split())
+
+    @pytest.mark.parametrize(
+        ("answers", "status", "answer"),
+        [
+            (("identical", "as good"), 0, Answer.AS_GOOD),
+            (("identical", "undecided"), 3, Answer.UNDECIDED),
+            (("undecided", "worse"), 1, Answer.WORSE),
+            (("identical", "failed"), 1, Answer.WORSE),
+        ],
+    )
+    def test_each_artefact_is_a_decision_and_made_once(self, exporting, answers, status, answer):
+        names = ("safetensors-float32", "safetensors-bfloat16")
+        rows = [exported(name, said) for name, said in zip(names, answers, strict=True)]
+        # Of an earlier call with other formats: not asked for now
+        automatic = exporting([*rows, exported("gguf-f32", "failed")], status)
+        assert automatic.export() is answer
+        assert automatic.export() is answer
+        assert self.calls(automatic) == 1
+        decisions = [entry for entry in automatic.decisions() if entry["decision"] == "exported"]
+        assert [entry["because"]["artefact"] for entry in decisions] == [*names, *names]
+        assert [entry["because"]["answer"] for entry in decisions[:2]] == list(answers)
+        assert decisions[0]["because"]["bytes"] == 1000
+
+    def test_a_crash_is_no_verdict(self, exporting):
+        automatic = exporting([exported("safetensors-float32", "worse")], 1)  # and the other one is not there
+        with pytest.raises(StageError):
+            automatic.export()
+        with pytest.raises(StageError):
+            automatic.export()
+        assert self.calls(automatic) == 2
+        automatic = exporting([exported("safetensors-float32"), exported("safetensors-bfloat16")], 2)
+        with pytest.raises(StageError):
+            automatic.export()
+
+    def test_what_was_made_of_another_model_is_moved_aside_and_other_formats_are_added(self, exporting):
+        rows = [exported("safetensors-float32"), exported("safetensors-bfloat16")]
+        exporting(rows, 0).export()
+        automatic = exporting([*rows, exported("onnx-fp32")], 0, ("safetensors:float32", "onnx:fp32"))
+        automatic.export()
+        assert (automatic.root / "export" / "w8a8").exists()
+        assert not (automatic.root / "export-old-1").exists()
+        (automatic.root / "compressed" / "config.json").write_text('{"a": 1}')
+        automatic.export()
+        assert (automatic.root / "export-old-1" / "w8a8").exists()
+        assert self.calls(automatic) == 3
+
+    def test_what_is_calibrated_gets_a_bank_of_its_own(self, told, monkeypatch):
+        automatic = told({}, export_formats=["w8a8"])
+        monkeypatch.setattr("trl_opsd.compress.auto.move_aside", None)
+        (automatic.root / "compressed").mkdir()
+        with pytest.raises(FileNotFoundError):  # nothing was run
+            automatic.export()
+        bank, export = (stage for stage, _ in automatic.stages)
+        assert bank.module == "trl_opsd.compress.bank"
+        assert bank.arguments["model_name_or_path"] == export.arguments["model_name_or_path"]
+        assert export.arguments["bank"] == bank.arguments["bank"]
+        assert export.arguments["formats"] == ["w8a8"]
+
+    def test_what_no_engine_could_end_is_refused_beforehand(self, told, monkeypatch):
+        monkeypatch.setattr("trl_opsd.export.origin.turn_without_end", lambda ends, tokenizer: "it never ends")
+        with pytest.raises(UserError, match="cannot be served as it is: it never ends"):
+            told({}, export_formats=["onnx"])
+        told({})
+
+
+def test_an_adapter_is_as_large_as_what_it_is_merged_into(told, checkpoint, tmp_path, monkeypatch):
+    base = checkpoint()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    automatic = told({})
+    found = measurement(share(0.9), PLAIN_TOKENS)
+    found.row = dataclasses.replace(found.row, parameters=automatic.parameters + 500)
+    monkeypatch.setattr("trl_opsd.compress.auto.load_results", lambda file: [found])
+    assert Automatic.measure(automatic, "round-1", str(tmp_path / "adapter"), "guard").row.parameters == (
+        automatic.parameters
+    )
 
 
 def test_no_problem_is_in_two_parts(told):
@@ -370,8 +610,17 @@ def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
     (Path(folder) / "model.safetensors").write_bytes(b"")
     main(["--model_name_or_path", folder, "--dataset_name", problems, "--dry_run", "true"])
     out = capsys.readouterr().out
-    assert "the verdict, on 100 problems" in out
+    assert "3. the verdict, on 100 problems" in out
     assert "GiB" in out
+
+
+def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
+    given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, "--dry_run", "true"]
+    main([*given, "--ratio", "auto", "--export_formats", "gguf:q8_0", "onnx"])
+    out = capsys.readouterr().out
+    assert "3. make it smaller: remove 25%, 50%, 75%, 90% of the parameters" in out
+    assert "4. the verdict, on 100 problems that nothing has seen, the smallest first" in out
+    assert "5. export it as gguf-q8_0, onnx-fp32, onnx-int4" in out
 
 
 @pytest.mark.parametrize(
@@ -396,6 +645,10 @@ def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
         ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "sibling"], "'sibling'"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"], "`{prompt}`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "1.5"], "`ratio`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "most"], "`ratio`"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--export_formats", "ggufs"], "`gguf`?"),
+        (["--config", "recipes/tiny/compress.yaml", "--ratio", "auto"], "`ratio`"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--reward_funcs", "code_reward"], "`tests`"),
         (
             ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--reward_funcs", "maths_reward"],

@@ -2,6 +2,7 @@ import itertools
 import math
 from collections import Counter
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from trl_opsd.evaluate.estimate import (
     MARKERS,
     Samples,
     budget_curve,
+    bytes_per_correct,
     cost_per_1000_correct,
     flops_per_1000_correct,
     majority,
@@ -281,6 +283,32 @@ class TestClosedForms:
         assert cost_per_1000_correct(100, 0.5, price=2.0) == pytest.approx(1000 * 200 * 2e-6)
         assert flops_per_1000_correct(100, 0.5, parameters=7) == pytest.approx(1000 * 200 * 14)
         assert cost_per_1000_correct(100, 0.0, 2.0) is None and flops_per_1000_correct(100, 0.0, 7) is None
+
+    def test_bytes_per_correct_by_its_formula(self):
+        correct = np.array([[1, 0], [1, 1], [0, 0]], dtype=bool)
+        tokens = np.array([[10, 30], [20, 40], [50, 60]])
+        samples = SimpleNamespace(correct=correct, tokens=tokens)
+        # Three of six are right, in 35 tokens on average, and each token moves 12 parameters of 4 bits
+        definition = np.float64(12) * 4 / 8 * tokens.mean(dtype=np.float64) / (3 / 6)
+        found, low, high = bytes_per_correct(samples, 12, 4)
+        assert found == pytest.approx(definition, rel=1e-15) and definition == 420
+        assert low < found < high
+        samples.correct = correct & [[True], [False], [False]]
+        assert bytes_per_correct(samples, 12, 4) == (pytest.approx(3 * definition), None, None)
+        samples.correct = np.zeros_like(correct)
+        assert bytes_per_correct(samples, 12, 4) == (None, None, None)
+
+    def test_how_often_the_interval_of_bytes_is_right(self):
+        generator = np.random.default_rng(0)
+
+        # The harder a problem, the longer its answers and the rarer right ones: 1e6 problems say what is true
+        def draw(number):
+            hardness = generator.random(number)
+            tokens = np.exp(generator.normal(3 + hardness, 0.5))[:, None]
+            return SimpleNamespace(correct=(generator.random(number) > hardness)[:, None], tokens=tokens)
+
+        truth = bytes_per_correct(draw(1_000_000), 8, 8)[0]
+        assert 0.93 <= coverage([bytes_per_correct(draw(150), 8, 8) for _ in range(2000)], truth) <= 0.97
 
 
 def coverage(intervals, truth):

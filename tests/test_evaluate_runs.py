@@ -1,6 +1,8 @@
 """Many checkpoints × tasks, the cache, adapters, the meter, and a server."""
 
 import json
+import shutil
+import socket
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate import checkpoint as checkpoints
 from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine, load_engine
 from trl_opsd.evaluate.backends.server import ChatFormat, base_url, served_model
+from trl_opsd.evaluate.backends.started import server_options
 from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
 from trl_opsd.evaluate.memory import WorkerMemory, peak_memory, reset_peak_memory
 from trl_opsd.evaluate.plan import expand, plan, problem_ids
@@ -851,6 +854,9 @@ class TestVllmBench:
             "total_p95_s": 0.6,
             "tokens_per_s": 80.0,
             "requests_per_s": 8.0,
+            # Of the four answers one is right and has ended, one is right and was cut
+            "correct": 1,
+            "correct_per_s": 2.0,
             "meter": "vllm bench serve",
         }
         calls = [json.loads(line) for line in told.read_text().splitlines()]
@@ -861,6 +867,7 @@ class TestVllmBench:
         assert (options["--temperature"], options["--top-p"], options["--num-prompts"]) == ("1.0", "0.5", "4")
         body = json.loads(options["--extra-body"])
         assert body["stop_token_ids"] == [1] and body["cache_salt"]
+        assert body["add_special_tokens"] is False  # those of the prompt are in its text
         assert len({json.loads(call[0]["--extra-body"])["cache_salt"] for call in calls}) == 2  # cold, each
 
     def test_a_benchmark_that_fails_says_why(self, server, checkpoint, problems, tmp_path, monkeypatch):
@@ -883,16 +890,125 @@ class TestVllmBench:
             bench_serving("http://x/v1", "m", make_tokenizer(), "t", [Request([5], 0)] * 4, TestServer.sampling, 2)
 
 
-BENCH = """
+BENCH = r"""
 import json, sys
+ANSWERS = ["\\boxed{7}", "\\boxed{8}", "\\boxed{3}", ""]
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 prompts = [json.loads(line) for line in open(options["--dataset-path"])]
 with open(TOLD, "a") as file:
-    file.write(json.dumps([options, prompts]) + "\\n")
+    file.write(json.dumps([options, prompts]) + "\n")
 with open(options["--result-dir"] + "/" + options["--result-filename"], "w") as file:
     json.dump({"completed": 4, "total_output_tokens": 40, "p50_ttft_ms": 50.0, "p95_ttft_ms": 60.0, "p50_e2el_ms": 500.0,
-        "p95_e2el_ms": 600.0, "output_throughput": 80.0, "request_throughput": 8.0}, file)
+        "p95_e2el_ms": 600.0, "output_throughput": 80.0, "request_throughput": 8.0,
+        "generated_texts": ANSWERS, "output_lens": [4, 1024, 4, 4]}, file)
 """
+
+
+STARTED = r"""
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open(TOLD, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\n")
+if FAILS:
+    print("WARNING 11-26 this may cause OSError: too many files")
+    print("(Worker pid=7) ERROR ValueError: no such quantisation")
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
+
+
+class Server(BaseHTTPRequestHandler):
+    def reply(self, text, kind="application/json"):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        model = {"id": options["--served-model-name"], "object": "model"}
+        self.reply("" if self.path == "/health" else json.dumps({"object": "list", "data": [model]}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        choice = {"text": "x", "token_ids": [body["prompt"][-1], 1], "finish_reason": "stop"}
+        self.reply("data: " + json.dumps({"choices": [choice]}) + "\n\ndata: [DONE]\n\n", "text/event-stream")
+
+    def log_message(self, *args):
+        pass
+
+
+ThreadingHTTPServer(("127.0.0.1", int(options["--port"])), Server).serve_forever()
+"""
+
+
+class TestStartedServer:
+    """vLLM's server, started on each checkpoint; here its command is a script that notes its options."""
+
+    @pytest.fixture
+    def started(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("trl_opsd.evaluate.plan.has_vllm", lambda: True)
+        monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: False)  # and no load
+        told, script = tmp_path / "told.json", tmp_path / "server.py"
+
+        def start(fails: bool = False):
+            script.write_text(STARTED.replace("TOLD", repr(str(told))).replace("FAILS", str(fails)))
+            monkeypatch.setattr("trl_opsd.evaluate.backends.started._SERVER", [sys.executable, str(script)])
+            return lambda: [json.loads(line) for line in told.read_text().splitlines()]
+
+        return start
+
+    def test_each_checkpoint_has_its_own_and_it_ends_with_it(self, started, checkpoint, problems, tmp_path):
+        told = started()
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
+        save_file({k: v + 1 for k, v in load_file(copy / "model.safetensors").items()}, copy / "model.safetensors")
+        config = EvaluateConfig(
+            checkpoints=[f"before={checkpoint}", f"after={copy}"],
+            prompt_only=False,
+            dataset_name=problems,
+            backend="server",
+            dtype="float32",
+            output=str(tmp_path / "r.json"),
+        )
+        before, after = evaluate(config, progress=lambda done, total: None)
+        assert (before["stage"], before["mean_tokens"], after["backend"]) == ("before", 2.0, "server")
+        assert [options[options.index("--model") + 1] for options in told()] == [checkpoint, str(copy)]
+        for options in told():
+            port = int(options[options.index("--port") + 1])
+            with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                pass
+        # What it wrote is kept, and the server is not needed again
+        again = evaluate(config, progress=lambda done, total: None)
+        assert [row["cached"] for row in again] == [4, 4] and len(told()) == 2
+
+    def test_one_that_does_not_start_says_why(self, started, checkpoint, problems):
+        started(fails=True)
+        config = EvaluateConfig(model_name_or_path=checkpoint, dataset_name=problems, backend="server")
+        with pytest.raises(UserError, match=r"did not start \(ValueError: no such quantisation\)"):
+            evaluate(config, progress=lambda done, total: None)
+
+    def test_its_options(self, checkpoint, problems, tmp_path):
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": checkpoint, "r": 8}))
+        config = EvaluateConfig(
+            model_name_or_path=str(adapter),
+            dataset_name=problems,
+            backend="server",
+            dtype="bfloat16",
+            batch_size=16,
+            concurrency=[1, 64],
+            vllm_kwargs={"enforce_eager": True, "enable_prefix_caching": False, "hf_overrides": {"a": 1}},
+        )
+        words = server_options(config, 7)
+        options = dict(zip(words[::1], words[1:], strict=False))
+        assert (options["--model"], options["--served-model-name"]) == (checkpoint, "base")
+        assert (options["--lora-modules"], options["--max-lora-rank"]) == (f"model={adapter}", "8")
+        assert (options["--dtype"], options["--max-num-seqs"], options["--port"]) == ("bfloat16", "64", "7")
+        assert options["--hf-overrides"] == '{"a": 1}'
+        assert {"--enforce-eager", "--no-enable-prefix-caching", "--no-trust-remote-code", "--enable-lora"} <= set(
+            words
+        )
 
 
 class TestVerifiers:

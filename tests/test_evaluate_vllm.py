@@ -14,7 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd.evaluate import EvaluateConfig, evaluate
-from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine
+from trl_opsd.evaluate.backends import (
+    Request,
+    Sampling,
+    ServerEngine,
+    StartedServer,
+    TransformersEngine,
+    VllmEngine,
+)
 
 
 pytestmark = pytest.mark.vllm
@@ -161,3 +168,16 @@ def test_a_running_server(checkpoint, asked, tokenizer, tmp_path):
         finally:
             process.terminate()
             process.wait(60)
+
+
+def test_a_server_that_is_started(checkpoint, adapter, asked, tokenizer):
+    for path in (checkpoint, adapter):
+        given = EvaluateConfig(
+            model_name_or_path=path, dataset_name="x", backend="server", dtype="float32", vllm_kwargs=KWARGS
+        )
+        engine = StartedServer(given)
+        try:
+            assert dict(engine.generate(asked, greedy(tokenizer))) == by_transformers(path, asked, tokenizer)
+        finally:
+            engine.close()
+        assert engine.process.poll() is not None

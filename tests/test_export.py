@@ -608,6 +608,18 @@ def test_a_checkpoint_that_its_template_does_not_end(exported, tmp_path):
     assert status == 2 and "cannot be served as it is: the chat template ends an answer in '<eos>'" in said
 
 
+def test_what_has_its_final_name_is_uploaded_and_nothing_else(exported, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(export_run, "push", lambda *given: pushed.append(given) or "http://hub/x")
+    FakeEngine.wrong = {"gguf-q8_0": 0.5}
+    status, said = exported("safetensors:bfloat16", "gguf:q8_0", push_to_hub=True, hub_model_id="me/short")
+    assert status == 1 and (tmp_path / "out" / "gguf-q8_0.worse").is_dir()
+    assert pushed == [(tmp_path / "out" / "safetensors-bfloat16", "me/short-safetensors-bfloat16", None)]
+    assert "http://hub/x" in said
+    status, said = exported("safetensors:bfloat16", push_to_hub=True)
+    assert status == 2 and "`hub_model_id` belong together" in said
+
+
 # Environments and tools
 
 

@@ -12,6 +12,8 @@ ORDER = [
     "shadows",
     "ranges",
     "cli",
+    "children",
+    "hub",
     "results",
     "adapters",
     "rollout_engine",

@@ -4,7 +4,8 @@ The chain that chooses for itself: from a checkpoint and prompts to a model that
 What it does is written down before it is done (the plan, and a recipe for each stage, in `recipes/`), and why afterwards
 (`decisions.jsonl`, each with the numbers that it rests on). It trains from the context that promises most, looks at
 problems that training has not seen after every round, and stops when there is no more to be had or something is lost. The
-verdict is on problems that nothing before it has seen.
+verdict is on problems that nothing before it has seen. With `ratio` it goes on to the smallest student that is still as
+good, and with `export_formats` to what an engine serves.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from ..adapters import merged
 from ..cli import UserError, check_checkpoint, user_errors
@@ -31,15 +34,22 @@ from ..data import SOURCES, check_columns, load_prompts
 from ..data.contamination import normalize, problem_text
 from ..data.gym import REASONING_GYM
 from ..data.prompts import NoSplit
+from ..evaluate.card import write_card
+from ..evaluate.checkpoint import base_of, count_checkpoint, open_checkpoint
 from ..evaluate.compare import Answer, Comparison, compare_measurements
 from ..evaluate.decide import decide
 from ..evaluate.report import write_report
 from ..evaluate.results_file import Measurement, load_results, write_rows
+from ..export.formats import parse_formats
+from ..export.origin import check_checkpoint_ends
+from ..export.run import line as export_line
+from ..hub import push
 from ..opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
 from ..plan.memory import Training, cache_bytes, empty_model, parts
 from ..plan.run import GIB, read_config, read_launch
 from ..results import write_text
 from ..rewards import load_reward_funcs, required_columns
+from .auto_config import AUTO
 from .auto_config import AutoConfig as Arguments
 from .chain import Stage, StageError, move_aside, run_chain
 from .config import CompressConfig
@@ -49,6 +59,10 @@ from .config import CompressConfig
 LEAST_GAIN = 0.03
 # Share of the accuracy without it from which on a context is worth a gate that sorts out where it is wrong
 USABLE = 0.8
+# Shares of the parameters that `ratio: auto` removes, one after the other until a student is no longer as good
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+# Rollouts that importance is measured on
+CALIBRATION = 128
 # Of the adapter, where the weights themselves do not fit
 LORA = {"use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_target_modules": ["all-linear"]}
 
@@ -59,6 +73,17 @@ def learning_rate(parameters: int, has_adapter: bool) -> float:
     reasoner's 166 thousand, on a line between the two in logarithms, which is all that is known; 1e-4 for an adapter.
     """
     return 1e-4 if has_adapter else float(f"{1e-6 * (1.7e9 / parameters) ** 0.62:.1e}")
+
+
+def recovery_rates(parameters: int) -> tuple[float, float]:
+    """
+    The rates of what was pruned: to learn to answer again from its teacher's logits, and then on its own rollouts. On lines
+    in logarithms between what is known of 1.7B parameters (1e-4 and 1e-5, recipes/recover.yaml and recipes/opsd_pruned.yaml)
+    and of the tiny reasoner (3e-3 at 83 thousand, 1e-3 at 260 thousand).
+    """
+    return tuple(
+        float(f"{large * (1.7e9 / parameters) ** power:.1e}") for large, power in ((1e-4, 0.34), (1e-5, 0.52))
+    )
 
 
 @dataclass
@@ -129,6 +154,11 @@ class Automatic:
         self.sharding, self.processes, self.launcher = self._read_launcher()
         self.data, self.reward_funcs = self._divide()
         self.recipe = self._recipe()
+        self.ratios = self._ratios()
+        self.artefacts = parse_formats(arguments.export_formats) if arguments.export_formats else []
+        if self.artefacts:
+            path = config.model_name_or_path
+            check_checkpoint_ends(open_checkpoint(path), AutoTokenizer.from_pretrained(path))
 
     # What is known before anything is loaded
 
@@ -299,6 +329,29 @@ class Automatic:
         }
         return recipe
 
+    def _ratios(self) -> tuple[float, ...]:
+        """Shares of the parameters to try to remove."""
+        ratio = self.arguments.ratio
+        if ratio is None:
+            return ()
+        if "use_peft" in self.recipe:
+            raise UserError(
+                f"`ratio`: what was pruned is trained with all weights, which beside its teacher takes up to "
+                f"{sum(self.full.values()):.3g} GiB, and of a device {0.9 * self.capacity:.3g} are used: shard it over several "
+                "with `launcher`, or leave `ratio` out."
+            )
+        return RATIOS if ratio == AUTO else (float(ratio),)
+
+    @property
+    def recovery_updates(self) -> int:
+        """Updates of each of the two ways in which a pruned model is trained: as many as length gets."""
+        return self.arguments.max_rounds * self.arguments.round_steps
+
+    @property
+    def banked(self) -> int:
+        """Problems that the bank is asked: as many as recovery sees rollouts, if there are so many."""
+        return min(len(self.data["train"]), self.recovery_updates * self.arguments.rollouts)
+
     @property
     def contexts(self) -> list[str]:
         given = self.arguments.contexts
@@ -334,23 +387,60 @@ class Automatic:
         if "use_peft" in recipe:
             trained = self.memory["moments"] * GIB / 8 * (1 if self.sharding == "ddp" else self.processes)
         disk = arguments.max_rounds * 16 * trained + 4 * self.parameters
+        # Of a ratio the model thrice, and of two trainings the last two checkpoints; of artefacts what they were made of too
+        disk += sum((1 - ratio) * self.parameters * (3 * 4 + 4 * 16) for ratio in self.ratios)
+        disk += self.parameters * (sum(artefact.bits for artefact in self.artefacts) + 64 * bool(self.artefacts)) / 8
+        measured = looks * arguments.samples + len(self.ratios) * (sizes["guard"] + sizes["final"]) * arguments.samples
+        measured += sizes["final"] * len(self.artefacts)
+        written = arguments.max_rounds * rollouts
+        written += (self.banked + len(self.ratios) * self.recovery_updates * arguments.rollouts) * bool(self.ratios)
         lines = [
             f"{self.config.model_name_or_path}: {self.parameters / 1e6:,.1f}M parameters, on "
             f"{self.processes} {'GPU' if self.has_gpu else 'CPU process'}{'s' * (self.processes > 1)} of {self.capacity:.0f} GiB",
             f"1. measure it on {sizes['guard']} problems kept out of training, plain and in each of {len(self.contexts)} "
             f"contexts ({', '.join(map(repr, self.contexts))}), and take the one that promises most; below "
-            f"{arguments.min_saving:.0%} of the tokens: end, with nothing lost",
+            f"{arguments.min_saving:.0%} of the tokens: {'leave the length' if self.ratios else 'end, with nothing lost'}",
             f"2. train {how}, on {sizes['train']:,} problems, up to {arguments.max_rounds} rounds of {arguments.round_steps} "
             f"updates × {arguments.rollouts} rollouts at a rate of {recipe['learning_rate']:.1e}; after each look at the "
             f"{sizes['guard']} problems; stop when a round saves less than {LEAST_GAIN:.0%}, or something is lost",
-            f"3. the verdict, on {sizes['final']} problems that nothing has seen: at most "
-            f"{100 * arguments.max_accuracy_drop:g} points lost",
+            *self._further(),
             f"memory of training: {sum(self.memory.values()):.2f} GiB ({memory})",
             f"disk: about {disk / GIB:.2g} GiB at most",
-            f"rollouts: at most {arguments.max_rounds * rollouts:,} to train on and {looks * arguments.samples:,} to measure; "
+            f"rollouts: at most {written:,} to train on and {measured:,} to measure; "
             "how long that takes is said when the first are written",
         ]
         return "\n".join(lines)
+
+    def _further(self) -> list[str]:
+        """The lines of the plan that follow training."""
+        sizes = {name: len(rows) for name, rows in self.data.items()}
+        lines = []
+        if self.ratios:
+            removed = ", ".join(f"{ratio:.0%}" for ratio in self.ratios)
+            rates = [
+                recovery_rates(round((1 - ratio) * self.parameters)) for ratio in (self.ratios[0], self.ratios[-1])
+            ]
+            recover, own = (
+                "–".join(dict.fromkeys(f"{rate:.1e}" for rate in side)) for side in zip(*rates, strict=True)
+            )
+            lines.append(
+                f"make it smaller: remove {removed} of the parameters, each of them from what 2 has left, by what matters on its "
+                f"verified rollouts to {self.banked:,} problems; recover by its logits on those ({self.recovery_updates} updates "
+                f"at {recover}), then on the student's own rollouts (as many at {own}); look at the {sizes['guard']} problems, and "
+                "stop at the first that is no longer as good"
+            )
+        tries = "" if not self.ratios else ", the smallest first, until one is as good"
+        lines.append(
+            f"the verdict, on {sizes['final']} problems that nothing has seen{tries}: at most "
+            f"{100 * self.arguments.max_accuracy_drop:g} points lost"
+        )
+        if self.artefacts:
+            names = ", ".join(artefact.name for artefact in self.artefacts)
+            lines.append(
+                f"export it as {names}, each checked in its engine, and judged on the same {sizes['final']} problems, greedily; "
+                "engines that are not there are installed"
+            )
+        return [f"{number}. {line}" for number, line in enumerate(lines, start=3)]
 
     # What is done
 
@@ -401,12 +491,14 @@ class Automatic:
             Stage(f"{name}-{split}", f"measuring {name} on {split}", "trl_opsd.evaluate", recipe, options, output)
         )
         (found,) = load_results(output)
+        if base_of(model) != model:  # an adapter adds nothing to the size of what it is merged into in the end
+            found.row = replace(found.row, **count_checkpoint(base_of(model)))
         return found
 
-    def run(self, stage: Stage) -> None:
-        """Runs a stage, unless it is finished."""
+    def run(self, stage: Stage, *before: Stage) -> None:
+        """Runs a stage, unless it is finished, since what it goes on from: `before`, in order."""
         self.say(f"  {stage.what}")
-        run_chain([stage], self.root / "logs", self.launcher, lambda *progress: None)
+        run_chain([*before, stage], self.root / "logs", self.launcher, lambda *progress: None)
 
     def choose(self, base: Measurement) -> Promise | None:
         """The context that promises most, if any promises enough."""
@@ -472,7 +564,7 @@ class Automatic:
         if promise.needs_gate:
             recipe["teacher_gate"] = 0.5
         path = self.write_recipe("opsd", recipe)
-        good, last = [], base.row.mean_tokens
+        good, last, stages = [], base.row.mean_tokens, []
         level = 1 - 0.05 / arguments.max_rounds
         for number in range(1, arguments.max_rounds + 1):
             output, steps = self.root / f"round-{number}", number * arguments.round_steps
@@ -480,15 +572,15 @@ class Automatic:
             if number > 1:
                 before = self.root / f"round-{number - 1}" / f"checkpoint-{steps - arguments.round_steps}"
                 options["resume_from_checkpoint"] = str(before)
+            stage = Stage(f"round-{number}", f"training to update {steps}", "trl_opsd.opsd", path, options, output)
             try:
-                self.run(
-                    Stage(f"round-{number}", f"training to update {steps}", "trl_opsd.opsd", path, options, output)
-                )
+                self.run(stage, *stages)
             except StageError as error:
                 if error.status != 3:
                     raise  # a crash says nothing of the model
                 self.decide("training stopped", f"an alarm ended round {number}: {error}", round=number)
                 break
+            stages.append(stage)
             found = self.measure(f"round-{number}", str(output), "guard")
             comparison = compare_measurements(base, found, arguments.max_accuracy_drop, level)
             tokens, lost = found.row.mean_tokens, -comparison.difference[0]
@@ -516,35 +608,213 @@ class Automatic:
         )
         return folder
 
-    def conclude(self, folder: str) -> Answer:
-        """The verdict on problems that nothing has seen, and if it is not that of a loss the folder `compressed`."""
-        model, arguments = self.config.model_name_or_path, self.arguments
-        measurements = [self.measure("base", model, "final"), self.measure(Path(folder).name, folder, "final")]
-        files, margins = [str(item.file) for item in measurements], {None: arguments.max_accuracy_drop}
-        more = self.root / "evaluation" / "decided-final.json"
-        conclusion = decide(*files, arguments.decide, more, margins, self.say)
-        comparison = conclusion.pooled
-        self.decide("verdict", comparison.sentence(), answer=conclusion.answer.text, difference=comparison.difference)
-        measurements = [comparison.before, comparison.after]
+    def shrink(self, teacher: str, base: Measurement) -> list[str]:
+        """
+        Prunes to each ratio, recovers, and looks. Returns the folders of the students that are still as good, the smallest
+        first.
+        """
+        arguments, good = self.arguments, []
+        level = 1 - 0.05 / len(self.ratios)
+        bank = self._fill_bank(teacher, "bank")
+        for ratio in self.ratios:
+            numbers = {"ratio": ratio}
+            try:
+                folder = self._student(teacher, bank, ratio)
+            except StageError as error:
+                if error.status != 2:
+                    raise  # a crash says nothing of the ratio
+                self.decide("stop", f"{ratio:.0%} of the parameters cannot be removed: {error}", **numbers)
+                break
+            found = self.measure(Path(folder).name, folder, "guard")
+            comparison = compare_measurements(base, found, arguments.max_accuracy_drop, level)
+            numbers |= {"parameters": found.row.parameters, "accuracy": found.row.accuracy, "level": level}
+            numbers |= {"mean_tokens": found.row.mean_tokens, "difference": comparison.difference}
+            self.decide("look", f"{ratio:.0%} removed: {comparison.short()}", answer=comparison.answer.text, **numbers)
+            if comparison.answer is Answer.WORSE or -comparison.difference[0] > arguments.max_accuracy_drop:
+                self.decide(
+                    "stop", f"with {ratio:.0%} removed it is no longer as good: that student is not taken", **numbers
+                )
+                break
+            good.insert(0, folder)
+        else:
+            self.decide("stop", "all ratios were tried", ratios=self.ratios)
+        return good
+
+    def _fill_bank(self, model: str, name: str) -> str:
+        """Has a model write verified rollouts on the problems of training. Returns their folder."""
+        recipe = {
+            "reward_funcs": self.reward_funcs,
+            "temperature": 1.0,
+            "max_completion_length": self.arguments.max_completion_length,
+            "batch_size": self.batch_size,
+            "max_samples": self.banked,
+            "seed": self.config.seed,
+        }
+        output = self.root / f"{name}.json"
+        options = {"model_name_or_path": model, "dataset_name": str(self.root / "data" / "train.parquet")}
+        options |= {"bank": str(self.root / name), "output": str(output)}
+        what, recipe = f"{Path(model).name} writes verified rollouts", self.write_recipe(name, recipe)
+        self.run(Stage(name, what, "trl_opsd.compress.bank", recipe, options, output))
+        return options["bank"]
+
+    def _student(self, teacher: str, bank: str, ratio: float) -> str:
+        """
+        A model with fewer parameters, which its teacher has taught to answer again: by its logits on its own rollouts, then on
+        the student's. Returns its folder.
+        """
+        percent = f"{100 * ratio:g}"
+        pruned, recovered, small = (self.root / f"{name}-{percent}" for name in ("pruned", "recovered", "small"))
+        recipe = {"calibration_samples": CALIBRATION, "dtype": "float32"}
+        options = {"model_name_or_path": teacher, "calibration_dataset": bank, "target_ratio": ratio}
+        options["output_dir"] = str(pruned)
+        path = self.write_recipe("prune", recipe)
+        self.run(Stage(pruned.name, f"removing {ratio:.0%}", "trl_opsd.prune", path, options, pruned, launched=False))
+
+        rates = recovery_rates(round((1 - ratio) * self.parameters))
+        common = self.recipe | {
+            "teacher_weights": "external",
+            "max_steps": self.recovery_updates,
+            "save_total_limit": 2,
+        }
+        common |= {"lr_scheduler_type": "cosine", "warmup_steps": 10}
+        by_logits = common | {"dataset_name": bank, "lmbda": 0.0, "gate": "all", "beta": 0.0}
+        del by_logits["reward_funcs"]  # what is in the bank is verified
+        for student, output, recipe, rate, what in (
+            (pruned, recovered, by_logits, rates[0], "recovering by its teacher's logits"),
+            (recovered, small, common, rates[1], "recovering on its own rollouts"),
+        ):
+            options = {"model_name_or_path": str(student), "teacher_model_name_or_path": teacher}
+            options |= {"output_dir": str(output), "seed": self.config.seed}
+            path = self.write_recipe(f"opsd_{output.name}", recipe | {"learning_rate": rate})
+            try:
+                self.run(Stage(output.name, what, "trl_opsd.opsd", path, options, output))
+            except StageError as error:
+                if error.status != 3:
+                    raise
+                sentence = f"an alarm ended {output.name}, so {student.name} is looked at: {error}"
+                self.decide("training stopped", sentence, ratio=ratio)
+                return str(student)
+        return str(small)
+
+    def conclude(self, folders: Sequence[str]) -> Answer:
+        """
+        The verdict on problems that nothing has seen, and if it is not that of a loss the folder `compressed`: the first of the
+        candidates that is as good, or if none is the last that is not worse for sure.
+        """
+        base = self.measure("base", self.config.model_name_or_path, "final")
+        margins = {None: self.arguments.max_accuracy_drop}
+        verdicts = []
+        for folder in folders:
+            whole = merged(folder, str(self.root / f"{Path(folder).name}-merged"))
+            found = self.measure(Path(folder).name, whole, "final")
+            more = self.root / "evaluation" / f"{Path(folder).name}-decided-final.json"
+            # Of several candidates each verdict may err by its share alone
+            conclusion = decide(
+                str(base.file), str(found.file), self.arguments.decide, more, margins, self.say, 0.05 / len(folders)
+            )
+            answer, comparison = conclusion.answer, conclusion.pooled
+            self.decide("verdict", comparison.sentence(), answer=answer.text, difference=comparison.difference)
+            verdicts.append((answer, whole, comparison))
+            if answer is Answer.AS_GOOD:
+                break
+        kept = [verdict for verdict in verdicts if verdict[0] is not Answer.WORSE]
+        answer, whole, comparison = (kept or verdicts)[-1]
+        if answer is Answer.WORSE:
+            sentence = "it is worse on the problems of the verdict: nothing is left, and nothing lost"
+            self.decide("end", sentence, difference=comparison.difference)
+            self.report([comparison.before, comparison.after])
+            self._leave_nothing()
+            return answer
+        self.report([comparison.before, comparison.after])
+        self.place(whole)
+        files = dict.fromkeys([comparison.before.file, comparison.after.file])
+        write_card(list(files), self.root / "compressed", comparison.after.label, comparison.before.label, margins)
+        self.say(f"{self.root / 'compressed'}: the model; report.html: the evidence")
+        if self.arguments.push_to_hub:
+            self.upload(answer)
+        if self.artefacts:
+            exported = self.export()
+            self.report([comparison.before, comparison.after])
+            answer = exported if answer is Answer.AS_GOOD else answer
+        return answer
+
+    def _leave_nothing(self) -> None:
+        """Moves what an earlier run has left aside: this is not the verdict of that."""
+        if (self.root / "compressed").exists():
+            move_aside(self.root / "compressed")
+
+    def report(self, measurements: Sequence[Measurement]) -> None:
+        """The results, and the report with the reasons that there are so far."""
         write_rows(self.root / "results.json", [item.row for item in measurements], self.config)
         reasons = [line["sentence"] for line in map(json.loads, self.log.read_text().splitlines())]
+        margins = {None: self.arguments.max_accuracy_drop}
         write_report(measurements, self.root, "base", margins, remarks=reasons)
-        if conclusion.answer is Answer.WORSE:
-            self.decide("end", "it is worse on the problems of the verdict: nothing is left, and nothing lost")
-        else:
-            self.place(folder)
-            self.say(f"{self.root / 'compressed'}: the model; report.html: the evidence")
-        return conclusion.answer
 
     def place(self, folder: str) -> None:
-        """Copies a round to `compressed`, whole or not at all, an adapter merged into its base."""
+        """Copies a model to `compressed`, whole or not at all."""
         final, staging = self.root / "compressed", self.root / ".compressed.tmp"
         shutil.rmtree(staging, ignore_errors=True)
-        whole = merged(folder, str(staging))
-        if whole == folder:
-            shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "merged"))
+        shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "merged"))
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
+
+    def upload(self, answer: Answer) -> None:
+        """Uploads `compressed`, if it is as good."""
+        name = self.arguments.hub_model_id
+        if answer is not Answer.AS_GOOD:
+            self.decide("not pushed", f"it is {answer.text}, so nothing is at `{name}`", answer=answer.text)
+            return
+        self.decide("pushed", f"it is at {push(self.root / 'compressed', name)}", repository=name)
+
+    def export(self) -> Answer:
+        """
+        Makes the artefacts of `compressed`, checked in their engines and judged on the problems of the verdict. Returns the
+        worst of their verdicts; one that could not be made is a worse one.
+        """
+        model, folder = str(self.root / "compressed"), self.root / "export"
+        recipe = {
+            "dataset_name": str(self.root / "data" / "final.parquet"),
+            "task": "final",
+            "reward_funcs": self.reward_funcs,
+            "max_completion_length": self.arguments.max_completion_length,
+            "batch_size": min(64, self.batch_size),
+            "margin": [str(self.arguments.max_accuracy_drop)],
+            "seed": self.config.seed,
+        }
+        options = {"model_name_or_path": model, "output_dir": str(folder)}
+        path = self.write_recipe("export", recipe)
+        output = folder / "export.json"
+        stage = Stage("export", "exporting it", "trl_opsd.export", path, options, output)
+        # What was made of another model, or judged by another measure, is not gone on with; other formats are
+        made_of, known = stage.fingerprint(""), self.root / ".export.made_of"
+        if folder.exists() and (not known.is_file() or known.read_text() != made_of):
+            move_aside(folder)
+        write_text(known, made_of)
+        if any(artefact.is_calibrated for artefact in self.artefacts):
+            options = options | {"bank": self._fill_bank(model, "export-bank")}
+        options = options | {"formats": self.arguments.export_formats}
+        if self.arguments.push_to_hub:
+            options = options | {"push_to_hub": True, "hub_model_id": self.arguments.hub_model_id}
+        stage = replace(stage, arguments=options)
+        try:
+            self.run(stage)
+        except StageError as error:
+            rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+            made = {row["artefact"] for row in rows}
+            if error.status not in (1, 3) or not made >= {artefact.name for artefact in self.artefacts}:
+                raise  # a mistake, or a crash, and no verdict
+            write_text(stage.marker, stage.fingerprint(""))  # to be told, and not made, again
+        asked = {artefact.name for artefact in self.artefacts}
+        rows = [row for row in json.loads(output.read_text())["rows"] if row["artefact"] in asked]
+        for row in rows:
+            numbers = {
+                name: row.get(name) for name in ("artefact", "answer", "bytes", "accuracy", "tokens_per_s", "prefix")
+            }
+            self.decide("exported", export_line(row), **numbers)
+        answers = {row["answer"] for row in rows}
+        if answers & {"failed", Answer.WORSE.text}:
+            return Answer.WORSE
+        return Answer.UNDECIDED if Answer.UNDECIDED.text in answers else Answer.AS_GOOD
 
     def __call__(self) -> int:
         """Runs it. Returns the exit status: 0 as good, 1 worse, 3 undecided or nothing to be had."""
@@ -554,16 +824,20 @@ class Automatic:
         for name in ("decisions.jsonl", "results.json", "report.html", "report.md"):
             (self.root / name).unlink(missing_ok=True)
         start = time.monotonic()
-        base = self.measure("base", self.config.model_name_or_path, "guard")
+        model = self.config.model_name_or_path
+        base = self.measure("base", model, "guard")
         self.tell_time(base, time.monotonic() - start)
         promise = self.choose(base)
         folder = None if promise is None else self.train(promise, base)
-        if folder is not None:
-            status = self.conclude(folder).status
+        candidates = [] if folder is None else [folder]
+        if self.ratios and base.row.accuracy > 0:
+            teacher = merged(model, str(self.root / "base-merged")) if folder is None else folder
+            candidates = [*self.shrink(teacher, base), *candidates]
+        if candidates:
+            status = self.conclude(candidates).status
         else:
-            status = 3 if promise is None else Answer.WORSE.status
-        if (folder is None or status == Answer.WORSE.status) and (self.root / "compressed").exists():
-            move_aside(self.root / "compressed")  # of an earlier run, of which this is not the verdict
+            status = 3 if promise is None and not self.ratios else Answer.WORSE.status
+            self._leave_nothing()
         self.say(
             f"{(time.monotonic() - start) / 60:.1f} minutes in all, what was there from an earlier run not counted"
         )
@@ -578,8 +852,12 @@ class Automatic:
         speed = written / max(base.row.generation_s, 1e-3)
         sizes = {name: len(rows) for name, rows in self.data.items()}
         measured = (len(self.contexts) + arguments.max_rounds) * sizes["guard"] + 2 * sizes["final"]
-        # Training an update takes about as long as writing its rollouts
+        # Training an update takes about as long as writing its rollouts, and an export writes each of the last problems once
         trained = 2 * arguments.max_rounds * arguments.round_steps * arguments.rollouts
+        if self.ratios:
+            measured += len(self.ratios) * (sizes["guard"] + sizes["final"])
+            trained += self.banked + 3 * len(self.ratios) * self.recovery_updates * arguments.rollouts
+        trained += len(self.artefacts) * sizes["final"]
         left = (measured * arguments.samples + trained) * base.row.mean_tokens / speed
         self.decide(
             "time",

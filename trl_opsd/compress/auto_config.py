@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field, fields
 
 from ..cli import UserError
+from ..export.formats import parse_formats
+from ..hub import check_hub
+
+
+#: Has the chain choose, where a number would say it.
+AUTO = "auto"
 
 
 @dataclass
@@ -40,6 +46,15 @@ class AutoConfig:
             Share of the tokens that a context has to promise for training to begin.
         learning_rate (`float`, *optional*):
             Defaults to one by the number of parameters.
+        ratio (`str`, *optional*):
+            Share of the parameters to remove after the rounds, such as `0.5`; or `auto`: a quarter, a half and so on, until a
+            student is no longer as good, and the smallest that is. Nothing is removed if it is left out.
+        export_formats (`list[str]`, *optional*):
+            What to make of the result for engines, each checked in its engine: the `formats` of [`trl_opsd.export`].
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload the result if it is as good, and its artefacts, each to a repository of its own.
+        hub_model_id (`str`, *optional*):
+            Repository of the result, as `NAME` or `OWNER/NAME`; those of artefacts add their name to it.
         gpu_memory (`float`, *optional*):
             GiB of a GPU. Defaults to those of the one that is there.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -82,6 +97,26 @@ class AutoConfig:
     learning_rate: float | None = field(
         default=None, metadata={"help": "Defaults to one by the number of parameters."}
     )
+    ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the parameters to remove after the rounds, or auto: more and more, until a student is no longer "
+            "as good, and the smallest that is."
+        },
+    )
+    export_formats: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to make of the result for engines, checked in each: the `formats` of trl_opsd.export."
+        },
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the result if it is as good, and its artefacts."}
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository of the result, NAME or OWNER/NAME; those of artefacts add their name to it."},
+    )
     gpu_memory: float | None = field(
         default=None, metadata={"help": "GiB of a GPU. Defaults to those of the one that is there."}
     )
@@ -94,6 +129,21 @@ class AutoConfig:
         for name in ("guard_problems", "final_problems", "samples", "round_steps", "max_rounds", "rollouts"):
             if vars(self)[name] < 1:
                 raise UserError(f"`{name}` must be at least 1, and is {vars(self)[name]}.")
+        if self.ratio is not None and self.ratio != AUTO:
+            try:
+                is_share = 0 < float(self.ratio) < 1
+            except ValueError:
+                is_share = False
+            if not is_share:
+                raise UserError(
+                    f"`ratio` is the share of the parameters to remove, above 0 and below 1, or `{AUTO}`, and is {self.ratio!r}."
+                )
+        check_hub(self.push_to_hub, self.hub_model_id)
+        if self.export_formats is not None:
+            try:
+                parse_formats(self.export_formats)
+            except UserError as error:
+                raise UserError(str(error).replace("`formats", "`export_formats")) from None
         if self.decide < 2:
             raise UserError(f"`decide` must be at least 2, and is {self.decide}.")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ..children import start
 from ..cli import UserError
 from ..results import write_text
 from ..resuming import find_checkpoint
@@ -222,19 +223,19 @@ def run_chain(
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(stage.started, fingerprint)  # before there is anything that a later run could take for its own
 
-        start = time.monotonic()
+        began = time.monotonic()
         # How much slower or faster than expected this machine has been
         pace = seconds_done / (60 * expected_done) if expected_done else 1.0
 
-        def report(done: int, total: int, stage=stage, start=start, pace=pace, later=later) -> None:
-            passed = time.monotonic() - start
+        def report(done: int, total: int, stage=stage, began=began, pace=pace, later=later) -> None:
+            passed = time.monotonic() - began
             share = done / total if total else 0.0
             left = passed * (1 / share - 1) if share > 0.1 else max(60 * stage.minutes * pace - passed, 0.0)
             on_progress(stage, done, total, left + later * pace)
 
         kind = "train" if stage.is_training else "evaluate"
         _run(stage, command, logs / f"{kind}-{stage.name}.log", report)
-        seconds_done, expected_done = seconds_done + time.monotonic() - start, expected_done + stage.minutes
+        seconds_done, expected_done = seconds_done + time.monotonic() - began, expected_done + stage.minutes
         write_text(stage.marker, fingerprint)
 
 
@@ -251,7 +252,7 @@ def _run(stage: Stage, command: list[str], log: Path, report: Callable[[int, int
     report(0, 0)
     with log.open("w") as file:
         file.write(f"$ {shlex.join(command)}\n")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        process = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
         try:
             # Text mode turns the carriage returns of a progress bar into line ends
             for line in process.stdout:

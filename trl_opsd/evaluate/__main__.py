@@ -76,6 +76,8 @@ def serving_line(level: "Serving") -> str:
     p95 = "" if level.total_p95_s is None else f", p95 {level.total_p95_s:.3g} s"
     first = "" if level.first_token_p50_s is None else f"first token p50 {level.first_token_p50_s:.3g} s, "
     answers = "" if level.requests_per_s is None else f", {level.requests_per_s:.3g} answers/s"
+    if level.correct_per_s is not None:
+        answers += f" ({level.correct_per_s:.3g} correct)"
     return (
         f"{level.concurrency} at a time: {first}answer p50 {level.total_p50_s:.3g} s{p95}, "
         f"{level.tokens_per_s:,.0f} tokens/s{answers}"

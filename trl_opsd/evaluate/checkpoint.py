@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
+from .config import EvaluateConfig
 
 
 # What transformers and torch raise on a configuration that is not one
@@ -89,6 +90,36 @@ class Checkpoint:
             file = find_adapter_config_file(self.path) or cached_file(self.path, "config.json")
             digest.update(f"{self.path}@{extract_commit_hash(file, None)}".encode())
         return digest.hexdigest()
+
+    @property
+    def passed_parameters(self) -> int:
+        """Parameters that a token passes: of a mixture of experts without the experts that it is not sent to."""
+        return self.parameters - self.non_embedding_parameters + self.active_parameters
+
+    def weight_bits(self, config: EvaluateConfig) -> float | None:
+        """
+        Returns the bits of a parameter as it is served.
+
+        Args:
+            config ([`EvaluateConfig`]):
+                What serves, in which precision.
+
+        Returns:
+            `float` or `None`: Of quantised weights those of the files, scales and what was left alone included; `None` of a
+            server that somebody else has started.
+        """
+        if config.server_url is not None:
+            return None
+        if self.model is not None:
+            return 8.0 * self.model.dtype.itemsize
+        architecture = AutoConfig.from_pretrained(base_of(self.path), trust_remote_code=self.trust_remote_code)
+        if "quantization_config" in architecture.to_dict():
+            return None if self.weights_bytes is None else 8 * self.weights_bytes / self.parameters
+        if config.dtype != "auto":
+            return 8.0 * getattr(torch, config.dtype).itemsize
+        own = 8.0 * (architecture.dtype or torch.float32).itemsize
+        # vLLM takes float32 weights in half precision, if it is not told otherwise
+        return own if config.backend == "transformers" else min(own, 16.0)
 
     def check_loadable(self) -> None:
         """

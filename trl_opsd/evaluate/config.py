@@ -104,10 +104,11 @@ class EvaluateConfig:
         > Parameters that control the model
 
         backend (`str`, *optional*, defaults to `"transformers"`):
-            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (a running one).
+            What generates: `"transformers"`, `"vllm"` (in this process) or `"server"` (one that runs, or vLLM's, started).
         server_url (`str`, *optional*):
             Address of the server, for instance `http://localhost:8000` or `https://api.example.com/v1`. The tokenizer is
-            that of the checkpoint; the key that of the environment variable `OPENAI_API_KEY`.
+            that of the checkpoint; the key that of the environment variable `OPENAI_API_KEY`. If not set, vLLM's server is
+            started on each checkpoint, and ended after it.
         server_api (`str`, *optional*, defaults to `"tokens"`):
             How the server is asked: by `"tokens"` for tokens, exactly as other backends, which vLLM's can, or by `"chat"`
             messages for text, as any with OpenAI's API can. It then applies a chat template and end tokens of its own, and
@@ -115,7 +116,8 @@ class EvaluateConfig:
         server_model (`str`, *optional*):
             Name of the model or the adapter at the server. Defaults to the only one it has.
         vllm_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Keyword arguments for `vllm.LLM`, for instance `{"tensor_parallel_size": 2}`.
+            Keyword arguments for `vllm.LLM`, for instance `{"tensor_parallel_size": 2}`, or options of the server that is
+            started.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Precision of the weights: `"auto"` (the checkpoint's own), `"float32"`, `"bfloat16"` or `"float16"`.
         device (`str`, *optional*):
@@ -275,7 +277,9 @@ class EvaluateConfig:
 
     # Parameters that control the model
     backend: str = field(default="transformers", metadata={"help": "What generates.", "choices": list(_BACKENDS)})
-    server_url: str | None = field(default=None, metadata={"help": "Address of the server: http://localhost:8000."})
+    server_url: str | None = field(
+        default=None, metadata={"help": "Address of the server: http://localhost:8000. If not set, vLLM's is started."}
+    )
     server_api: str = field(
         default="tokens",
         metadata={
@@ -427,9 +431,12 @@ class EvaluateConfig:
             raise ValueError(
                 "`thinking_budget` goes on from what was written, which `server_api: chat` cannot: leave one out."
             )
-        if (self.backend == "server") != (self.server_url is not None):
-            raise ValueError("`backend: server` and `server_url` belong together: give both.")
-        if self.backend == "server" and len(self.checkpoints or ()) > 1:
+        if self.backend != "server" and self.server_url is not None:
+            raise ValueError("`server_url` is for `backend: server`: set it, or leave the address out.")
+        if self.starts_server and (self.server_api == "chat" or self.server_model is not None):
+            name = "server_model" if self.server_model is not None else "server_api: chat"
+            raise ValueError(f"`{name}` is for a server that runs: give its `server_url`, or leave it out.")
+        if self.backend == "server" and not self.starts_server and len(self.checkpoints or ()) > 1:
             raise ValueError("A server has the weights of one checkpoint: evaluate `checkpoints` one by one.")
         if self.device is not None:
             try:
@@ -469,6 +476,11 @@ class EvaluateConfig:
         for name, value in dataclasses.asdict(task).items():
             if name != "version" and getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, tuple) else value)
+
+    @property
+    def starts_server(self) -> bool:
+        """Whether vLLM's server is started on each checkpoint."""
+        return self.backend == "server" and self.server_url is None
 
     @property
     def task_version(self) -> str:

@@ -18,19 +18,21 @@ from .config import EvaluateConfig
 from .results_file import Measurement, load_results
 
 
-def looks(budget: int) -> list[tuple[int, float]]:
+def looks(budget: int, error: float = 0.05) -> list[tuple[int, float]]:
     """
     Returns when a sequential comparison is looked at, and the level of its intervals there.
 
     Args:
         budget (`int`):
             How many times the first samples there may be, at least 2.
+        error (`float`, *optional*, defaults to `0.05`):
+            What the levels leave to error in all.
 
     Returns:
-        `list[tuple[int, float]]`: Times the first samples, and the level. What the levels leave to error adds up to 5%.
+        `list[tuple[int, float]]`: Times the first samples, and the level.
     """
     times = [2**power for power in range(budget.bit_length()) if 2**power < budget] + [budget]
-    return [(now, 1 - 0.05 * (now - before) / budget) for before, now in zip([0, *times], times, strict=False)]
+    return [(now, 1 - error * (now - before) / budget) for before, now in zip([0, *times], times, strict=False)]
 
 
 def decide(
@@ -40,6 +42,7 @@ def decide(
     output: str | Path,
     margins: Mapping[str | None, float] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    error: float = 0.05,
 ) -> Conclusion:
     """
     Compares two results files, and draws more samples of the same problems until the answer is decided.
@@ -57,6 +60,8 @@ def decide(
             Loss of accuracy that still counts as none, by task. Defaults to 0.01 for all.
         say (`Callable[[str], None]`, *optional*):
             Told what each look came to.
+        error (`float`, *optional*, defaults to `0.05`):
+            What the intervals of all looks leave to error: less where this is one of several decisions.
 
     Returns:
         [`Conclusion`]: That of the last look.
@@ -69,7 +74,7 @@ def decide(
         raise UserError(f"`decide` is how many times the samples there may be, at least 2, and is {budget}.")
     found = None
     for (times, level), singles in zip(
-        looks(budget), _drawn(before, after, budget, Path(output), margins), strict=False
+        looks(budget, error), _drawn(before, after, budget, Path(output), margins), strict=False
     ):
         found = Conclusion([Comparison(one.pairs, one.margins, level) for one in singles], level)
         say(f"{times} of {budget} times the samples: {found.pooled.sentence()}")

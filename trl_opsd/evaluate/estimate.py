@@ -602,3 +602,34 @@ def flops_per_1000_correct(mean_tokens: float, accuracy: float, parameters: int)
         `float` or `None`: Floating-point operations; `None` when nothing is correct.
     """
     return 1000 * mean_tokens / accuracy * 2 * parameters if accuracy > 0 else None
+
+
+def bytes_per_correct(
+    samples: Samples, parameters: int, weight_bits: float
+) -> tuple[float | None, float | None, float | None]:
+    """
+    Returns the bytes of weights that are moved for a correct answer, parameters · bits / 8 · tokens / accuracy: each token of
+    a request by itself takes all weights through the processor once, and the tokens of wrong answers are paid for too. It is
+    what size and precision, length and accuracy come to together, on a machine that waits for its memory. Prompts and the
+    cache are left out; requests that are decoded together share the weights.
+
+    Args:
+        samples ([`Samples`]):
+            What was judged.
+        parameters (`int`):
+            Number of parameters that a token passes.
+        weight_bits (`float`):
+            Bits of one of them.
+
+    Returns:
+        `tuple`: Bytes, lower and upper bound of their 95% interval, which is that of [`paired_ratio`] for tokens by correct
+        answers. All `None` where nothing is correct, the bounds `None` where only one problem is.
+    """
+    correct, tokens = samples.correct.mean(axis=1), samples.tokens.mean(axis=1)
+    solved = int((correct > 0).sum())
+    if solved == 0:
+        return None, None, None
+    weight = parameters * weight_bits / 8
+    if solved == 1:
+        return weight * float(tokens.sum() / correct.sum()), None, None
+    return tuple(weight * bound for bound in paired_ratio(correct, tokens))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import UserError
 from .config import EvaluateConfig
-from .estimate import Samples, summarize
+from .estimate import Samples, bytes_per_correct, summarize
 from .parallel import Processes
 from .plan import Job, plan
 from .results_file import write_completions
@@ -78,10 +78,14 @@ def evaluate_jobs(jobs: Sequence[Job], progress: Callable[[int, int], None] | No
 
 def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> ResultRow:
     config, checkpoint, sampling = job.config, job.checkpoint, generated.sampling
+    bits, moved = checkpoint.weight_bits(config), (None, None, None)
     try:
-        summary = summarize(Samples.from_records(records), same_answer(job.reward_funcs), config.pass_at_k)
+        samples = Samples.from_records(records)
+        summary = summarize(samples, same_answer(job.reward_funcs), config.pass_at_k)
     except ValueError as error:
         raise UserError(f"`{config.task}`: {error}") from None
+    if bits is not None:
+        moved = bytes_per_correct(samples, checkpoint.passed_parameters, bits)
     return ResultRow(
         **job.labels(generated.decoding),
         **vars(summary),
@@ -89,6 +93,10 @@ def _row(job: Job, generated: Generated, records: list[CompletionRecord]) -> Res
         parameters=checkpoint.parameters,
         non_embedding_parameters=checkpoint.non_embedding_parameters,
         active_parameters=checkpoint.active_parameters,
+        weight_bits=bits,
+        bytes_per_correct=moved[0],
+        bytes_per_correct_low=moved[1],
+        bytes_per_correct_high=moved[2],
         weights_bytes=checkpoint.weights_bytes,
         peak_memory_bytes=generated.peak_memory_bytes,
         generation_s=generated.generation_s,

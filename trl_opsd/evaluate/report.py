@@ -24,7 +24,7 @@ from .compare import Answer, Comparison, Conclusion, compare_measurements, margi
 from .estimate import MARKERS, cost_per_1000_correct, flops_per_1000_correct
 from .results_file import Measurement, load_results
 from .schema import Column, ResultRow, percent
-from .table import Derived, Table, markdown_table, markdown_text, table_of
+from .table import Derived, Table, markdown_table, markdown_text, served_table, table_of
 
 
 TRACES = 2  # pairs of traces for each way in which the verdict may have changed
@@ -132,6 +132,7 @@ def write_report(
     conclusions = _conclusions(findings)
     grid = _grid(groups, start, conclusions)
     table = table_of(measurements, [*_derived(price), *derived])
+    served = served_table(measurements)
     notes = [*remarks, *_notes(measurements, conclusions, price)]
     lines = list(dict.fromkeys(line_of(item) for item in measurements))
     index = {line: number for number, line in enumerate(lines)}
@@ -142,7 +143,7 @@ def write_report(
         ]
         picture = svg.picture(pictures, [", ".join(key) for key in groups], lines)
         write_page(folder / f"accuracy_{axis.name}.svg", picture)
-    write_page(folder / "report.md", _report_md(title, conclusions, grid, table, axes, notes))
+    write_page(folder / "report.md", _report_md(title, conclusions, grid, table, served, axes, notes))
     sizes_differ = len({item.row.parameters for item in measurements}) > 1
     shown = dict.fromkeys([*axes, TOKENS, *([PARAMETERS] if sizes_differ else [])])
     environment = Environment(
@@ -162,6 +163,7 @@ def write_report(
         kinds={answer.sign: answer.name.lower() for answer in Answer},
         labels=[(line, svg.mark(number, 7, 7)) for line, number in index.items()],
         table=table,
+        served=served,
         groups=[(", ".join(key), charts_of(group, index, list(shown))) for key, group in groups.items()],
         comparisons=[(item, traces(item)) for item in findings if item.paired],
         clip=_clip,
@@ -378,6 +380,17 @@ def _notes(measurements: Sequence[Measurement], conclusions: dict[str, Conclusio
             "FLOPs are 2 · non-embedding parameters (of experts the active ones) · completion tokens, of right and wrong completions; attention and the "
             "output layer are left out."
         )
+    if any(item.row.bytes_per_correct is not None for item in measurements):
+        notes.append(
+            "Bytes moved per correct answer are parameters (of experts the active ones) · bits / 8 · tokens / accuracy: what a "
+            "request by itself takes through the processor, tokens of wrong answers included, prompt and cache left out. Their "
+            "interval is of the problems."
+        )
+    if any(level.correct_per_s is not None for item in measurements for level in item.row.serving):
+        notes.append(
+            "Under load, correct/s counts the answers of the load itself that the verifiers find correct; as many requests as "
+            "are under way come before it and are not measured."
+        )
     if price is not None:
         notes.append(
             f"Cost is at a price of {price:g} for a million completion tokens, of right and wrong completions."
@@ -398,6 +411,7 @@ def _report_md(
     conclusions: dict[str, Conclusion],
     grid: Sequence[Row],
     table: Table,
+    served: Table,
     axes: Sequence[Axis],
     notes: list[str],
 ) -> str:
@@ -429,6 +443,8 @@ def _report_md(
         "",
         "</details>",
     ]
+    if served.lines:
+        lines += ["", "## Under load", "", *markdown_table(served.headings, served.lines)]
     if not grid:
         lines += ["", *(f"![Accuracy against {axis.name}](accuracy_{axis.name}.svg)" for axis in axes)]
     lines += ["", *[f"- {note}" for note in notes], ""]

@@ -1,5 +1,6 @@
 """From jobs to completions, through the cache: a checkpoint is loaded when its first completion is missing there."""
 
+import dataclasses
 import hashlib
 import re
 import time
@@ -10,13 +11,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..cli import UserError
-from .backends import Engine, Request, Sampling, load_engine
+from .backends import Engine, Request, Sampling, has_vllm, load_engine
 from .budget import generate_within_budget
 from .cache import GenerationCache, cache_key
 from .parallel import Processes
 from .plan import Job
 from .schema import Serving
-from .serving import bench_serving, has_vllm, measure_serving
+from .score import verify
+from .serving import bench_serving, measure_serving
 from .thinking import is_opened, read_thinking
 
 
@@ -113,6 +115,8 @@ class Runner:
         origin |= {"backend": config.backend, "dtype": config.dtype, "own_code": config.trust_remote_code}
         if config.backend == "vllm":
             origin["vllm_kwargs"] = config.vllm_kwargs  # a quantisation, for instance
+        elif config.starts_server:
+            origin["vllm_kwargs"] = config.vllm_kwargs
         elif config.backend == "server":
             # The name alone may be given to other weights; how much room there is, each limit says
             origin["served"] = {name: value for name, value in job.served.items() if name != "max_model_len"}
@@ -192,10 +196,24 @@ class Runner:
 
     def _measure(self, job: Job, requests: list[Request], sampling: Sampling, concurrency: int) -> Serving:
         config = job.config
-        if config.backend == "server" and config.server_api == "tokens" and has_vllm():
-            url, model, path = job.served["url"], job.served["id"], job.tokenizer.name_or_path
-            return bench_serving(url, model, job.tokenizer, path, requests, sampling, concurrency)
-        return measure_serving(self._engine(job), requests, sampling, concurrency)
+        engine = self._engine(job)
+        if config.backend != "server" or config.server_api != "tokens" or not has_vllm():
+            return measure_serving(engine, requests, sampling, concurrency)
+        path = job.tokenizer.name_or_path
+        level, answers = bench_serving(engine.url, engine.model, job.tokenizer, path, requests, sampling, concurrency)
+        verdicts = verify(
+            job.dataset.select(range(len(requests))),
+            job.reward_funcs,
+            answers,
+            job.tokenizer,
+            job.eos_ids,
+            [is_opened(request.prompt_ids, job.tokenizer, job.tags) for request in requests],
+            job.tags,
+            config.stop or (),
+        )
+        correct = sum(bool(verdict.correct) for verdict in verdicts)
+        seconds = len(requests) / level.requests_per_s
+        return dataclasses.replace(level, correct=correct, correct_per_s=correct / seconds)
 
     def _tick(self, number: int) -> None:
         self.done += number

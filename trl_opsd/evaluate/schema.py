@@ -187,6 +187,10 @@ class Serving:
             The same to its last; the second is optional.
         tokens_per_s, requests_per_s (`float`):
             From the first request to the last token; the second is optional.
+        correct (`int`, *optional*):
+            Number of the answers of this load that the verifiers find correct, where they were kept.
+        correct_per_s (`float`, *optional*):
+            The same in a second.
         meter (`str`, *optional*):
             What measured it, if not [`~trl_opsd.evaluate.serving.measure_serving`].
     """
@@ -200,6 +204,8 @@ class Serving:
     total_p95_s: float | None = number(default=None)
     tokens_per_s: float = number()
     requests_per_s: float | None = number(default=None)
+    correct: int | None = number(default=None)
+    correct_per_s: float | None = number(default=None)
     meter: str | None = None
 
 
@@ -296,6 +302,11 @@ class ResultRow(Summary, Labels):
             Those that are neither the table of input embeddings nor the output layer.
         active_parameters (`int`, *optional*):
             Those of them that a token passes: fewer in a mixture of experts.
+        weight_bits (`float`, *optional*):
+            Bits of a parameter as it was served; `None` of a server that does not say.
+        bytes_per_correct, bytes_per_correct_low, bytes_per_correct_high (`float`, *optional*):
+            Bytes of weights that are moved for a correct answer of a request by itself, and their 95% interval; see
+            [`~trl_opsd.evaluate.estimate.bytes_per_correct`].
         peak_memory_bytes (`int`, *optional*):
             While this row was generated, of all processes that held the model (see
             [`~trl_opsd.evaluate.memory.peak_memory`]); `None` if not all of it was in this run, and of a server. Where
@@ -327,6 +338,12 @@ class ResultRow(Summary, Labels):
     parameters: int = number(Column("parameters", whole, place=0), above_zero=True)
     non_embedding_parameters: int | None = number(default=None)
     active_parameters: int | None = number(default=None)
+    weight_bits: float | None = number(Column("bits", lambda bits: f"{bits:.3g}", place=2), default=None)
+    bytes_per_correct: float | None = number(
+        Column("bytes moved per correct answer", "{:.3g}".format), most=1e30, default=None
+    )
+    bytes_per_correct_low: float | None = number(most=1e30, default=None)
+    bytes_per_correct_high: float | None = number(most=1e30, default=None)
     peak_memory_bytes: int | None = number(Column("peak memory, MiB", mebibytes, place=2), default=None)
     weights_bytes: int | None = number(Column("weights, MiB", mebibytes, place=2), default=None)
     generation_s: float | None = number(default=None)

@@ -1,6 +1,5 @@
 """Latency and throughput of any [`~trl_opsd.evaluate.backends.Engine`]."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -29,11 +28,6 @@ main(parser.parse_args())
 VLLM_BENCH = [sys.executable, "-c", _BENCH]
 
 
-def has_vllm() -> bool:
-    """Whether `vllm bench serve` is there."""
-    return importlib.util.find_spec("vllm") is not None
-
-
 def bench_serving(
     url: str,
     model: str,
@@ -42,7 +36,7 @@ def bench_serving(
     requests: list[Request],
     sampling: Sampling,
     concurrency: int,
-) -> Serving:
+) -> tuple[Serving, list[list[int]]]:
     """
     Measures latency and throughput of a running vLLM by its own benchmark, `vllm bench serve`.
 
@@ -63,13 +57,16 @@ def bench_serving(
             Number of requests under way at a time.
 
     Returns:
-        [`~trl_opsd.evaluate.schema.Serving`]: What was measured, after as many unmeasured requests as are under way.
+        `tuple`: What was measured, after as many unmeasured requests as are under way, as a
+        [`~trl_opsd.evaluate.schema.Serving`]; and the answers of the load itself, as token ids, for a verifier. (The benchmark
+        keeps their text, which is tokenised again, and their number of tokens: with fewer than it may have, one has ended.)
 
     Raises:
         UserError: If the benchmark fails, or requests do.
     """
     extra = {"stop_token_ids": list(sampling.eos_ids), "stop": list(sampling.stop)}
     extra |= {"cache_salt": uuid.uuid4().hex}  # what was cached without it is not found
+    extra |= {"add_special_tokens": False}  # the text of the prompt has its own
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.jsonl")
         rows = [
@@ -100,7 +97,7 @@ def bench_serving(
             "result-filename": "result.json",
         }
         command = [*VLLM_BENCH, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-        command += ["--skip-chat-template", "--disable-shuffle", "--save-result"]
+        command += ["--skip-chat-template", "--disable-shuffle", "--save-result", "--save-detailed"]
         run = subprocess.run(command, capture_output=True, text=True)
         result = Path(folder, "result.json")
         if run.returncode != 0 or not result.is_file():
@@ -109,7 +106,12 @@ def bench_serving(
         told = json.loads(result.read_text())
     if told["completed"] != len(requests):
         raise UserError(f"`vllm bench serve`: the server answered {told['completed']} of {len(requests)} requests.")
-    return Serving(
+    answers = []
+    for request, text, length in zip(requests, told["generated_texts"], told["output_lens"], strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        has_ended = length < sampling.limit(request)
+        answers.append(ids + list(sampling.eos_ids[:1]) if has_ended else ids or request.prompt_ids[-1:])
+    measured = Serving(
         concurrency=concurrency,
         requests=len(requests),
         tokens=told["total_output_tokens"],
@@ -121,6 +123,7 @@ def bench_serving(
         requests_per_s=told["request_throughput"],
         meter="vllm bench serve",
     )
+    return measured, answers
 
 
 def measure_serving(

@@ -114,6 +114,40 @@ def _cell(column: Column, value: Value, low: Value | None, high: Value | None, r
     return f"{cut}{column.text(found)} ({column.text(bounds[0])} to {column.text(bounds[1])})", found
 
 
+# What a load measures, and how it is shown
+_SERVED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("concurrency", "at a time", str),
+    ("requests_per_s", "answers/s", "{:.3g}".format),
+    ("correct_per_s", "correct/s", "{:.3g}".format),
+    ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+    ("first_token_p50_s", "first token, s, p50", "{:.3g}".format),
+    ("first_token_p95_s", "p95", "{:.3g}".format),
+    ("total_p50_s", "answer, s, p50", "{:.3g}".format),
+    ("total_p95_s", "p95", "{:.3g}".format),
+)
+
+
+def served_table(measurements: Sequence[Measurement]) -> Table:
+    """
+    Returns the table of latency and throughput under load, which has no lines where none was measured.
+
+    Args:
+        measurements (`Sequence[Measurement]`):
+            What may have been under load, each at several levels of concurrency.
+
+    Returns:
+        [`Table`]: A line for each level of each.
+    """
+    lines = []
+    for item in measurements:
+        for level in item.row.serving:
+            labels = [(name, name) for name in (item.label, *item.key)]
+            values = [(vars(level)[name], show) for name, _, show in _SERVED]
+            lines.append([*labels, *(("–", -1.0) if v is None else (show(v), v) for v, show in values)])
+    headings = ["checkpoint", "task", "decoding", *(heading for _, heading, _ in _SERVED)]
+    return Table(headings, lines, len(headings))
+
+
 def markdown_table(headings: list[str], table: list[list[Cell]]) -> list[str]:
     """Returns what [`table_of`] gives as lines of Markdown."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]

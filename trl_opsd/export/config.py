@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluate.compare import margins_of
+from ..hub import check_hub
 from .environments import PINS, parse_environments
 from .formats import parse_formats
 
@@ -42,6 +43,15 @@ class ExportConfig:
             Loss of accuracy that still counts as none for an artefact that is quantised, as a share, and that of single
             tasks, as in `0.01 gsm8k=0.005`. Defaults to 0.01 for all.
 
+        > Parameters that control the upload
+
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload each artefact that has its final name, to a repository of its own.
+        hub_model_id (`str`, *optional*):
+            What those repositories are called, as `NAME` or `OWNER/NAME`, before `-` and the name of the artefact.
+        hub_private_repo (`bool`, *optional*):
+            Whether they are private. Defaults to the owner's setting.
+
         > Parameters that control the converters
 
         environments (`list[str]`, *optional*):
@@ -81,6 +91,17 @@ class ExportConfig:
         },
     )
 
+    # Parameters that control the upload
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload each artefact that has its final name, to a repository of its own."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "NAME or OWNER/NAME of those repositories, before the name of the artefact."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether they are private. Defaults to the owner's setting."}
+    )
+
     # Parameters that control the converters
     environments: list[str] | None = field(
         default=None,
@@ -96,6 +117,7 @@ class ExportConfig:
         for name in ("calibration_samples", "conversion_prompts", "conversion_tokens"):
             if self.__dict__[name] < 1:
                 raise ValueError(f"`{name}` must be at least 1, and is {self.__dict__[name]}.")
+        check_hub(self.push_to_hub, self.hub_model_id)
         self.margins = margins_of(self.margin or [])
         self.folders = parse_environments(self.environments, PINS)
         calibrated = [artefact.name for artefact in self.artefacts if artefact.is_calibrated]

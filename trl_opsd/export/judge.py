@@ -9,7 +9,7 @@ from ..evaluate.backends import Request
 from ..evaluate.compare import Answer as Verdict
 from ..evaluate.compare import Conclusion, compare_files
 from ..evaluate.config import EvaluateConfig
-from ..evaluate.estimate import Samples, summarize
+from ..evaluate.estimate import Samples, bytes_per_correct, summarize
 from ..evaluate.pipeline import evaluate_jobs
 from ..evaluate.plan import Job
 from ..evaluate.results_file import write_completions, write_rows
@@ -84,7 +84,10 @@ class Judge:
             start += len(job.names)
             requests = [Request(ids, 0, limit) for ids, limit in zip(job.prompt_ids, job.limits, strict=True)]
             records = score(own, "greedy", requests, part)
-            summary = summarize(Samples.from_records(records), same_answer(own.reward_funcs), own.config.pass_at_k)
+            samples = Samples.from_records(records)
+            summary = summarize(samples, same_answer(own.reward_funcs), own.config.pass_at_k)
+            bits = 8 * size / before.parameters  # with what lies beside the weights
+            moved = bytes_per_correct(samples, job.checkpoint.passed_parameters, bits)
             rows.append(
                 dataclasses.replace(
                     before,
@@ -92,6 +95,10 @@ class Judge:
                     stage=name,
                     backend=backend,
                     weights_bytes=size,
+                    weight_bits=bits,
+                    bytes_per_correct=moved[0],
+                    bytes_per_correct_low=moved[1],
+                    bytes_per_correct_high=moved[2],
                     checkpoint_hash=digest,
                     peak_memory_bytes=None,
                     generation_s=round(seconds, 3),

@@ -22,6 +22,7 @@ from ..evaluate.compare import Answer as Verdict
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.plan import Job, plan
 from ..evaluate.results_file import load_results
+from ..hub import push
 from ..results import write_results
 from ..rlvr.bank import prompt_id, read_rollouts
 from ..rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
@@ -83,6 +84,12 @@ def run(export: ExportConfig, evaluate: EvaluateConfig) -> int:
         raise SystemExit(2) from None
     for row in rows:
         print(line(row))
+    if export.push_to_hub:
+        with user_errors():
+            for row in rows:
+                if row["answer"] in ("identical", Verdict.AS_GOOD.text):
+                    name = f"{export.hub_model_id}-{row['artefact']}"
+                    print(push(Path(export.output_dir) / row["artefact"], name, export.hub_private_repo))
     answers = {row["answer"] for row in rows}
     return 1 if answers & {"failed", Verdict.WORSE.text} else 3 if Verdict.UNDECIDED.text in answers else 0
 

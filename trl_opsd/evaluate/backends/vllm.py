@@ -1,5 +1,6 @@
 """vLLM in this process."""
 
+import importlib.util
 import json
 import os
 import uuid
@@ -11,6 +12,11 @@ from ...cli import UserError
 from ..checkpoint import base_of
 from ..config import EvaluateConfig
 from .engine import Request, Sampling
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed here."""
+    return importlib.util.find_spec("vllm") is not None
 
 
 class VllmEngine:
