@@ -483,8 +483,8 @@ STAYS = """
     OPSDTrainer._generate_single_turn
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
-    teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher Teacher.generate
-    resolve_teacher_gate_rollouts _check_teacher_gate OPSDTrainer._saved ._saved
+    teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher generate_as
+    resolve_teacher_gate_rollouts as_list check_pass_rates check_preference OPSDTrainer._saved ._saved
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
@@ -628,6 +628,63 @@ _OF_CONFIG = (
     (
         "are the parameters below: which weights and which\n    context the teacher has, and which rollouts are trained on.",
         "are the parameters below.",
+    ),
+    # One context, because nothing chooses among several
+    ("teacher_context (`str` or `list[str]`, *optional*):", "teacher_context (`str`, *optional*):"),
+    ("teacher_prompt_template (`str` or `list[str]`, *optional*):", "teacher_prompt_template (`str`, *optional*):"),
+    (
+        " With\n            `teacher_gate` it may be several, in order of preference.\n        sibling_fallback",
+        "\n        sibling_fallback",
+    ),
+    (
+        " With\n            `teacher_gate` it may be several, in order of preference.\n        teacher_gate",
+        "\n        teacher_gate",
+    ),
+    (
+        "    # A single one may be text: command lines know one type for a field\n    teacher_context: list[str] | None",
+        "    teacher_context: str | None",
+    ),
+    ("teacher_prompt_template: list[str] | None", "teacher_prompt_template: str | None"),
+    (" With `teacher_gate` several, in order of preference.", ""),
+    (' With "\n            "`teacher_gate` several, in order of preference."', '"'),
+    (
+        """        for name in ("teacher_context", "teacher_prompt_template"):
+            value = vars(self)[name]
+            if isinstance(value, list) and len(value) < 2:  # as the command line gives a single one
+                setattr(self, name, value[0] if value else None)
+""",
+        "",
+    ),
+    (
+        """        for name in as_list(self.teacher_context):
+            if name not in TEACHER_PROMPT_TEMPLATES:
+                raise ValueError(
+                    f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
+                    f"{name!r}: for wording of your own set `teacher_prompt_template`."
+                )
+""",
+        """        if self.teacher_context is not None and self.teacher_context not in TEACHER_PROMPT_TEMPLATES:
+            raise ValueError(
+                f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
+                f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
+            )
+""",
+    ),
+    (
+        "In order of preference. One, unless a gate chooses; none if the\n            teacher sees the plain prompt.",
+        "One, or none if the teacher sees the plain prompt.",
+    ),
+    (
+        """        templates = as_list(self.teacher_prompt_template)
+        templates = templates or [TEACHER_PROMPT_TEMPLATES[name] for name in as_list(self.teacher_context)]
+        return [TeacherContext(template) for template in templates]
+""",
+        """        if self.teacher_prompt_template is not None:
+            return [TeacherContext(self.teacher_prompt_template)]
+        if self.teacher_context is not None:
+            return [TeacherContext(TEACHER_PROMPT_TEMPLATES[self.teacher_context])]
+        return []
+""",
     ),
 )
 _OWN_TEACHER_LATER = (
@@ -1075,7 +1132,7 @@ def extract_logprobs(''',
         ),
         brings="""
             TeacherContext TeacherPrompts TEACHER_PROMPT_TEMPLATES teacher_context teacher_prompt_template max_teacher_prompt_length build_teacher_context build_teacher_contexts context contexts
-            as_list _check_preference teacher_prompts
+            teacher_prompts
             teacher_chat_template_kwargs own_kwargs own_template_kwargs _chat_template_kwargs _tokenize_for_teacher padded
             _apply_chat_template _max_teacher_prompt _tokenize_teacher_prompts teacher_prompt_ids teacher_prompt_mask
             _VALID_DICT_FIELDS check_text_only sibling siblings sibling_fallback takes_sibling shortest_siblings
@@ -1088,7 +1145,7 @@ def extract_logprobs(''',
             _ours(
                 "teacher",
                 only=tuple(
-                    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward Teacher._in_student check_identity load_external load
+                    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward Teacher.in_student check_identity load_external load
                     copy_of_student check_vocabularies shard_teacher""".split()
                 ),
                 edits=(

@@ -1,6 +1,7 @@
 """The pull requests for TRL: computed, applied in turn to a copy of the installed TRL, and tested there."""
 
 import ast
+import dataclasses
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import trl
 
 from scripts import upstream
 from scripts.upstream import STEPS, build, without
+from trl_opsd import OPSDConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +131,8 @@ def test_numbers_in_the_texts_are_those_of_the_results():
 def test_no_step_mentions_what_is_brought_later_or_never(kit):
     """Beside what the formatter sees: comments and docstrings do not promise what is not there."""
     folder, _ = kit
-    fields = {"lmbda", "off_policy_steps", "max_generation_rounds", "min_pass_rate", "completion_limit_quantile"}
+    fields = {field.name for field in dataclasses.fields(OPSDConfig)} & set(upstream.STAYS.split())
+    assert {"lmbda", "max_generation_rounds", "teacher_gate"} < fields
     branch = "".join(file.read_text() for file in (folder / "branch" / upstream.PACKAGE).rglob("*.py"))
     assert [name for name in fields if name in branch] == []
     assert "trl_opsd" not in branch and "trl-opsd" not in branch

@@ -42,7 +42,7 @@ from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics, check_fin
 from .rollouts import CollectedRollouts, Rollouts
 from .saved import Saved
 from .teacher import Teacher
-from .teacher_gate import TeacherGate
+from .teacher_gate import TeacherGate, generate_as
 from .verify import RewardFunc, Verifiers
 
 
@@ -382,8 +382,13 @@ class OPSDTrainer(DistillationTrainer):
             ids, mask = padded(
                 prompt_ids[start : start + size], self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of
             )
-            written = self.teacher.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            written = generate_as(
+                self.teacher,
+                self.model,
+                self.accelerator,
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
             )
             for row in written[:, ids.size(1) :].tolist():
                 end = next((place for place, token in enumerate(row) if token in self.eos_token_ids), len(row))
