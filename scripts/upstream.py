@@ -417,13 +417,19 @@ class _Without:
             gone = [
                 (key, value)
                 for key, value in zip(node.keys, node.values, strict=True)
-                if (key is not None and self.mentions(key)) or self.mentions(value)
+                if (key is not None and self.mentions(key)) or not self.entry(value)
             ]
             for key, value in gone:
                 start = self.span(value if key is None else key)[0] - (2 if key is None else 0)
                 self.cut(start, self.span(value)[1])
             return len(gone) < len(node.keys)
         return all(self.expression(child) for child in ast.iter_child_nodes(node))
+
+    def entry(self, value: ast.expr) -> bool:
+        """Takes absent elements out of a dictionary's value, and returns whether it can stay."""
+        if isinstance(value, ast.Tuple | ast.List | ast.Set):
+            return self.expression(value)
+        return not self.mentions(value)
 
     def elements(self, gone: list, every: list, node: ast.AST) -> None:
         for element in gone:
@@ -764,7 +770,27 @@ _TEACHER_OF_TRL = (
 """,
     ),
 )
-_GIVEN_TEACHER = (("\n\ndef train(trainer_class, config, **kwargs):\n    recorder", _ANOTHER_TEACHER),)
+_ALONE = "trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)\n        "
+_WITH_ANOTHER = (
+    "trainer = OPSDTrainer(\n            model=small_model(0),\n            teacher_model=another(small_model(0)),\n"
+    "            args=config,\n            train_dataset=rows,\n            processing_class=tokenizer,\n        )\n        "
+)
+_GIVEN_TEACHER = (
+    ("\n\ndef train(trainer_class, config, **kwargs):\n    recorder", _ANOTHER_TEACHER),
+    ("        model,\n        model,\n        tokenizer,\n", "        model,\n        another(model),\n        tokenizer,\n"),
+    *(
+        (
+            f"model=small_model(0),\n            args=config,\n            train_dataset=rows,\n            {follows}",
+            "model=small_model(0),\n            teacher_model=another(small_model(0)),\n            args=config,\n"
+            f"            train_dataset=rows,\n            {follows}",
+        )
+        for follows in (
+            "eval_dataset=",
+            "processing_class=tokenizer,\n            reward_funcs=reward_by_length(5),\n        )\n        hidden",
+        )
+    ),
+    *((f"{_ALONE}{follows}", f"{_WITH_ANOTHER}{follows}") for follows in ("hidden =", "batch =")),
+)
 _TESTS_OF_CONTEXT = """
     reference_loss test_loss_is_the_formula_on_the_kept_rollouts
     test_teacher_sees_its_context_and_the_same_completion_tokens test_own_chat_template_arguments_on_each_side

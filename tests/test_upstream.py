@@ -53,6 +53,7 @@ def names_of(kit):
         ("def f(a, x=None, *, y=1):\n    return a\n", "x", "def f(a, *, y=1):\n    return a\n"),
         ("with x():\n    a = 1\n", "x", "a = 1\n"),
         ("a = {'x': 1, 'b': 2}\n", "x", "a = {'b': 2}\n"),
+        ("a = {'b': (1, 'x', 2), 'c': ('x',), 'd': x}\n", "x", "a = {'b': (1, 2), }\n"),
         ("class A:\n    def x(self):\n        pass\n\n    b = 1\n", "A.x", "class A:\n\n    b = 1\n"),
         ("self.x = 1\nx = 2\n", ".x", "x = 2\n"),
         (
