@@ -188,8 +188,8 @@ class OPSDTrainer(DistillationTrainer):
         if self._is_vlm:
             check_text_only(args)
         check_lengths(args, self.model.config)
-        external = self.teacher.model if self.teacher.weights == "external" else None
-        check_ends(self.eos_token_ids, external, self._tokenizer)
+        is_external = self.teacher.weights == "external"
+        check_ends(self.eos_token_ids, self.teacher.model if is_external else None, self._tokenizer)
         self.teacher.prepare(self.model, self._tokenizer, self.accelerator)
         self.teacher_model = self.teacher.model
         if self.teacher.follows_student:
