@@ -491,6 +491,7 @@ STAYS = """
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
     teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher generate_as
+    _generate_and_score_completions:chosen _tokenize_teacher_prompts:chosen Teacher.hidden
     resolve_teacher_gate_rollouts as_list check_pass_rates check_preference OPSDTrainer._saved ._saved
 """
 
@@ -631,6 +632,11 @@ _OF_CONFIG = (
         "are the parameters below: which weights and which\n    context the teacher has, and which rollouts are trained on.",
         "are the parameters below.",
     ),
+    (
+        """If teacher and student are the same in weights and context, if a gate needs a verifier and there is
+            none, if a column is missing, if the data does not fill a batch, or if two of the arguments exclude each other.""",
+        "If two of them exclude each other, or the data lacks what they need.",
+    ),
     # One context, because nothing chooses among several
     ("teacher_context (`str` or `list[str]`, *optional*):", "teacher_context (`str`, *optional*):"),
     ("teacher_prompt_template (`str` or `list[str]`, *optional*):", "teacher_prompt_template (`str`, *optional*):"),
@@ -692,6 +698,16 @@ _OF_CONFIG = (
 _OWN_TEACHER_LATER = (
     ("teacher_model=None,  # its weights may be the student's: [`Teacher`] has them", "teacher_model=teacher_model,"),
 )
+_OF_CHOICE = (
+    (
+        "written, verified, asked again, and those chosen that are trained on",
+        "written, verified, and those chosen that are trained on",
+    ),
+    (
+        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
+        "Decides which rollouts are trained on.",
+    ),
+)
 _OF_ROLLOUTS = (
     (
         """        train_dataset ([`~datasets.Dataset`]):
@@ -701,16 +717,8 @@ _OF_ROLLOUTS = (
     ),
     ("        train_dataset: Dataset,\n", ""),
     ("        self._train_dataset = train_dataset\n", ""),
-    (
-        "written, verified, asked again, and those chosen that are trained on",
-        "written, verified, and those chosen that are trained on",
-    ),
     (" It may be another one than the sampler drew.", ""),
     ("            # Of the first round: whoever fails is asked again, and whoever does not is not\n", ""),
-    (
-        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
-        "Decides which rollouts are trained on.",
-    ),
     (
         """        rewards (`torch.Tensor`, *optional*):
             Reward by each verifier and, last, what they add up to, of shape `(B, functions + 1)`.
@@ -726,6 +734,20 @@ _OF_ROLLOUTS = (
         "",
     ),
     ("        rollouts.columns = dict(self.verifiers.columns)\n", ""),
+)
+_NONE_IS_LEFT_OUT = (
+    ("written, verified, asked again, and those chosen that are trained on", "written and verified"),
+    (
+        """ With verifiers, `kept`, of shape `(B,)`, says which are trained on, and
+            `num_items_in_batch` counts their tokens in the whole global batch.""",
+        "",
+    ),
+    ("Who judges them. If `None`, all of them are trained on.", "Who judges them."),
+    ("Has rollouts written, verified and chosen.", "Has rollouts written and verified."),
+    (
+        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
+        "Has the verifiers judge the rollouts.",
+    ),
 )
 _TESTS_OF_DIVERGENCE = """
     assert_close tiles TestDefinition.test_without_a_clip_it_is_the_textbook_divergence TestDefinition.test_gradcheck
@@ -1033,7 +1055,7 @@ def extract_logprobs(''',
         "verifiers",
         parts=(
             _ours("batches", only=("unpadded",)),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_NONE_IS_LEFT_OUT)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",
@@ -1055,7 +1077,7 @@ def extract_logprobs(''',
         parts=(
             _ours("gate", only=("Verdicts", "judge", "shortest")),
             _ours("batches", only=("unpadded", "select_rows")),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_OF_CHOICE)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",
@@ -1070,7 +1092,7 @@ def extract_logprobs(''',
         ),
         brings="""
             gate passed kept resolve_gate shortest keep_shortest num_generations group_size num_items_in_batch num_tokens
-            loss_mask nothing_kept _verify_and_choose:start opsd/kept OPSDTrainer.compute_loss _clip_grad_norm _get_grad_norm select_rows mine
+            loss_mask nothing_kept _check_datasets _verify_and_choose:start opsd/kept OPSDTrainer.compute_loss _clip_grad_norm _get_grad_norm select_rows mine
             _get_train_sampler MULTIMODAL_FIELDS PADDED_FIELDS OPSDConfig.global_batch_size global_batch
         """,
     ),
@@ -1116,7 +1138,7 @@ def extract_logprobs(''',
         parts=(
             _ours("gate", only=("Verdicts", "judge", "shortest", "shortest_siblings")),
             _ours("batches", only=("padded", "unpadded", "with_completion", "select_rows")),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_OF_CHOICE)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",

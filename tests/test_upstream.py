@@ -141,7 +141,8 @@ def test_each_has_a_text_in_the_form_that_is_asked_for(kit):
         described, _, rest = text.partition("## Before submitting")
         assert len(described) > 400 and "- [x]" in rest, name
         for part in ("**Why.**", "**What it costs.**"):
-            assert part in described or name.endswith("triton"), (name, part)
+            assert part in described, (name, part)
+        assert "trl-opsd" not in text and "trl_opsd" not in text, name
 
 
 def test_each_is_small(kit):

@@ -601,7 +601,9 @@ def check_arguments(
     _check_gate(args, reward_funcs or [])
     if args.remove_unused_columns and reward_funcs:
         raise ValueError("`remove_unused_columns=True` drops the columns that `reward_funcs` read: leave it at False.")
-    _check_datasets(args, train_dataset, eval_dataset, tools)
+    _check_datasets(args, train_dataset, eval_dataset)
+    if train_dataset is not None:
+        check_pass_rates(args, train_dataset, eval_dataset, tools)
     if args.given is not None and tools:
         raise ValueError(
             f"`{args.given}` takes whole completions from the data set, and with `tools` one is written turn by turn: leave "
@@ -703,9 +705,7 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
         )
 
 
-def _check_datasets(
-    args: OPSDConfig, train_dataset: Any, eval_dataset: Any, tools: list[Callable] | None = None
-) -> None:
+def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> None:
     contexts = args.build_teacher_contexts()
     for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
         if dataset is not None and dataset.column_names is not None:
@@ -714,7 +714,6 @@ def _check_datasets(
     if train_dataset is None:
         return
     columns = train_dataset.column_names
-    check_pass_rates(args, train_dataset, eval_dataset, tools)
     if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
             f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "

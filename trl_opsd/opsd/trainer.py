@@ -301,10 +301,10 @@ class OPSDTrainer(DistillationTrainer):
             self._metrics[mode][name].append(value)
         batch = collected.batch
         if self.teacher_prompts is not None:
-            contexts = None if self.teacher_gate is None else self._gate_teacher(mode, collected)
+            chosen = None if self.teacher_gate is None else self._gate_teacher(mode, collected)
             batch.update(
                 self._tokenize_teacher_prompts(
-                    collected.rows, collected.siblings, batch["completion_ids"].size(1), contexts
+                    collected.rows, collected.siblings, batch["completion_ids"].size(1), chosen
                 )
             )
         if self.args.log_engine_mismatch:
@@ -413,18 +413,15 @@ class OPSDTrainer(DistillationTrainer):
         rows: list[dict[str, Any]],
         siblings: list[str | None],
         completion_length: int,
-        contexts: list[TeacherContext | None] | None = None,
+        chosen: list[TeacherContext | None] | None = None,  # by the teacher's gate
     ) -> dict[str, torch.Tensor]:
-        """
-        The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`. `contexts` are what its gate
-        has chosen.
-        """
+        """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
         prompts, limit = self.teacher_prompts, self._max_teacher_prompt(completion_length)
-        in_contexts = [prompts.context_of(sibling) for sibling in siblings] if contexts is None else contexts
+        in_contexts = [prompts.context_of(sibling) for sibling in siblings] if chosen is None else chosen
         prompt_ids, num_cut = prompts.encode(rows, in_contexts, siblings, limit)
-        if contexts is not None:
+        if chosen is not None:
             # An anchor is what the student sees, in the student's own rendering
-            anchors = [index for index, context in enumerate(contexts) if context is None]
+            anchors = [index for index, context in enumerate(chosen) if context is None]
             plain = self._tokenize_prompts([rows[index]["prompt"] for index in anchors])[0] if anchors else []
             for index, ids in zip(anchors, plain, strict=True):
                 prompt_ids[index] = ids
