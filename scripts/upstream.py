@@ -43,15 +43,12 @@ class Part:
             Its classes, functions and methods (`Class.method`) that are taken. If `None`, all of them.
         edits (`tuple[tuple[str, str], ...]`):
             What is said otherwise there: text that the file has once, and what stands in its place.
-        tail (`str`):
-            What stands below it there.
     """
 
     source: str
     target: str
     only: tuple[str, ...] | None = None
     edits: tuple[tuple[str, str], ...] = ()
-    tail: str = ""
 
 
 @dataclass(frozen=True)
@@ -296,14 +293,18 @@ class _Without:
             self.drop(node)
             return False
         if truth is False:
-            after = self.span(node.orelse[0])[0]
+            after, before = self.span(node.orelse[0])[0], len(self.changes)
             if self.source.startswith("elif", after):  # the next one takes its place
                 self.changes.append((start, after if is_elif else after + len("el"), ""))
             elif is_elif:
                 self.changes.append((start, self.source.rindex("else", start, after), ""))
             else:
                 self.hoist(node, node.orelse)
-            return self.body(node.orelse, where)
+            left = self.body(node.orelse, where)
+            if not left:
+                del self.changes[before:]
+                self.drop(node)
+            return left
         self.expression(node.test)
         before, names = len(self.changes), set(self.names)
         left = self.body(node.body, where)
@@ -417,13 +418,19 @@ class _Without:
             gone = [
                 (key, value)
                 for key, value in zip(node.keys, node.values, strict=True)
-                if (key is not None and self.mentions(key)) or self.mentions(value)
+                if (key is not None and self.mentions(key)) or not self.entry(value)
             ]
             for key, value in gone:
                 start = self.span(value if key is None else key)[0] - (2 if key is None else 0)
                 self.cut(start, self.span(value)[1])
             return len(gone) < len(node.keys)
         return all(self.expression(child) for child in ast.iter_child_nodes(node))
+
+    def entry(self, value: ast.expr) -> bool:
+        """Takes absent elements out of a dictionary's value, and returns whether it can stay."""
+        if isinstance(value, ast.Tuple | ast.List | ast.Set):
+            return self.expression(value)
+        return not self.mentions(value)
 
     def elements(self, gone: list, every: list, node: ast.AST) -> None:
         for element in gone:
@@ -483,30 +490,26 @@ STAYS = """
     OPSDTrainer._generate_single_turn
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
-    teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher Teacher.generate
-    resolve_teacher_gate_rollouts _check_teacher_gate OPSDTrainer._saved ._saved
+    teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher generate_as
+    _generate_and_score_completions:chosen _tokenize_teacher_prompts:chosen Teacher.hidden
+    resolve_teacher_gate_rollouts as_list check_pass_rates check_preference OPSDTrainer._saved ._saved
     current_state never_empty compute_loss:mismatch training_step:mismatch
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
 
 
-# What is a command in a reproduction is a test there
-_COMMAND = "__name__"
-
-
 def _ours(name: str, only: tuple[str, ...] | None = None, edits: tuple = (), target: str | None = None) -> Part:
     return Part(f"trl_opsd/opsd/{name}.py", f"{PACKAGE}/{target or name}.py", only, edits)
 
 
-def _test(name: str, only: str | None = None, edits: tuple = (), tail: str = "") -> Part:
-    return Part(f"tests/{name}.py", f"{TESTS}/{name}.py", only and tuple(only.split()), edits, tail)
+def _test(name: str, only: str | None = None, edits: tuple = ()) -> Part:
+    return Part(f"tests/{name}.py", f"{TESTS}/{name}.py", only and tuple(only.split()), edits)
 
 
-def _docstring_of(source: str) -> str:
-    """The docstring of a module as it is written."""
-    text = (ROOT / source).read_text()
-    return text[: text.index('"""\n', 3) + 4]
+def _test_of_trl(name: str) -> Part:
+    """A test of what TRL has already, in the form of TRL's: on the models and data that all its tests stand on."""
+    return Part(f"scripts/pull_requests/tests/{name}.py", f"tests/{name}.py")
 
 
 _INIT = """from typing import TYPE_CHECKING
@@ -636,9 +639,81 @@ _OF_CONFIG = (
         "are the parameters below: which weights and which\n    context the teacher has, and which rollouts are trained on.",
         "are the parameters below.",
     ),
+    (
+        """If teacher and student are the same in weights and context, if a gate needs a verifier and there is
+            none, if a column is missing, if the data does not fill a batch, or if two of the arguments exclude each other.""",
+        "If two of them exclude each other, or the data lacks what they need.",
+    ),
+    # One context, because nothing chooses among several
+    ("teacher_context (`str` or `list[str]`, *optional*):", "teacher_context (`str`, *optional*):"),
+    ("teacher_prompt_template (`str` or `list[str]`, *optional*):", "teacher_prompt_template (`str`, *optional*):"),
+    (
+        " With\n            `teacher_gate` it may be several, in order of preference.\n        sibling_fallback",
+        "\n        sibling_fallback",
+    ),
+    (
+        " With\n            `teacher_gate` it may be several, in order of preference.\n        teacher_gate",
+        "\n        teacher_gate",
+    ),
+    (
+        "    # A single one may be text: command lines know one type for a field\n    teacher_context: list[str] | None",
+        "    teacher_context: str | None",
+    ),
+    ("teacher_prompt_template: list[str] | None", "teacher_prompt_template: str | None"),
+    (" With `teacher_gate` several, in order of preference.", ""),
+    (' With "\n            "`teacher_gate` several, in order of preference."', '"'),
+    (
+        """        for name in ("teacher_context", "teacher_prompt_template"):
+            value = vars(self)[name]
+            if isinstance(value, list) and len(value) < 2:  # as the command line gives a single one
+                setattr(self, name, value[0] if value else None)
+""",
+        "",
+    ),
+    (
+        """        for name in as_list(self.teacher_context):
+            if name not in TEACHER_PROMPT_TEMPLATES:
+                raise ValueError(
+                    f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
+                    f"{name!r}: for wording of your own set `teacher_prompt_template`."
+                )
+""",
+        """        if self.teacher_context is not None and self.teacher_context not in TEACHER_PROMPT_TEMPLATES:
+            raise ValueError(
+                f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
+                f"{self.teacher_context!r}: for wording of your own set `teacher_prompt_template`."
+            )
+""",
+    ),
+    (
+        "In order of preference. One, unless a gate chooses; none if the\n            teacher sees the plain prompt.",
+        "One, or none if the teacher sees the plain prompt.",
+    ),
+    (
+        """        templates = as_list(self.teacher_prompt_template)
+        templates = templates or [TEACHER_PROMPT_TEMPLATES[name] for name in as_list(self.teacher_context)]
+        return [TeacherContext(template) for template in templates]
+""",
+        """        if self.teacher_prompt_template is not None:
+            return [TeacherContext(self.teacher_prompt_template)]
+        if self.teacher_context is not None:
+            return [TeacherContext(TEACHER_PROMPT_TEMPLATES[self.teacher_context])]
+        return []
+""",
+    ),
 )
 _OWN_TEACHER_LATER = (
     ("teacher_model=None,  # its weights may be the student's: [`Teacher`] has them", "teacher_model=teacher_model,"),
+)
+_OF_CHOICE = (
+    (
+        "written, verified, asked again, and those chosen that are trained on",
+        "written, verified, and those chosen that are trained on",
+    ),
+    (
+        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
+        "Decides which rollouts are trained on.",
+    ),
 )
 _OF_ROLLOUTS = (
     (
@@ -649,16 +724,8 @@ _OF_ROLLOUTS = (
     ),
     ("        train_dataset: Dataset,\n", ""),
     ("        self._train_dataset = train_dataset\n", ""),
-    (
-        "written, verified, asked again, and those chosen that are trained on",
-        "written, verified, and those chosen that are trained on",
-    ),
     (" It may be another one than the sampler drew.", ""),
     ("            # Of the first round: whoever fails is asked again, and whoever does not is not\n", ""),
-    (
-        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
-        "Decides which rollouts are trained on.",
-    ),
     (
         """        rewards (`torch.Tensor`, *optional*):
             Reward by each verifier and, last, what they add up to, of shape `(B, functions + 1)`.
@@ -674,6 +741,20 @@ _OF_ROLLOUTS = (
         "",
     ),
     ("        rollouts.columns = dict(self.verifiers.columns)\n", ""),
+)
+_NONE_IS_LEFT_OUT = (
+    ("written, verified, asked again, and those chosen that are trained on", "written and verified"),
+    (
+        """ With verifiers, `kept`, of shape `(B,)`, says which are trained on, and
+            `num_items_in_batch` counts their tokens in the whole global batch.""",
+        "",
+    ),
+    ("Who judges them. If `None`, all of them are trained on.", "Who judges them."),
+    ("Has rollouts written, verified and chosen.", "Has rollouts written and verified."),
+    (
+        "Decides which rollouts are trained on, after those that the gate rejects have been written again.",
+        "Has the verifiers judge the rollouts.",
+    ),
 )
 _TESTS_OF_DIVERGENCE = """
     assert_close tiles TestDefinition.test_without_a_clip_it_is_the_textbook_divergence TestDefinition.test_gradcheck
@@ -714,7 +795,30 @@ _TEACHER_OF_TRL = (
 """,
     ),
 )
-_GIVEN_TEACHER = (("\n\ndef train(trainer_class, config, **kwargs):\n    recorder", _ANOTHER_TEACHER),)
+_ALONE = "trainer = OPSDTrainer(model=small_model(0), args=config, train_dataset=rows, processing_class=tokenizer)\n        "
+_WITH_ANOTHER = (
+    "trainer = OPSDTrainer(\n            model=small_model(0),\n            teacher_model=another(small_model(0)),\n"
+    "            args=config,\n            train_dataset=rows,\n            processing_class=tokenizer,\n        )\n        "
+)
+_GIVEN_TEACHER = (
+    ("\n\ndef train(trainer_class, config, **kwargs):\n    recorder", _ANOTHER_TEACHER),
+    (
+        "        model,\n        model,\n        tokenizer,\n",
+        "        model,\n        another(model),\n        tokenizer,\n",
+    ),
+    *(
+        (
+            f"model=small_model(0),\n            args=config,\n            train_dataset=rows,\n            {follows}",
+            "model=small_model(0),\n            teacher_model=another(small_model(0)),\n            args=config,\n"
+            f"            train_dataset=rows,\n            {follows}",
+        )
+        for follows in (
+            "eval_dataset=",
+            "processing_class=tokenizer,\n            reward_funcs=reward_by_length(5),\n        )\n        hidden",
+        )
+    ),
+    *((f"{_ALONE}{follows}", f"{_WITH_ANOTHER}{follows}") for follows in ("hidden =", "batch =")),
+)
 _TESTS_OF_CONTEXT = """
     reference_loss test_loss_is_the_formula_on_the_kept_rollouts
     test_teacher_sees_its_context_and_the_same_completion_tokens test_own_chat_template_arguments_on_each_side
@@ -783,6 +887,21 @@ _FIXTURES = (
     ),
 )
 
+# Of a teacher that does not follow its student
+_TEACHER = tuple(
+    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward Teacher.in_student load_external load copy_of_student check_vocabularies shard_teacher""".split()
+)
+_STILL_TEACHER = (
+    (
+        '    | `"ema"`, `"snapshot"` | a frozen copy that follows the student | a second adapter that follows the first |\n',
+        "",
+    ),
+    (
+        "how they score, how they follow the\nstudent, and how they get into a checkpoint and out of it.",
+        "and how they score.",
+    ),
+)
+
 STEPS = (
     Step(
         "autocast",
@@ -802,23 +921,7 @@ STEPS = (
 """,
             ),
         ),
-        parts=(
-            Part(
-                "scripts/experiments/trl_defects/autocast.py",
-                "tests/test_distillation_autocast.py",
-                edits=(
-                    (_docstring_of("scripts/experiments/trl_defects/autocast.py"), ""),
-                    (
-                        "def layer_dtypes(\n    trainer_class: type = DistillationTrainer, config_class: type = DistillationConfig"
-                        "\n) -> set[torch.dtype]:",
-                        "def layer_dtypes() -> set[torch.dtype]:",
-                    ),
-                    ("trainer = trainer_class(", "trainer = DistillationTrainer("),
-                    ("args=config_class(", "args=DistillationConfig("),
-                ),
-                tail="\n\ndef test_mixed_precision_reaches_the_loss():\n    assert layer_dtypes() == {torch.bfloat16}\n",
-            ),
-        ),
+        parts=(_test_of_trl("test_distillation_mixed_precision"),),
         series="defects",
     ),
     Step(
@@ -875,31 +978,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def extract_logprobs(''',
             ),
         ),
-        parts=(
-            Part(
-                "scripts/experiments/trl_defects/merge_drift.py",
-                "tests/test_vllm_generation_merge.py",
-                edits=(
-                    (_docstring_of("scripts/experiments/trl_defects/merge_drift.py"), ""),
-                    (
-                        "def changed_share(\n    pushes: int, around: Callable[[torch.nn.Module], Callable[[], "
-                        "AbstractContextManager]] | None = None\n) -> float:",
-                        "def changed_share(pushes: int) -> float:",
-                    ),
-                    (
-                        " `around` makes,\n    of the model, what is entered around each of them.",
-                        "",
-                    ),
-                    ("    context = nullcontext if around is None else around(model)\n", ""),
-                    (
-                        "        with context():\n            for _name, _value in engine._iter_named_params():\n"
-                        "                pass\n",
-                        "        for _name, _value in engine._iter_named_params():\n            pass\n",
-                    ),
-                ),
-                tail="\n\ndef test_a_sync_leaves_the_base_below_an_adapter_as_it_is():\n    assert changed_share(20) == 0\n",
-            ),
-        ),
+        parts=(_test_of_trl("test_vllm_generation_merge"),),
         series="defects",
     ),
     Step(
@@ -991,7 +1070,7 @@ def extract_logprobs(''',
         "verifiers",
         parts=(
             _ours("batches", only=("unpadded",)),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_NONE_IS_LEFT_OUT)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",
@@ -1013,7 +1092,7 @@ def extract_logprobs(''',
         parts=(
             _ours("gate", only=("Verdicts", "judge", "shortest")),
             _ours("batches", only=("unpadded", "select_rows")),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_OF_CHOICE)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",
@@ -1028,7 +1107,7 @@ def extract_logprobs(''',
         ),
         brings="""
             gate passed kept resolve_gate shortest keep_shortest num_generations group_size num_items_in_batch num_tokens
-            loss_mask nothing_kept _verify_and_choose:start opsd/kept OPSDTrainer.compute_loss _clip_grad_norm _get_grad_norm select_rows mine
+            loss_mask nothing_kept _check_datasets _verify_and_choose:start opsd/kept OPSDTrainer.compute_loss _clip_grad_norm _get_grad_norm select_rows mine
             _get_train_sampler MULTIMODAL_FIELDS PADDED_FIELDS OPSDConfig.global_batch_size global_batch
         """,
     ),
@@ -1074,7 +1153,7 @@ def extract_logprobs(''',
         parts=(
             _ours("gate", only=("Verdicts", "judge", "shortest", "shortest_siblings")),
             _ours("batches", only=("padded", "unpadded", "with_completion", "select_rows")),
-            _ours("rollouts", edits=_OF_ROLLOUTS),
+            _ours("rollouts", edits=(*_OF_ROLLOUTS, *_OF_CHOICE)),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours(
                 "trainer",
@@ -1087,10 +1166,32 @@ def extract_logprobs(''',
                 "test_clip_bounds_the_loss_and_is_logged",
                 edits=_GIVEN_TEACHER,
             ),
+            _test(
+                "test_opsd_teachers",
+                only="completions test_siblings_and_shortest_by_hand test_the_teacher_sees_the_shortest_correct_sibling "
+                "test_without_sibling_or_fallback_a_rollout_is_dropped",
+                edits=(
+                    (
+                        "Teachers that follow the student, siblings, padded vocabularies, and prompts that are too long.",
+                        "Siblings.",
+                    ),
+                    *(
+                        (
+                            f"model=small_model(0),\n            args=config,\n            {follows}",
+                            f"model=small_model(0),\n            teacher_model=small_model(1),\n            args=config,\n            {follows}",
+                        )
+                        for follows in (
+                            "train_dataset=rows,\n            processing_class=tokenizer,\n"
+                            f"            reward_funcs=lambda completions, **kwargs: {rewards},\n"
+                            for rewards in ("right", "[0.0, 0.0, 1.0, 0.0]")
+                        )
+                    ),
+                ),
+            ),
         ),
         brings="""
             TeacherContext TeacherPrompts TEACHER_PROMPT_TEMPLATES teacher_context teacher_prompt_template max_teacher_prompt_length build_teacher_context build_teacher_contexts context contexts
-            as_list _check_preference teacher_prompts
+            teacher_prompts
             teacher_chat_template_kwargs own_kwargs own_template_kwargs _chat_template_kwargs _tokenize_for_teacher padded
             _apply_chat_template _max_teacher_prompt _tokenize_teacher_prompts teacher_prompt_ids teacher_prompt_mask
             _VALID_DICT_FIELDS check_text_only sibling siblings sibling_fallback takes_sibling shortest_siblings
@@ -1100,31 +1201,49 @@ def extract_logprobs(''',
     Step(
         "teacher_weights",
         parts=(
-            _ours(
-                "teacher",
-                only=tuple(
-                    """Teacher.__init__ Teacher.prepare Teacher.config Teacher.forward Teacher._in_student check_identity load_external load
-                    copy_of_student check_vocabularies shard_teacher""".split()
-                ),
-                edits=(
-                    (
-                        '    | `"ema"`, `"snapshot"` | a frozen copy that follows the student | a second adapter that follows the first |\n',
-                        "",
-                    ),
-                    (
-                        "how they score, how they follow the\nstudent, and how they get into a checkpoint and out of it.",
-                        "and how they score.",
-                    ),
-                ),
-            ),
-            _ours("ends"),
+            _ours("teacher", only=_TEACHER, edits=_STILL_TEACHER),
             _ours("config", target="opsd_config", edits=_OF_CONFIG),
             _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
             _test("test_opsd_trainer"),
         ),
         brings="""
             Teacher .teacher has_adapter external TEACHER_WEIGHTS teacher_weights resolve_teacher_weights _check_teacher
-            check_ends check_lengths ends valid_vocab
+            valid_vocab
+        """,
+    ),
+    Step(
+        "checks",
+        parts=(
+            _ours(
+                "teacher",
+                only=(*_TEACHER, "check_identity"),
+                edits=_STILL_TEACHER,
+            ),
+            _ours("ends"),
+            _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
+            _test("test_opsd_trainer"),
+            _test(
+                "test_opsd_teachers",
+                only="completions test_siblings_and_shortest_by_hand test_the_teacher_sees_the_shortest_correct_sibling "
+                "test_without_sibling_or_fallback_a_rollout_is_dropped test_another_tokenizer_is_refused_with_a_pointer_to_gold "
+                "test_heads_that_differ_in_padding_distil_with_it_masked",
+                edits=(
+                    (
+                        "Teachers that follow the student, siblings, padded vocabularies, and prompts that are too long.",
+                        "Siblings, and teachers of other vocabularies.",
+                    ),
+                ),
+            ),
+            _test(
+                "test_opsd_arguments",
+                only="verifier build test_a_completion_has_positions "
+                "test_a_teacher_that_ends_where_the_student_does_not_is_refused "
+                "test_a_template_that_ends_in_another_token_is_warned_of",
+            ),
+        ),
+        brings="""
+            check_ends check_lengths ends check_identity is_external
+            test_an_adapter_that_already_changes_the_model_is_no_initial_teacher
         """,
     ),
     Step(
@@ -1211,6 +1330,11 @@ def extract_logprobs(''',
         ),
         brings="AlarmCallback DivergenceCallback compute_loss:metrics",
     ),
+    Step(
+        "example",
+        texts=(("examples/scripts/opsd.py", (TEXTS / "examples" / "opsd.py").read_text()),),
+        series="example",
+    ),
 )
 
 
@@ -1237,12 +1361,14 @@ def at_home_in_trl(text: str, target: str) -> str:
     """
     for ours, theirs in _RENAMED.items():
         text = re.sub(rf"\bfrom \.{ours} import", f"from .{theirs} import", text)
-        text = text.replace(f"trl_opsd.opsd.{ours} ", f"trl_opsd.opsd.{theirs} ")
+        text = re.sub(rf"\btrl_opsd\.opsd\.{ours}\b", f"trl_opsd.opsd.{theirs}", text)
     text = text.replace("[`~trl_opsd.opsd.", "[`~experimental.opsd.")
     text = re.sub(r"\btrl_opsd\.opsd\b|\btrl_opsd(?= import)", "trl.experimental.opsd", text)
     if target.startswith("tests/"):
         text = text.replace("from trl_opsd.tiny.task import", "from .conftest import")
-        return re.sub(r"^from (test_\w+|divergence_reference) import", r"from .\1 import", text, flags=re.MULTILINE)
+        return re.sub(
+            r"^from (test(?:_|ing_)\w+|divergence_reference) import", r"from .\1 import", text, flags=re.MULTILINE
+        )
     trainers = {"DistillationTrainer": "distillation_trainer", "DistillationConfig": "distillation_config"}
     for name, module in trainers.items():
         text = re.sub(
@@ -1327,9 +1453,11 @@ def files_of(step: Step, before: dict[str, str], absent: set[str], license_heade
             r"^ *# Parameters that [^\n]*\n(?: *\n)*(?= *(?:# Parameters|def |@))", "", text, flags=re.MULTILINE
         )
         text = re.sub(r"(?<=\n\n)    # [A-Z][^\n]*\n\s*\n(?=    # [A-Z][^\n]*\n\n|\S|\Z)", "", text)
-        files[part.target] = license_header + at_home_in_trl(text + part.tail, part.target)
+        files[part.target] = license_header + at_home_in_trl(text, part.target)
     for path, text in step.texts:
         files[path] = (license_header + text).rstrip() + "\n"
+    if sections("opsd_trainer", (step,)):
+        files["docs/source/opsd_trainer.md"] = sections("opsd_trainer", STEPS[: STEPS.index(step) + 1])
     for path, old, new in step.mends:
         text = files.get(path) or before.get(path) or (INSTALLED.parent / path).read_text()
         files[path] = edited(text, ((old, new),), path)
@@ -1342,11 +1470,30 @@ def files_of(step: Step, before: dict[str, str], absent: set[str], license_heade
         return {path: (folder / path).read_text() for path in files}
 
 
+def sections(page: str, steps: tuple[Step, ...]) -> str:
+    """
+    What some steps say on a page of TRL's documentation.
+
+    Args:
+        page (`str`):
+            Name in `scripts/pull_requests/docs`. What follows the comment `<!-- name -->` there belongs to that step.
+        steps (`tuple[Step, ...]`):
+            Steps.
+
+    Returns:
+        `str`: Markdown, in the order of the page.
+    """
+    text = (TEXTS / "docs" / f"{page}.md").read_text()
+    parts = re.split(r"^<!-- (\w+) -->\n", text, flags=re.MULTILINE)
+    names = {step.name for step in steps}
+    return "".join(part for name, part in zip(parts[1::2], parts[2::2], strict=True) if name in names)
+
+
 def absent_in(number: int) -> set[str]:
     """Names that the files of a step do not mention, by its place among the steps."""
     step = STEPS[number]
     later = {name for other in STEPS[number + 1 :] if other.series == step.series for name in other.brings.split()}
-    return later | {"trainer": set(STAYS.split()), "defects": {_COMMAND}}.get(step.series, set())
+    return later | (set(STAYS.split()) if step.series == "trainer" else set())
 
 
 def changed_lines(old: str, new: str) -> int:
@@ -1378,30 +1525,39 @@ def patch(path: str, old: str | None, new: str) -> str:
     return f"diff --git a/{path} b/{path}\n{mode}" + "".join(lines)
 
 
-def pull_request(step: Step, files: dict[str, int]) -> str:
+def to_insert(step: Step) -> str:
+    """What a step says in files that are no part of the installed package, so that no patch can know their lines."""
+    toctree = "" if step.name != "verifiers" else "  - local: opsd_trainer\n    title: OPSD"
+    papers = sections("paper_index", (step,))
+    places = (
+        ("docs/source/_toctree.yml", "`Experimental`, in its alphabetical place", "yaml", toctree),
+        ("docs/source/paper_index.md", "`Knowledge Distillation`", "markdown", papers.strip()),
+    )
+    return "".join(
+        f"\nTo insert in `{path}`, under {where}:\n\n````{kind}\n{text}\n````\n"
+        for path, where, kind, text in places
+        if text
+    )
+
+
+def pull_request(step: Step) -> str:
     """
     The text of a pull request, in the form of TRL's template. Whoever opens it ticks what it asks for of them.
 
     Args:
         step ([`Step`]):
             Step.
-        files (`dict[str, int]`):
-            Changed lines by path.
 
     Returns:
         `str`: Markdown, the title first.
     """
     title, _, text = (TEXTS / f"{step.name}.md").read_text().partition("\n")
-    changed = "".join(f"| `{path}` | {lines} |\n" for path, lines in files.items())
     return f"""{title}
 
 # What does this PR do?
 
 {text.strip()}
-
-| file | changed lines |
-|---|---|
-{changed}
+{to_insert(step)}
 ## Before submitting
 
 - [ ] This PR fixes a typo or improves the docs (you can dismiss the other checks if that's the case).
@@ -1438,7 +1594,7 @@ def build(out: Path) -> list[tuple[str, int]]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     tree: dict[str, str] = {}
-    listed = []
+    listed, described = [], ""
     for number, step in enumerate(STEPS, start=1):
         name = f"{number:02d}-{step.name.replace('_', '-')}"
         changes, patches = {}, []
@@ -1450,8 +1606,9 @@ def build(out: Path) -> list[tuple[str, int]]:
                 patches.append(patch(path, old, text))
             tree[path] = text
         (staging / f"{name}.patch").write_text("".join(patches))
-        (staging / f"{name}.md").write_text(pull_request(step, changes))
+        (staging / f"{name}.md").write_text(pull_request(step))
         listed.append((name, sum(changes.values())))
+        described += f"\n## {name}\n\n" + "".join(f"- `{path}`: {lines}\n" for path, lines in changes.items())
     for path, text in tree.items():
         (staging / "branch" / path).parent.mkdir(parents=True, exist_ok=True)
         (staging / "branch" / path).write_text(text)
@@ -1459,7 +1616,7 @@ def build(out: Path) -> list[tuple[str, int]]:
     rows = [f"| [{name}]({name}.md) | {title} | {n} |" for (name, n), title in zip(listed, titles, strict=True)]
     (staging / "README.md").write_text(
         f"# Pull requests to TRL {importlib.metadata.version('trl')}\n\nEach on top of those before it: `git apply 01-*.patch`, and so on.\n\n"
-        "| patch | title | changed lines |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        "| patch | title | changed lines |\n|---|---|---|\n" + "\n".join(rows) + "\n" + described
     )
     shutil.rmtree(out, ignore_errors=True)
     staging.rename(out)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from trl.scripts import distillation
 
@@ -27,12 +28,12 @@ def test_the_public_names_import():
     assert result.stdout.strip() == "DistillationTrainer", result.stderr
 
 
-def with_trl(version, *command):
-    """Runs a command of Python where the installed TRL says that it is another version."""
+def with_version(of, version, *command):
+    """Runs a command of Python where an installed package says that it is another version."""
     code = (
         "import importlib.metadata as metadata, runpy, sys\n"
         "own = metadata.version\n"
-        f"metadata.version = lambda name: {version!r} if name == 'trl' else own(name)\n"
+        f"metadata.version = lambda name: {version!r} if name == {of!r} else own(name)\n"
     )
     return subprocess.run([sys.executable, "-c", code + "\n".join(command)], capture_output=True, text=True, cwd=ROOT)
 
@@ -42,16 +43,24 @@ def test_a_trl_that_is_not_supported_ends_in_one_sentence():
         r"trl-opsd \S+ overrides private methods of TRL >=1.16,<1.17, and TRL 1.18.0 is installed: run `pip install "
     )
     # As `python -m` has it while it looks for the module
-    result = with_trl("1.18.0", "sys.argv = ['-m', '--help']", "import trl_opsd.opsd.__main__")
+    result = with_version("trl", "1.18.0", "sys.argv = ['-m', '--help']", "import trl_opsd.opsd.__main__")
     assert result.returncode == 2 and re.fullmatch(f"error: {sentence}.*\n", result.stderr), result.stderr
-    result = with_trl("1.18.0", "import trl_opsd")
+    result = with_version("trl", "1.18.0", "import trl_opsd")
     assert result.returncode == 1 and re.search(f"^ImportError: {sentence}", result.stderr, re.MULTILINE)
-    assert with_trl("1.16.3.dev0", "import trl_opsd").returncode == 0
+    assert with_version("trl", "1.16.3.dev0", "import trl_opsd").returncode == 0
 
 
-def test_the_range_of_trl_is_that_of_the_metadata():
-    (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(r"trl\b(?!-)", line)]
-    assert set(re.split(r"[ ,]", declared.removeprefix("trl"))) == set(trl_opsd._TRL.split(","))
+@pytest.mark.parametrize("of", ["transformers", "accelerate"])
+def test_what_is_too_old_ends_in_one_sentence(of):
+    result = with_version(of, "0.1", "sys.argv = ['-m', '--help']", "import trl_opsd.opsd.__main__")
+    sentence = rf"error: trl-opsd \S+ needs {of} >=\S+, and {of} 0.1 is installed: run `pip install '{of}>=\S+'`.\n"
+    assert result.returncode == 2 and re.fullmatch(sentence, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("of", ["trl", "transformers", "accelerate"])
+def test_the_ranges_are_those_of_the_metadata(of):
+    (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(rf"{of}\b(?!-)", line)]
+    assert set(re.split(r"[ ,]", declared.removeprefix(of))) == set(trl_opsd._SUPPORTED[of].split(","))
 
 
 def test_metadata():

@@ -25,14 +25,14 @@ from trl_opsd.opsd.config import check_arguments
 from trl_opsd.opsd.context import TeacherContext
 from trl_opsd.opsd.pass_rates import prompt_key
 from trl_opsd.opsd.probe import _warnings, probe
-from trl_opsd.opsd.teacher import Teacher
-from trl_opsd.opsd.teacher_gate import TeacherGate
+from trl_opsd.opsd.teacher_gate import TeacherGate, generate_as
 from trl_opsd.rlvr.bank import RolloutBank, prompt_id
 from trl_opsd.rlvr.identity import Writer, hash_vocabulary, hash_weights, read_writer
 from trl_opsd.tiny.task import BRIEF_TEMPLATE, CONCISE_TEMPLATE
 
 
 SIBLING_TEMPLATE = "{prompt} solution {sibling}"
+WRITE = "trl_opsd.opsd.trainer.generate_as"  # what the teacher writes by
 
 
 def gate_of(templates, threshold, num_rollouts=4):
@@ -94,7 +94,7 @@ def world(tokenizer):
 
     world = World()
     world.asked = []
-    generating = mock.patch.object(Teacher, "generate", lambda self, **inputs: world.teacher(self, **inputs))
+    generating = mock.patch(WRITE, lambda teacher, *_, **inputs: world.teacher(teacher, **inputs))
     student = [*tokenizer("6 a:-3=3")["input_ids"], tokenizer.eos_token_id]
     with generating, same_rollouts([student]):
         yield world
@@ -180,10 +180,10 @@ def test_the_loss_is_that_of_the_contexts_chosen(tmp_path, small_model, tokenize
 @pytest.mark.parametrize("right, template", [(True, CONCISE_TEMPLATE), (False, "{prompt}")])
 def test_a_gate_that_is_open_everywhere_is_none(tmp_path, small_model, tokenizer, rows, right, template):
     """Bit for bit: the teacher's own rollouts take no random numbers from the student's. And closed it is the plain prompt."""
-    write, weights = Teacher.generate, []
+    weights = []
 
-    def finished(self, **inputs):
-        written = write(self, **inputs)
+    def finished(*arguments, **inputs):
+        written = generate_as(*arguments, **inputs)
         written[:, -1] = tokenizer.eos_token_id
         return written
 
@@ -201,7 +201,7 @@ def test_a_gate_that_is_open_everywhere_is_none(tmp_path, small_model, tokenizer
             processing_class=tokenizer,
             reward_funcs=lambda completions, **kwargs: [float(right)] * len(completions),
         )
-        with mock.patch.object(Teacher, "generate", finished):
+        with mock.patch(WRITE, finished):
             trainer.train()
         weights.append(trainer.model.state_dict())
         assert gate is None or trainer.teacher_gate.tokens > 0
@@ -259,7 +259,7 @@ def test_the_teacher_may_write_as_long_as_ever(tmp_path, small_model, tokenizer,
     trainer = build(tmp_path, small_model(0), tokenizer, rows, world, completion_limit_quantile=quantile)
     if quantile is not None:  # as it has been set for the student's rollouts
         trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = 2
-    with mock.patch.object(Teacher, "generate", side_effect=lambda **inputs: inputs["input_ids"]) as generated:
+    with mock.patch(WRITE, side_effect=lambda *_, **inputs: inputs["input_ids"]) as generated:
         trainer._write_as_teacher(list(rows.select(range(2))), [None] * 2, trainer.teacher_gate.contexts[0])
     assert generated.call_args.kwargs["generation_config"].max_new_tokens == trainer.args.max_completion_length
 

@@ -9,13 +9,17 @@ from packaging.specifiers import SpecifierSet
 
 __version__ = "0.1.0"
 
-# That of pyproject.toml, which pip looks at when it installs and nobody afterwards
-_TRL = ">=1.16,<1.17"
+# Those of pyproject.toml, which pip looks at when it installs and nobody afterwards
+_SUPPORTED = {"trl": ">=1.16,<1.17", "transformers": ">=5.17", "accelerate": ">=1.10"}
+_NAMES = {"trl": ("overrides private methods of TRL", "TRL")}
 
-if not SpecifierSet(_TRL).contains(version("trl"), prereleases=True):
+for _package, _range in _SUPPORTED.items():
+    if SpecifierSet(_range).contains(version(_package), prereleases=True):
+        continue
+    _needs, _name = _NAMES.get(_package, (f"needs {_package}", _package))
     _message = (
-        f"trl-opsd {__version__} overrides private methods of TRL {_TRL}, and TRL {version('trl')} is installed: run "
-        f"`pip install 'trl{_TRL}'`."
+        f"trl-opsd {__version__} {_needs} {_range}, and {_name} {version(_package)} is installed: run "
+        f"`pip install '{_package}{_range}'`."
     )
     if sys.argv[0] == "-m":  # a command line, whose package is imported first
         sys.stderr.write(f"error: {_message}\n")
@@ -40,5 +44,5 @@ else:
         __file__,
         _import_structure,
         module_spec=__spec__,
-        extra_objects={"__version__": __version__, "_TRL": _TRL},
+        extra_objects={"__version__": __version__, "_SUPPORTED": _SUPPORTED},
     )

@@ -11,11 +11,17 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import __version__
+from .cli import save_final
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from trl import ModelConfig, ScriptArguments
 
 
 _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "math-verify")
@@ -107,3 +113,31 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], config: Any) -> 
     run = {"config": config, "seed": config.get("seed"), "commit": commit()}
     results = {"run": run, "environment": environment(), "rows": rows}
     write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finish(trainer: "Trainer", stage: str, script_args: "ScriptArguments", model_args: "ModelConfig") -> None:
+    """
+    Ends a stage that has trained: its checkpoint, and beside it what was logged and what it was made of and with.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer after training. Called on every process.
+        stage (`str`):
+            Name of the stage, and of the JSON.
+        script_args ([`~trl.ScriptArguments`]):
+            Arguments of the command line.
+        model_args ([`~trl.ModelConfig`]):
+            What the model was made of.
+    """
+    args = trainer.args
+    save_final(trainer)
+    if trainer.accelerator.is_main_process:
+        # Of what and on what it was trained too: model cards and the provenance of exports follow these back
+        config = {**dataclasses.asdict(model_args), **dataclasses.asdict(script_args), **args.to_dict()}
+        write_results(f"{args.output_dir}/{stage}.json", trainer.state.log_history, config)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if args.use_vllm:
+        trainer.vllm_generation.close()  # and with it the process group of one of several
+    trainer.accelerator.end_training()

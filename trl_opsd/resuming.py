@@ -247,6 +247,26 @@ class StopOnSignal(TrainerCallback):
         raise SystemExit(INTERRUPTED)
 
 
+def train(trainer: Trainer, resume_from: str | None) -> None:
+    """
+    Trains to the end, or until the process is sent SIGTERM. Every checkpoint gets the checksums of its files.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+        resume_from (`str`, *optional*):
+            Checkpoint to go on from.
+
+    Raises:
+        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
+    """
+    interruption = StopOnSignal(trainer)
+    trainer.add_callback(interruption)
+    trainer.add_callback(Checksums(trainer))
+    trainer.train(resume_from_checkpoint=resume_from)
+    interruption.end(trainer.args.output_dir)
+
+
 @contextmanager
 def engine_errors(output_dir: str) -> Iterator[None]:
     """

@@ -5,8 +5,8 @@ What the log of a good run and of a bad one look like, side by side.
 
 Both start from the RLVR checkpoint that `bash scripts/quickstart.sh` leaves, and make 30 steps of recipes/tiny/opsd.yaml. The
 good run is that recipe. The bad one has what has been seen to collapse: a teacher with the student's weights as they are,
-asked for the answer without its steps, on every rollout, with the alarm off. Writes recipes/results/signs/runs.json and
-signs.svg (`--report`: only the picture).
+asked for the answer without its steps, on every rollout, with the alarm off. Writes recipes/results/signs/runs.json,
+rollouts.svg and divergence.svg (`--report`: only the pictures).
 """
 
 import argparse
@@ -28,12 +28,21 @@ ARMS = {
         "alarm_correct_drop": 1.0,
     },
 }
-METRICS = {
-    "opsd/correct": "correct rollouts, share",
-    "completions/mean_length": "mean length, tokens",
-    "opsd/kl": "divergence, nats a token",
-    "opsd/student_entropy": "entropy of the student, nats",
+PICTURES = {
+    "rollouts": {
+        "opsd/correct": "correct rollouts, share",
+        "completions/mean_length": "mean length, tokens",
+        "opsd/kept": "rollouts trained on, share",
+        "grad_norm": "norm of the gradient",
+    },
+    "divergence": {
+        "opsd/kl": "divergence, nats a token",
+        "opsd/student_entropy": "entropy of the student, nats",
+        "opsd/teacher_entropy": "entropy of the teacher, nats",
+        "opsd/top1_agreement": "same likeliest token, share",
+    },
 }
+METRICS = [name for metrics in PICTURES.values() for name in metrics]
 
 
 def measure(model: Path, data: Path, runs: Path) -> list[dict]:
@@ -53,11 +62,11 @@ def measure(model: Path, data: Path, runs: Path) -> list[dict]:
     return rows
 
 
-def picture() -> str:
-    """The metrics of both runs, a chart for each, with the steps on the horizontal axis."""
+def picture(metrics: dict[str, str]) -> str:
+    """Metrics of both runs, a chart for each, with the steps on the horizontal axis."""
     rows = read(RESULTS / "signs" / "runs.json")
     charts = []
-    for index, (name, label) in enumerate(METRICS.items()):
+    for index, (name, label) in enumerate(metrics.items()):
         series = []
         for number, arm in enumerate(ARMS):
             mine = [row for row in rows if row["arm"] == arm and row[name] is not None]
@@ -65,7 +74,7 @@ def picture() -> str:
                 svg.Series(arm, number, [row["step"] for row in mine], [row[name] for row in mine], kind="line")
             )
         charts.append(svg.chart(series, "step", label, y_from=0.0, left=index * svg.WIDTH))
-    return str(svg.picture(charts, list(METRICS), list(ARMS)))
+    return str(svg.picture(charts, list(metrics), list(ARMS)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,14 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model_name_or_path", default=str(ROOT / "runs" / "tiny" / "rlvr"), help="where both start")
     parser.add_argument("--dataset_name", default=str(ROOT / "runs" / "tiny" / "sft" / "data"), help="its problems")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "signs"), help="folder for the runs")
-    parser.add_argument("--report", action="store_true", help="only make the picture")
+    parser.add_argument("--report", action="store_true", help="only make the pictures")
     args = parser.parse_args(argv)
     folder = RESULTS / "signs"
     if not args.report:
         rows = measure(Path(args.model_name_or_path), Path(args.dataset_name), Path(args.runs))
         write_results(folder / "runs.json", rows, {"steps": STEPS, "arms": ARMS})
-    write_text(folder / "signs.svg", picture())
-    print(folder / "signs.svg")
+    for name, metrics in PICTURES.items():
+        write_text(folder / f"{name}.svg", picture(metrics))
+        print(folder / f"{name}.svg")
 
 
 if __name__ == "__main__":

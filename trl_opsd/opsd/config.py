@@ -4,20 +4,15 @@ from typing import Any
 
 import pyarrow.compute
 import torch
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DistillationConfig
 
 from .context import TEACHER_PROMPT_TEMPLATES, TeacherContext
+from .teacher_gate import as_list, check_pass_rates, check_preference
 
 
 TEACHER_WEIGHTS = ("initial", "ema", "snapshot", "live", "external")
-
-
-def as_list(value: str | list[str] | None) -> list[str]:
-    """A field that is one text, several or none, as a list."""
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 @dataclass
@@ -352,7 +347,7 @@ class OPSDConfig(DistillationConfig):
                     f"`teacher_context` must be one of {list(TEACHER_PROMPT_TEMPLATES)} or None, and is "
                     f"{name!r}: for wording of your own set `teacher_prompt_template`."
                 )
-        self._check_preference()
+        check_preference(self)
         contexts = self.build_teacher_contexts()
         if self.teacher_prompt_template is not None and self.teacher_context is not None:
             own = TeacherContext(TEACHER_PROMPT_TEMPLATES[self.teacher_context]).fields
@@ -480,44 +475,6 @@ class OPSDConfig(DistillationConfig):
                 "at False."
             )
 
-    def _check_preference(self) -> None:
-        """Checks several contexts, and the gate that chooses among them."""
-        both = as_list(self.teacher_context), as_list(self.teacher_prompt_template)
-        preference = max(both, key=len)
-        if len(preference) > 1:
-            name = "teacher_context" if preference is both[0] else "teacher_prompt_template"
-            if self.teacher_gate is None:
-                raise ValueError(
-                    f"`{name}` has {len(preference)} contexts, and which of them a prompt has is what `teacher_gate` decides: "
-                    "set it, for instance to 0.5, or give one context."
-                )
-            if all(both):
-                raise ValueError(
-                    "`teacher_context` and `teacher_prompt_template` are both set, and one of them is an order of preference: "
-                    "give all contexts in `teacher_prompt_template`, or all in `teacher_context`."
-                )
-            if len(set(preference)) < len(preference):
-                raise ValueError(f"`{name}` has a context twice: name each once.")
-        if self.teacher_gate is None:
-            if self.teacher_gate_rollouts is not None:
-                raise ValueError(
-                    f"`teacher_gate_rollouts={self.teacher_gate_rollouts}` measures what `teacher_gate` decides by, and that "
-                    "is not set: set it, for instance to 0.5, or drop the rollouts."
-                )
-            return
-        if not 0 < self.teacher_gate <= 1:
-            raise ValueError(
-                f"`teacher_gate` is a pass rate above 0 and at most 1, and is {self.teacher_gate}: use None to use the "
-                "context on every prompt."
-            )
-        if not preference:
-            raise ValueError(
-                f"`teacher_gate={self.teacher_gate}` decides on which prompts the teacher's context is used, and it has none: "
-                "set `teacher_context`, or drop the gate."
-            )
-        if self.teacher_gate_rollouts is not None and self.teacher_gate_rollouts < 0:
-            raise ValueError(f"`teacher_gate_rollouts` must be at least 0, and is {self.teacher_gate_rollouts}.")
-
     @property
     def given(self) -> str | None:
         """The setting by which completions are taken from the data set, or `None` where all are the student's."""
@@ -644,7 +601,9 @@ def check_arguments(
     _check_gate(args, reward_funcs or [])
     if args.remove_unused_columns and reward_funcs:
         raise ValueError("`remove_unused_columns=True` drops the columns that `reward_funcs` read: leave it at False.")
-    _check_datasets(args, train_dataset, eval_dataset, tools)
+    _check_datasets(args, train_dataset, eval_dataset)
+    if train_dataset is not None:
+        check_pass_rates(args, train_dataset, eval_dataset, tools)
     if args.given is not None and tools:
         raise ValueError(
             f"`{args.given}` takes whole completions from the data set, and with `tools` one is written turn by turn: leave "
@@ -746,9 +705,7 @@ def _check_gate(args: OPSDConfig, reward_funcs: list[Callable]) -> None:
         )
 
 
-def _check_datasets(
-    args: OPSDConfig, train_dataset: Any, eval_dataset: Any, tools: list[Callable] | None = None
-) -> None:
+def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> None:
     contexts = args.build_teacher_contexts()
     for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
         if dataset is not None and dataset.column_names is not None:
@@ -757,7 +714,6 @@ def _check_datasets(
     if train_dataset is None:
         return
     columns = train_dataset.column_names
-    _check_teacher_gate(args, train_dataset, eval_dataset, tools)
     if args.given is not None and columns is not None and "completion_ids" not in columns:
         raise ValueError(
             f"`{args.given}` takes completions from the column `completion_ids`, and the columns found are "
@@ -785,61 +741,6 @@ def _check_datasets(
             f"The training data has {len(train_dataset)} prompts and a batch takes {batch}, so there would be no step at "
             "all: give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
         )
-
-
-def _check_teacher_gate(
-    args: OPSDConfig,
-    dataset: Dataset | IterableDataset,
-    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
-    tools: list[Callable] | None,
-) -> None:
-    """Checks what the teacher's gate decides by."""
-    if args.teacher_gate is None:
-        return
-    columns, number = dataset.column_names or [], len(args.build_teacher_contexts())
-    held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    held_out = [data for data in held_out if data is not None]
-    measures_nothing = args.resolve_teacher_gate_rollouts(columns) == 0
-    if measures_nothing and "teacher_pass_rates" not in columns:
-        raise ValueError(
-            "`teacher_gate_rollouts=0` measures nothing, and the training data has no pass rates of the teacher (column "
-            "`teacher_pass_rates`; on the command line `--teacher_bank` adds it): give them, or let it write rollouts."
-        )
-    for data in held_out:
-        # All of it would be on the plain prompt, where the teacher is what the student was: lowest loss, no training
-        if measures_nothing and "teacher_pass_rates" not in (data.column_names or ["teacher_pass_rates"]):
-            raise ValueError(
-                "The training data has pass rates of the teacher and nothing is measured, but the evaluation data has no "
-                "column `teacher_pass_rates`, so its loss would say only how far the student is from its own start: give "
-                "them there too, set `teacher_gate_rollouts`, for instance to 4, or drop the evaluation."
-            )
-    for data in (dataset, *held_out):
-        if not isinstance(data, Dataset) or "teacher_pass_rates" not in data.column_names:
-            continue
-        for row, rates in enumerate(data["teacher_pass_rates"]):
-            if rates is not None and (
-                len(rates) != number or not all(rate is None or 0 <= rate <= 1 for rate in rates)
-            ):
-                raise ValueError(
-                    f"`teacher_pass_rates` of row {row} is {rates}: it must have a share from 0 to 1, or None, for each of "
-                    f"the teacher's {number} contexts."
-                )
-    if measures_nothing:
-        return
-    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    for name, is_set in (
-        ("use_vllm", args.use_vllm),
-        ("tools", bool(tools)),
-        ("FSDP", is_fsdp),
-        ("DeepSpeed", args.deepspeed_plugin is not None),
-    ):
-        if is_set:
-            raise ValueError(
-                f"`teacher_gate_rollouts` are written in one turn by transformers' `generate` from whole weights, which "
-                f"`{name}` excludes: fill a rollout bank in the teacher's context before (`python -m "
-                "trl_opsd.compress.bank --prompt_template ...`), give it with `--teacher_bank`, and set "
-                "`teacher_gate_rollouts: 0`."
-            )
 
 
 def _check_given(dataset: Dataset, max_completion_length: int) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts, record_held_out
-from ..results import write_results
-from ..resuming import Checksums, StopOnSignal, claim, find_checkpoint
+from ..results import finish, write_results
+from ..resuming import claim, find_checkpoint, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
@@ -472,23 +472,9 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             raise SystemExit(3)
     if script_args.probe_only:
         return
-    interruption = StopOnSignal(trainer)
-    trainer.add_callback(interruption)
-    trainer.add_callback(Checksums(trainer))
-    trainer.train(resume_from_checkpoint=resume_from)
-    interruption.end(training_args.output_dir)
+    train(trainer, resume_from)
     if alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name
         trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)
         raise SystemExit(3)
-    save_final(trainer)
-    if trainer.accelerator.is_main_process:
-        # Of what and on what it was trained too: model cards and the provenance of exports follow these back
-        config = {**asdict(model_args), **asdict(script_args), **training_args.to_dict()}
-        write_results(f"{training_args.output_dir}/opsd.json", trainer.state.log_history, config)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if training_args.use_vllm:
-        trainer.vllm_generation.close()  # and with it the process group of one of several
-    trainer.accelerator.end_training()
+    finish(trainer, "opsd", script_args, model_args)

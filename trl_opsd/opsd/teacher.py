@@ -34,7 +34,6 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from ..decoding import generate
 from .config import OPSDConfig
 from .head import Head
 
@@ -207,12 +206,18 @@ class Teacher:
             hidden = self._redirect(self.model, model, hidden_states, model, *inputs, **kwargs)
             return hidden, Head.of(model)
         # The student's own module. Already inside its wrapper, so nothing to redirect.
-        with self._in_student(student):
+        with self.in_student(student):
             return hidden_states(student, *inputs, **kwargs), Head.of(student)
 
     @contextmanager
-    def _in_student(self, student: "PreTrainedModel | PeftModel") -> Iterator[None]:
-        """Inside, the student's module has the teacher's weights, and is in evaluation."""
+    def in_student(self, student: "PreTrainedModel | PeftModel") -> Iterator[None]:
+        """
+        Inside, the student's module has the weights of a teacher without a model of its own, and is in evaluation.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                Student without wrappers.
+        """
         weights = nullcontext()
         if self.weights != "live":
             weights = use_adapter(student, ADAPTER if self.follows_student else None)
@@ -223,25 +228,6 @@ class Teacher:
                 yield
         finally:
             student.train(was_training)
-
-    @torch.no_grad()
-    def generate(self, **inputs: Any) -> torch.LongTensor:
-        """
-        Writes, by its weights as they are now. Not under FSDP or ZeRO-3, where no process has all of them.
-
-        Args:
-            **inputs:
-                As `generate` of transformers takes them.
-
-        Returns:
-            `torch.LongTensor`: Prompts and completions, of shape `(B, P + C)`.
-        """
-        if self.model is not None:
-            self.model.eval()
-            return generate(self._accelerator.unwrap_model(self.model), **inputs)
-        student = self._accelerator.unwrap_model(self._student)
-        with self._in_student(student):
-            return generate(student, **inputs)
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """

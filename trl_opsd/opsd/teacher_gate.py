@@ -8,17 +8,26 @@ would not, its context teaches the student to be as wrong.
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from transformers import TrainerState
+from accelerate.utils import gather_object, parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainerState
 
+from ..decoding import generate
 from .context import TeacherContext, takes_sibling
 from .gate import Verdicts
 from .pass_rates import prompt_key
 from .saved import Saved
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .config import OPSDConfig
+    from .teacher import Teacher
 
 
 class TeacherGate(Saved):
@@ -210,3 +219,154 @@ class TeacherGate(Saved):
                 "resume with the same ones."
             )
         self.counts, self.tokens, self.seconds = state["counts"], state["tokens"], state["seconds"]
+
+
+@torch.no_grad()
+def generate_as(
+    teacher: "Teacher", student: "PreTrainedModel | PeftModel", accelerator: Accelerator, **inputs: Any
+) -> torch.LongTensor:
+    """
+    Writes by a teacher's weights as they are now. Not under FSDP or ZeRO-3, where no process has all of them.
+
+    Args:
+        teacher ([`Teacher`]):
+            Teacher.
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator.
+        **inputs:
+            As `generate` of transformers takes them.
+
+    Returns:
+        `torch.LongTensor`: Prompts and completions, of shape `(B, P + C)`.
+    """
+    if teacher.model is not None:
+        teacher.model.eval()
+        return generate(accelerator.unwrap_model(teacher.model), **inputs)
+    student = accelerator.unwrap_model(student)
+    with teacher.in_student(student):
+        return generate(student, **inputs)
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """A field that is one text, several or none, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def check_preference(args: "OPSDConfig") -> None:
+    """
+    Checks several contexts, and the gate that chooses among them.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: If the contexts are no order of preference, or the gate has nothing to choose.
+    """
+    both = as_list(args.teacher_context), as_list(args.teacher_prompt_template)
+    preference = max(both, key=len)
+    if len(preference) > 1:
+        name = "teacher_context" if preference is both[0] else "teacher_prompt_template"
+        if args.teacher_gate is None:
+            raise ValueError(
+                f"`{name}` has {len(preference)} contexts, and which of them a prompt has is what `teacher_gate` decides: "
+                "set it, for instance to 0.5, or give one context."
+            )
+        if all(both):
+            raise ValueError(
+                "`teacher_context` and `teacher_prompt_template` are both set, and one of them is an order of preference: "
+                "give all contexts in `teacher_prompt_template`, or all in `teacher_context`."
+            )
+        if len(set(preference)) < len(preference):
+            raise ValueError(f"`{name}` has a context twice: name each once.")
+    if args.teacher_gate is None:
+        if args.teacher_gate_rollouts is not None:
+            raise ValueError(
+                f"`teacher_gate_rollouts={args.teacher_gate_rollouts}` measures what `teacher_gate` decides by, and that "
+                "is not set: set it, for instance to 0.5, or drop the rollouts."
+            )
+        return
+    if not 0 < args.teacher_gate <= 1:
+        raise ValueError(
+            f"`teacher_gate` is a pass rate above 0 and at most 1, and is {args.teacher_gate}: use None to use the "
+            "context on every prompt."
+        )
+    if not preference:
+        raise ValueError(
+            f"`teacher_gate={args.teacher_gate}` decides on which prompts the teacher's context is used, and it has none: "
+            "set `teacher_context`, or drop the gate."
+        )
+    if args.teacher_gate_rollouts is not None and args.teacher_gate_rollouts < 0:
+        raise ValueError(f"`teacher_gate_rollouts` must be at least 0, and is {args.teacher_gate_rollouts}.")
+
+
+def check_pass_rates(
+    args: "OPSDConfig",
+    dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+    tools: list[Callable] | None,
+) -> None:
+    """
+    Checks what the gate decides by.
+
+    Args:
+        args ([`OPSDConfig`]):
+            Configuration.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Data of the evaluation.
+        tools (`list[Callable]`, *optional*):
+            Tools.
+
+    Raises:
+        ValueError: If there are no pass rates, and none can be measured, or some are no shares.
+    """
+    if args.teacher_gate is None:
+        return
+    columns, number = dataset.column_names or [], len(args.build_teacher_contexts())
+    held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    held_out = [data for data in held_out if data is not None]
+    measures_nothing = args.resolve_teacher_gate_rollouts(columns) == 0
+    if measures_nothing and "teacher_pass_rates" not in columns:
+        raise ValueError(
+            "`teacher_gate_rollouts=0` measures nothing, and the training data has no pass rates of the teacher (column "
+            "`teacher_pass_rates`; on the command line `--teacher_bank` adds it): give them, or let it write rollouts."
+        )
+    for data in held_out:
+        # All of it would be on the plain prompt, where the teacher is what the student was: lowest loss, no training
+        if measures_nothing and "teacher_pass_rates" not in (data.column_names or ["teacher_pass_rates"]):
+            raise ValueError(
+                "The training data has pass rates of the teacher and nothing is measured, but the evaluation data has no "
+                "column `teacher_pass_rates`, so its loss would say only how far the student is from its own start: give "
+                "them there too, set `teacher_gate_rollouts`, for instance to 4, or drop the evaluation."
+            )
+    for data in (dataset, *held_out):
+        if not isinstance(data, Dataset) or "teacher_pass_rates" not in data.column_names:
+            continue
+        for row, rates in enumerate(data["teacher_pass_rates"]):
+            if rates is not None and (
+                len(rates) != number or not all(rate is None or 0 <= rate <= 1 for rate in rates)
+            ):
+                raise ValueError(
+                    f"`teacher_pass_rates` of row {row} is {rates}: it must have a share from 0 to 1, or None, for each of "
+                    f"the teacher's {number} contexts."
+                )
+    if measures_nothing:
+        return
+    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    for name, is_set in (
+        ("use_vllm", args.use_vllm),
+        ("tools", bool(tools)),
+        ("FSDP", is_fsdp),
+        ("DeepSpeed", args.deepspeed_plugin is not None),
+    ):
+        if is_set:
+            raise ValueError(
+                f"`teacher_gate_rollouts` are written in one turn by transformers' `generate` from whole weights, which "
+                f"`{name}` excludes: fill a rollout bank in the teacher's context before (`python -m "
+                "trl_opsd.compress.bank --prompt_template ...`), give it with `--teacher_bank`, and set "
+                "`teacher_gate_rollouts: 0`."
+            )

@@ -46,7 +46,7 @@ from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics
 from .rollouts import CollectedRollouts, Rollouts
 from .saved import Saved
 from .teacher import Teacher
-from .teacher_gate import TeacherGate
+from .teacher_gate import TeacherGate, generate_as
 from .verify import RewardFunc, Verifiers
 
 
@@ -192,8 +192,8 @@ class OPSDTrainer(DistillationTrainer):
         if self._is_vlm:
             check_text_only(args)
         check_lengths(args, self.model.config)
-        external = self.teacher.model if self.teacher.weights == "external" else None
-        check_ends(self.eos_token_ids, external, self._tokenizer)
+        is_external = self.teacher.weights == "external"
+        check_ends(self.eos_token_ids, self.teacher.model if is_external else None, self._tokenizer)
         self.teacher.prepare(self.model, self._tokenizer, self.accelerator)
         self.teacher_model = self.teacher.model
         if self.teacher.follows_student:
@@ -314,10 +314,10 @@ class OPSDTrainer(DistillationTrainer):
             self._metrics[mode][name].append(value)
         batch = collected.batch
         if self.teacher_prompts is not None:
-            contexts = None if self.teacher_gate is None else self._gate_teacher(mode, collected)
+            chosen = None if self.teacher_gate is None else self._gate_teacher(mode, collected)
             batch.update(
                 self._tokenize_teacher_prompts(
-                    collected.rows, collected.siblings, batch["completion_ids"].size(1), contexts
+                    collected.rows, collected.siblings, batch["completion_ids"].size(1), chosen
                 )
             )
         if self.args.log_engine_mismatch:
@@ -395,8 +395,13 @@ class OPSDTrainer(DistillationTrainer):
             ids, mask = padded(
                 prompt_ids[start : start + size], self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of
             )
-            written = self.teacher.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            written = generate_as(
+                self.teacher,
+                self.model,
+                self.accelerator,
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
             )
             for row in written[:, ids.size(1) :].tolist():
                 end = next((place for place, token in enumerate(row) if token in self.eos_token_ids), len(row))
@@ -421,18 +426,15 @@ class OPSDTrainer(DistillationTrainer):
         rows: list[dict[str, Any]],
         siblings: list[str | None],
         completion_length: int,
-        contexts: list[TeacherContext | None] | None = None,
+        chosen: list[TeacherContext | None] | None = None,  # by the teacher's gate
     ) -> dict[str, torch.Tensor]:
-        """
-        The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`. `contexts` are what its gate
-        has chosen.
-        """
+        """The prompts in the teacher's context, left-padded: ids and mask of shape `(B, P_teacher)`."""
         prompts, limit = self.teacher_prompts, self._max_teacher_prompt(completion_length)
-        in_contexts = [prompts.context_of(sibling) for sibling in siblings] if contexts is None else contexts
+        in_contexts = [prompts.context_of(sibling) for sibling in siblings] if chosen is None else chosen
         prompt_ids, num_cut = prompts.encode(rows, in_contexts, siblings, limit)
-        if contexts is not None:
+        if chosen is not None:
             # An anchor is what the student sees, in the student's own rendering
-            anchors = [index for index, context in enumerate(contexts) if context is None]
+            anchors = [index for index, context in enumerate(chosen) if context is None]
             plain = self._tokenize_prompts([rows[index]["prompt"] for index in anchors])[0] if anchors else []
             for index, ids in zip(anchors, plain, strict=True):
                 prompt_ids[index] = ids

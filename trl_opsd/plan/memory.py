@@ -146,7 +146,9 @@ def saved_bytes(training: Training, layers: int, rows: int) -> int:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
-            # Without data torch's own takes bfloat16 alone. What is kept of the other is the same
+            # Without data torch's own takes bfloat16 alone. What is kept of the other is the same. No public setting says
+            # so: of the other `experts_implementation`s eager asks which experts have tokens, which tensors without data
+            # cannot say, and batched_mm keeps a copy of an expert for each token
             patch.object(moe, "_can_use_grouped_mm", lambda *args: False),
         ):
             torch.func.functional_call(body, tensors, (), {"input_ids": ids, "use_cache": False})

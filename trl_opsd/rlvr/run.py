@@ -1,16 +1,16 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, save_final, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
 from ..data import check_columns, hold_out, load_prompts, record_held_out
-from ..results import write_results
-from ..resuming import Checksums, StopOnSignal, claim, find_checkpoint
+from ..results import finish
+from ..resuming import claim, find_checkpoint, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
@@ -110,19 +110,5 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             peft_config=get_peft_config(model_args),
         )
     warn_of_precision(trainer)
-    interruption = StopOnSignal(trainer)
-    trainer.add_callback(interruption)
-    trainer.add_callback(Checksums(trainer))
-    trainer.train(resume_from_checkpoint=resume_from)
-    interruption.end(training_args.output_dir)
-    save_final(trainer)
-    if trainer.accelerator.is_main_process:
-        # Of what and on what it was trained too: model cards and the provenance of exports follow these back
-        config = {**asdict(model_args), **asdict(script_args), **training_args.to_dict()}
-        write_results(f"{training_args.output_dir}/rlvr.json", trainer.state.log_history, config)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if training_args.use_vllm:
-        trainer.vllm_generation.close()  # and with it the process group of one of several
-    trainer.accelerator.end_training()
+    train(trainer, resume_from)
+    finish(trainer, "rlvr", script_args, model_args)

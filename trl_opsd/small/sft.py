@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..cli import save_final
 from ..results import write_results, write_text
-from ..resuming import StopOnSignal, claim, find_checkpoint
+from ..resuming import claim, find_checkpoint, train
 from ..tiny.model import make_model
 from ..tiny.sft import answer, encode, summary
 from .families import FAMILIES
@@ -145,10 +145,7 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
         processing_class=tokenizer,
     )
     trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
-    interruption = StopOnSignal(trainer)
-    trainer.add_callback(interruption)
-    trainer.train(resume_from_checkpoint=resume_from)
-    interruption.end(args.output_dir)
+    train(trainer, resume_from)
 
     results = [entry for entry in trainer.state.log_history if "phase" in entry]
     for sample in (False, True):

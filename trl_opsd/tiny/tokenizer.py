@@ -36,8 +36,7 @@ def make_tokenizer(num_labels: int = 8) -> PreTrainedTokenizerFast:
             Labels that it knows, which bounds the operations of a problem.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: With distinct padding and end tokens, and a chat template whose
-        assistant turns are marked for `assistant_only_loss`.
+        [`~transformers.PreTrainedTokenizerFast`]: With the special tokens and the chat template of [`with_chat_template`].
     """
     letters = LABELS[:num_labels]
     labels = [f" {label}:" for label in letters]
@@ -47,6 +46,21 @@ def make_tokenizer(num_labels: int = 8) -> PreTrainedTokenizerFast:
     pattern = "|".join([*WORDS, f" [{letters}]:", r"\. ", r"\? ", r"\\boxed\{", r"[+*-]\d", r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
+    return with_chat_template(tokenizer)
+
+
+def with_chat_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer as trainers take it.
+
+    Args:
+        tokenizer ([`~tokenizers.Tokenizer`]):
+            Tokenizer that knows `PAD`, `START` and `END`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: With distinct padding and end tokens, and a chat template whose
+        assistant turns are marked for `assistant_only_loss`.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -99,15 +99,9 @@ def run_tests(
     packages, missing = _packages(setup, tests)
     if missing:
         return Verdict("unserved", None, f"the tests import {missing}, which the sandbox does not have", "")
-    config = {
-        "mode": "tests",
-        "entry_point": entry_point,
-        "partial_credit": partial_credit,
-        "packages": packages,
-    }
-    parts = {"setup_bytes": setup, "program_bytes": program, "tests_bytes": tests}
+    config = {"mode": "tests", "entry_point": entry_point, "partial_credit": partial_credit, "packages": packages}
     collected = Collected()
-    output = _exchange(config, parts, limits, collected)
+    output = _exchange(config, {"setup": setup, "program": program, "tests": tests}, limits, collected)
     last = collected.last
     if last["status"] == "stopped":
         return _stopped(last["detail"], output)
@@ -170,7 +164,6 @@ def run_cases(
         return Verdict("invalid", None, "an input is larger than the folder", "")
     config = {
         "mode": "cases",
-        "entry_point": None,
         "partial_credit": partial_credit,
         "packages": packages,
         "input_bytes": [len(data) for data in encoded],
@@ -191,8 +184,7 @@ def run_cases(
 
     case.count = 0
     collected = Collected(case, config["case_bytes"] * 6 + VERDICT_BYTES)
-    parts = {"setup_bytes": setup, "program_bytes": program}
-    output = _exchange(config, parts, limits, collected, encoded)
+    output = _exchange(config, {"setup": setup, "program": program}, limits, collected, encoded)
     last = collected.last
     if last["status"] == "stopped" and last["detail"] not in ("timeout", "output", "mess"):
         return _stopped(last["detail"], output)
@@ -301,24 +293,19 @@ def require_isolation() -> None:
 
 
 def _exchange(
-    config: dict, parts: dict[str, str], limits: Limits, collected: Collected, more: list[bytes] | None = None
-) -> str:
-    """Has the user's sandbox do what `config` says, and returns what was printed there."""
-    backend = os.environ.get(SANDBOX) or "namespaces"
-    output = _run(backend, config, parts, limits, collected, more)
-    if collected.last["status"] == "refused":
-        raise UserError(_refused(backend, collected.last["detail"]))
-    return output
-
-
-def _run(
-    backend: str,
     config: dict,
     parts: dict[str, str],
     limits: Limits,
     collected: Collected,
     more: list[bytes] | None = None,
+    backend: str | None = None,
 ) -> str:
+    """
+    Has a sandbox do what `config` says, and returns what was printed there. Without a `backend` it is the user's, and an
+    error if that refuses.
+    """
+    is_asked_for = backend is None
+    backend = backend or os.environ.get(SANDBOX) or "namespaces"
     if not sys.platform.startswith("linux"):
         raise UserError(f"Code is only run in a sandbox on Linux, and this is {sys.platform}: use a Linux machine.")
     encoded = {name: _encode(text) for name, text in parts.items()}
@@ -336,8 +323,11 @@ def _run(
         "threads": limits.threads,
         "open_files": limits.open_files,
         "output_bytes": limits.output_bytes,
+        "entry_point": None,
+        "partial_credit": False,
+        "packages": [],
         **config,
-        **{name: len(data) for name, data in encoded.items()},
+        **{f"{name}_bytes": len(data) for name, data in encoded.items()},
     }
     body = b"".join([*encoded.values(), *(more or [])])
     if backend.startswith(("http://", "https://")):
@@ -355,6 +345,8 @@ def _run(
             collected.last = {"status": "stopped", "detail": "killed"}
         else:
             raise RuntimeError(f"The sandbox did not start: {(output.splitlines() or ['it said nothing'])[-1]}.")
+    if is_asked_for and collected.last["status"] == "refused":
+        raise UserError(_refused(backend, collected.last["detail"]))
     return output
 
 
@@ -364,10 +356,9 @@ def _refused(backend: str, reason: str) -> str:
     for other in ("namespaces", "bubblewrap"):
         if other != backend:
             collected = Collected()
-            config = {"mode": "tests", "entry_point": None, "partial_credit": False, "packages": []}
-            parts = {"setup_bytes": "", "program_bytes": "", "tests_bytes": "pass"}
             try:
-                _run(other, config, parts, Limits(), collected)
+                parts = {"setup": "", "program": "", "tests": "pass"}
+                _exchange({"mode": "tests"}, parts, Limits(), collected, backend=other)
                 problem = collected.last.get("detail")
             except RuntimeError as error:
                 problem = str(error)
