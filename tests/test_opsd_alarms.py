@@ -7,7 +7,6 @@ import torch
 from test_opsd_trainer import Recorder, same_rollouts, settings
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.__main__ import main
 from trl_opsd.opsd.alarms import AlarmCallback
 from trl_opsd.opsd.metrics import OPSDAlarm
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
@@ -245,26 +244,3 @@ def test_a_reward_function_that_raises_names_itself_and_the_sample(
     assert bad in str(end.value)
     assert isinstance(end.value.__cause__, ZeroDivisionError)
     assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
-
-
-def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path, checkpoint, rows, capsys):
-    rows.to_json(tmp_path / "train.jsonl")
-    out = tmp_path / "out"
-    options = {
-        "model_name_or_path": checkpoint(),
-        "dataset_name": tmp_path / "train.jsonl",
-        "output_dir": out,
-        "teacher_prompt_template": "{prompt}",
-        "max_completion_length": 8,
-        "max_steps": 5,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-    }
-    with pytest.raises(SystemExit) as end:
-        main([word for name, value in options.items() for word in (f"--{name}", str(value))])
-    assert end.value.code == 3
-    assert "error: Stopped at step 1: The divergence is" in capsys.readouterr().err
-    assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()

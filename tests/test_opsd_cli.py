@@ -222,3 +222,12 @@ def test_an_adapter_without_its_base_is_named(tmp_path, recipe, capsys):
     with pytest.raises(SystemExit) as end:
         main(recipe(model_name_or_path=str(folder)))
     assert end.value.code == 2 and "the base of the adapter" in capsys.readouterr().err
+
+
+def test_a_stopped_run_leaves_nothing_under_the_final_name(tmp_path, recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(recipe(teacher_prompt_template="{prompt}", reward_funcs=None, gate=None, max_steps=5, logging_steps=1))
+    assert end.value.code == 3
+    assert "error: Stopped at step 1: The divergence is" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()
