@@ -26,7 +26,7 @@ parser.add_argument(
     nargs="+",
     help="gates: for each prompt of a batch the round in which its rollout passes, 0 is never. With an s in front the "
     "same batch comes again, and what is not solved is skipped. With a t in front all pass, and it says for each prompt "
-    "whether the teacher is right in its context",
+    "whether the teacher is right in its context; with an n, whether its divergence is finite",
 )
 parser.add_argument("--max_tokens", type=int, help="budget of a micro-batch")
 args = parser.parse_args()
@@ -57,7 +57,8 @@ def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False)
 def train(case: str) -> dict:
     asked.clear()
     calls.clear()
-    skip, gated, kept = case.startswith("s"), case.startswith("t"), case.lstrip("st")
+    skip, gated, kept = case.startswith("s"), case.startswith("t"), case.lstrip("stn")
+    wrong = [ids for ids, digit in zip(completions, kept, strict=True) if case.startswith("n") and digit == "0"]
 
     def write(*_, input_ids, attention_mask, **kwargs):
         """The teacher's: two 5 where it is right, else 4, three tokens in all."""
@@ -68,9 +69,19 @@ def train(case: str) -> dict:
         replies = [[*tokenizer(reply[kept[index[prompt]]])["input_ids"], tokenizer.eos_token_id] for prompt in prompts]
         return torch.cat([input_ids, torch.tensor(replies)], dim=1)
 
+    def spoiled(self, model, input_ids, *arguments, **kwargs):
+        states = hidden(self, model, input_ids, *arguments, **kwargs)
+        if not states.requires_grad:
+            return states
+        rows = [[token for token in row if token != tokenizer.pad_token_id] for row in input_ids.tolist()]
+        spoilt = [any(row[-len(ids) :] == ids for ids in wrong) for row in rows]
+        return torch.cat([torch.nan * row if bad else row for row, bad in zip(states.split(1), spoilt, strict=True)])
+
     def verifier(prompts, completion_ids, log_extra, **kwargs):
         log_extra("ids", [str(ids) for ids in completion_ids])
         rows = [index[prompt[0]["content"]] for prompt in prompts]
+        if case.startswith("n"):
+            return [1.0] * len(prompts)
         if gated:
             return [float(tokenizer.decode(ids[:2]) != "44") for ids in completion_ids]
         rounds = [1 + len(ids) - len(completions[row]) for row, ids in zip(rows, completion_ids, strict=True)]
@@ -122,7 +133,11 @@ def train(case: str) -> dict:
             gathered.append(gather_object([sizes]))
 
     trainer.add_callback(Look(trainer))
-    with mock.patch("trl_opsd.opsd.trainer.generate_as", write):
+    hidden = OPSDTrainer._get_last_hidden_state
+    with (
+        mock.patch("trl_opsd.opsd.trainer.generate_as", write),
+        mock.patch.object(OPSDTrainer, "_get_last_hidden_state", spoiled if wrong else hidden),
+    ):
         trainer.train()
     return {
         "gathered": gathered,
@@ -133,6 +148,7 @@ def train(case: str) -> dict:
         "calls": list(calls),
         "teacher_gate": trainer.teacher_gate.state_dict() if gated else {},
         "logs": trainer.state.log_history[:2],
+        "in_a_row": gather_object([trainer.faults._in_a_row]),
         "weights": trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict(),
     }
 

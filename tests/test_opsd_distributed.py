@@ -21,7 +21,9 @@ REFILLS = ["11110230", "20311111"]
 SKIPS = ["s11110110", "s00010111"]
 # All are kept, and the teacher is right in its context on some, of the second process on none, of both on some
 TEACHERS = ["t11010000", "t01100111"]
-CASES = GATES + REFILLS + SKIPS + TEACHERS
+# Whose divergence is not finite in both steps, of the second process one, and both of a micro-batch
+FAULTS = ["n11110111", "n11010011"]
+CASES = GATES + REFILLS + SKIPS + TEACHERS + FAULTS
 
 
 def run(output, processes, per_device, accumulation, *options):
@@ -61,6 +63,8 @@ def test_two_processes_do_what_one_does(runs, case, other):
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-6)
     assert one["pass_rates"] == two["pass_rates"]
+    # All processes count alike, so that all of them end together
+    assert {*one["in_a_row"], *two["in_a_row"]} == {2 if gate in FAULTS else 0}
     for name in ("contexts", "counts", "tokens"):
         assert one["teacher_gate"].get(name) == two["teacher_gate"].get(name)
     for step, (ours, theirs) in enumerate(zip(one["logs"], two["logs"], strict=True)):
@@ -71,6 +75,8 @@ def test_two_processes_do_what_one_does(runs, case, other):
             # Eight prompts in each step, three rollouts of three tokens each, dealt evenly
             assert ours["opsd/teacher_gate_tokens"] == theirs["opsd/teacher_gate_tokens"] == 72 * (step + 1)
             assert sum(one["calls"]) == 48 and sum(two["calls"]) == 24
+        elif gate in FAULTS:
+            assert ours["opsd/kept"] == 1 and ours["grad_norm"] > 0 and theirs["grad_norm"] > 0
         else:
             assert ours["opsd/correct"] == gate.count("1") / 8
             assert ours["opsd/kept"] == (1 if skips and step == 1 else 1 - gate.count("0") / 8)

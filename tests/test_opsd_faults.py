@@ -125,9 +125,13 @@ def test_a_gradient_that_is_not_finite_is_not_followed(tmp_path, small_model, to
     assert len(lines) == 8 and {line["step"] for line in lines} == {2} and "gradient" in lines[0]["why"]
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path, small_model, tokenizer, rows, completions, monkeypatch):
+@pytest.mark.parametrize("has_scaler", [False, True])
+def test_too_many_in_a_row_end_the_run(tmp_path, small_model, tokenizer, rows, completions, monkeypatch, has_scaler):
+    """Also under a scaler, which looks at the gradient itself: what was left out of a step ends with it there too."""
     monkeypatch.setattr(faults, "IN_A_ROW", 3)
     trainer = build(tmp_path, small_model, tokenizer, rows, reward_by_length(0), max_steps=9)
+    if has_scaler:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     hidden = OPSDTrainer._get_last_hidden_state
 
     def spoiled(self, model, input_ids, *args, **kwargs):

@@ -43,9 +43,9 @@ class Faults:
         self._batches: list[dict[str, torch.Tensor]] = []
         self._any_finite = self._any_left_out = False
 
-    def add(self, batch: dict[str, torch.Tensor], finite: torch.Tensor, step: int) -> None:
+    def add(self, batch: dict[str, torch.Tensor], finite: torch.Tensor, step: int) -> bool:
         """
-        Takes up a micro-batch.
+        Takes up a micro-batch. Called on every process, all of which know afterwards what any of them has left out.
 
         Args:
             batch (`dict[str, torch.Tensor]`):
@@ -54,12 +54,19 @@ class Faults:
                 Whose divergence is finite, `bool`, of shape `(B,)`.
             step (`int`):
                 Number of the optimizer step.
+
+        Returns:
+            `bool`: Whether the divergence of a rollout is not finite, of any process.
         """
         self._batches.append({name: batch[name] for name in batch if name.startswith(("prompt_", "completion_"))})
-        self._any_finite |= bool(finite.any())
-        if not finite.all():
-            self._any_left_out = True
+        counts = batch["completion_mask"].any(dim=1)
+        flags = torch.stack([(finite & counts).any(), ~finite.all()])
+        any_finite, any_left_out = self._accelerator.gather(flags[None]).any(dim=0).tolist()
+        self._any_finite |= any_finite
+        self._any_left_out |= any_left_out
+        if any_left_out and not finite.all():
             self._write(self._batches[-1], (~finite).tolist(), step, "its divergence is not finite")
+        return any_left_out
 
     def check_any(self, step: int) -> None:
         """
@@ -70,7 +77,7 @@ class Faults:
                 Number of the optimizer step, for the message.
 
         Raises:
-            OPSDAlarm: If the divergence of none that this process has had in the step is finite.
+            OPSDAlarm: If the divergence of none that there was in the step is finite, on every process alike.
         """
         if self._any_left_out and not self._any_finite:
             raise OPSDAlarm(
@@ -78,13 +85,13 @@ class Faults:
                 "student are not finite, or their logits overflow. Nothing was updated in this step."
             )
 
-    def end_step(self, norm: float, step: int) -> bool:
+    def end_step(self, norm: float | None, step: int) -> bool:
         """
         Called when all gradients of a step are there, on every process.
 
         Args:
-            norm (`float`):
-                Norm of the gradient, over all processes.
+            norm (`float`, *optional*):
+                Norm of the gradient, over all processes, unless it is for another to look at it.
             step (`int`):
                 Number of the optimizer step.
 
@@ -92,9 +99,10 @@ class Faults:
             `bool`: Whether there is a step to take.
 
         Raises:
-            OPSDAlarm: If something has been left out of too many steps in a row.
+            OPSDAlarm: If there was no rollout to learn from, or if something has been left out of too many steps in a row.
         """
-        is_finite = bool(torch.as_tensor(norm).isfinite())
+        self.check_any(step)
+        is_finite = norm is None or bool(torch.as_tensor(norm).isfinite())
         if not is_finite:
             logger.warning(f"The gradient of step {step} is not finite: the step is not taken.")
             if not self._any_left_out:

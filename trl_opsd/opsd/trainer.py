@@ -557,10 +557,10 @@ class OPSDTrainer(DistillationTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:
             finite = self._finite
-            self.faults.add(inputs, finite, self.state.global_step + 1)
-            if self.is_deepspeed_enabled or (self.accelerator.num_processes == 1 and self.accelerator.sync_gradients):
+            any_left_out = self.faults.add(inputs, finite, self.state.global_step + 1)
+            if self.is_deepspeed_enabled:  # which steps in the backward
                 self.faults.check_any(self.state.global_step + 1)
-            if self.accelerator.gather((~finite).any()).any():
+            if any_left_out:
                 self.token_metrics["train"] = measured
                 self.engine_mismatch["train"] = mismatch
                 self._metrics["train"]["entropy"].pop()
@@ -576,17 +576,14 @@ class OPSDTrainer(DistillationTrainer):
         Loss of the rollouts whose divergence is finite. What is not would be in the gradient of the weights even where its own
         is zero, so the forward pass is made again without it. Called on every process.
         """
-        if finite.any():
-            inputs = select_rows(inputs, finite, keep_shape=self.pad_to_multiple_of is not None)
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        elif self.accelerator.num_processes == 1:
-            return torch.zeros((), device=finite.device, requires_grad=True)
-        else:
-            # The others go on with a forward and a backward, and so does this one. Its gradient is not finite, and so is theirs
-            # in the end: the step is not taken
-            measured = copy.deepcopy(self.token_metrics["train"])
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self.token_metrics["train"] = measured
+        if not finite.any():
+            if self.accelerator.distributed_type == DistributedType.NO:
+                return torch.zeros((), device=finite.device, requires_grad=True)
+            # The others go on with a forward and a backward, and so does this one: of a prompt, of which no token counts
+            inputs = {**inputs, "completion_mask": torch.zeros_like(inputs["completion_mask"])}
+            finite = torch.arange(len(finite), device=finite.device) == 0
+        inputs = select_rows(inputs, finite, keep_shape=self.pad_to_multiple_of is not None)
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not math.isfinite(self._metrics["train"]["entropy"][-1]):  # of all processes
             self._metrics["train"]["entropy"].pop()
         return loss
@@ -601,7 +598,7 @@ class OPSDTrainer(DistillationTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
         is_ours = not self.is_deepspeed_enabled and self.accelerator.scaler is None
-        if is_ours and not self.faults.end_step(norm, self.state.global_step + 1):
+        if not self.faults.end_step(norm if is_ours else None, self.state.global_step + 1):
             self.accelerator.sync_gradients = False
             return 0.0
         return norm
