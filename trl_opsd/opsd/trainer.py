@@ -597,8 +597,10 @@ class OPSDTrainer(DistillationTrainer):
             return 0.0
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
-        is_ours = not self.is_deepspeed_enabled and self.accelerator.scaler is None
-        if not self.faults.end_step(norm if is_ours else None, self.state.global_step + 1):
+        if not self.faults.end_step(
+            norm if not self.is_deepspeed_enabled and self.accelerator.scaler is None else None,
+            self.state.global_step + 1,
+        ):
             self.accelerator.sync_gradients = False
             return 0.0
         return norm
