@@ -459,6 +459,9 @@ class TestExport:
         exporting(rows, 0).export()
         automatic = exporting([*rows, exported("onnx-fp32")], 0, ("safetensors:float32", "onnx:fp32"))
         automatic.export()
+        (automatic.root / "compressed" / "README.md").write_text("560 MiB")  # as the card of a second run says it
+        automatic.export()
+        assert self.calls(automatic) == 2
         assert (automatic.root / "export" / "w8a8").exists()
         assert not (automatic.root / "export-old-1").exists()
         (automatic.root / "compressed" / "config.json").write_text('{"a": 1}')

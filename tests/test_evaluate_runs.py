@@ -1,6 +1,7 @@
 """Many checkpoints × tasks, the cache, adapters, the meter, and a server."""
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -22,7 +23,15 @@ from trl_opsd.cli import UserError
 from trl_opsd.data import SOURCES
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate import checkpoint as checkpoints
-from trl_opsd.evaluate.backends import Request, Sampling, ServerEngine, TransformersEngine, VllmEngine, load_engine
+from trl_opsd.evaluate.backends import (
+    Request,
+    Sampling,
+    ServerEngine,
+    StartedServer,
+    TransformersEngine,
+    VllmEngine,
+    load_engine,
+)
 from trl_opsd.evaluate.backends.server import ChatFormat, base_url, served_model
 from trl_opsd.evaluate.backends.started import server_options
 from trl_opsd.evaluate.checkpoint import count_checkpoint, open_checkpoint, weights_bytes
@@ -907,13 +916,15 @@ with open(options["--result-dir"] + "/" + options["--result-filename"], "w") as 
 
 
 STARTED = r"""
-import json, sys
+import json, os, subprocess, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open(TOLD, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\n")
-if FAILS:
+with open(TOLD + ".worker", "w") as file:
+    file.write(str(subprocess.Popen(["sleep", "600"]).pid))
+if FAILS == "early":
     print("WARNING 11-26 this may cause OSError: too many files")
     print("(Worker pid=7) ERROR ValueError: no such quantisation")
     sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
@@ -933,6 +944,9 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if FAILS == "late":
+            print("EngineDeadError: out of memory", flush=True)
+            os._exit(1)
         choice = {"text": "x", "token_ids": [body["prompt"][-1], 1], "finish_reason": "stop"}
         self.reply("data: " + json.dumps({"choices": [choice]}) + "\n\ndata: [DONE]\n\n", "text/event-stream")
 
@@ -953,8 +967,8 @@ class TestStartedServer:
         monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: False)  # and no load
         told, script = tmp_path / "told.json", tmp_path / "server.py"
 
-        def start(fails: bool = False):
-            script.write_text(STARTED.replace("TOLD", repr(str(told))).replace("FAILS", str(fails)))
+        def start(fails: str | None = None):
+            script.write_text(STARTED.replace("TOLD", repr(str(told))).replace("FAILS", repr(fails)))
             monkeypatch.setattr("trl_opsd.evaluate.backends.started._SERVER", [sys.executable, str(script)])
             return lambda: [json.loads(line) for line in told.read_text().splitlines()]
 
@@ -984,10 +998,33 @@ class TestStartedServer:
         assert [row["cached"] for row in again] == [4, 4] and len(told()) == 2
 
     def test_one_that_does_not_start_says_why(self, started, checkpoint, problems):
-        started(fails=True)
+        started(fails="early")
         config = EvaluateConfig(model_name_or_path=checkpoint, dataset_name=problems, backend="server")
         with pytest.raises(UserError, match=r"did not start \(ValueError: no such quantisation\)"):
             evaluate(config, progress=lambda done, total: None)
+
+    def test_one_that_ends_in_the_middle_says_why(self, started, checkpoint, problems, monkeypatch):
+        monkeypatch.setattr("trl_opsd.evaluate.backends.server._RETRIES", 0)
+        started(fails="late")
+        config = EvaluateConfig(model_name_or_path=checkpoint, dataset_name=problems, backend="server")
+        with pytest.raises(UserError, match=r"vLLM's server has ended \(EngineDeadError: out of memory\)"):
+            evaluate(config, progress=lambda done, total: None)
+
+    def test_nothing_of_it_is_left_and_no_proxy_is_asked_for_it(self, started, checkpoint, tmp_path, monkeypatch):
+        for name, value in {"http_proxy": "http://127.0.0.1:9", "no_proxy": "b", "NO_PROXY": "b"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("trl_opsd.evaluate.backends.started._PATIENCE", 10)
+        started()
+        config = EvaluateConfig(model_name_or_path=checkpoint, dataset_name="x", backend="server")
+        for _ in range(2):
+            engine = StartedServer(config)
+            worker = Path("/proc", (tmp_path / "told.json.worker").read_text())
+            assert dict(engine.generate([Request([5], 0)], TestServer.sampling)) == {0: [5, 1]}
+            assert worker.exists()
+            engine.close()
+            time.sleep(0.2)
+            assert not worker.exists() or "State:\tZ" in (worker / "status").read_text()
+        assert os.environ["no_proxy"] == "b,127.0.0.1"
 
     def test_its_options(self, checkpoint, problems, tmp_path):
         adapter = tmp_path / "adapter"

@@ -137,7 +137,7 @@ class Stage:
             for value in [values] if isinstance(values, str) else values:
                 path = _local(value)
                 if path is not None and not (name in _MODELS and path in map(Path, made)):
-                    read.append([value, _content(path)])
+                    read.append([value, _content(path, "README.md" if name in _MODELS else None)])
         what = json.dumps([previous, self.module, recipe, self.arguments, read], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()
 
@@ -158,12 +158,15 @@ def _local(value: str) -> Path | None:
     return None
 
 
-def _content(path: Path) -> str:
-    """Hash of a file, or of all in a folder but what `datasets` keeps there for itself."""
+def _content(path: Path, but: str | None = None) -> str:
+    """
+    Hash of a file, or of all in a folder but what `datasets` keeps there for itself, and of a model its card, which is written
+    again with the memory and the seconds of another run.
+    """
     digest = hashlib.sha256()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
-        if file.is_file() and not re.match(r"cache-.*\.arrow$|tmp", file.name):
+        if file.is_file() and file.name != but and not re.match(r"cache-.*\.arrow$|tmp", file.name):
             status = file.stat()
             name = file.relative_to(path).as_posix()
             digest.update(f"{name} {_file_hash(file, status.st_size, status.st_mtime_ns)} ".encode())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,11 @@ class StartedServer(ServerEngine):
             The checkpoint, its precision, the number of requests at a time, and `vllm_kwargs`.
 
     Raises:
-        UserError: If the server does not start, with what it said last.
+        UserError: If the server does not start, or ends before it is ended, with what it said last.
     """
 
     def __init__(self, config: EvaluateConfig):
+        _leave_to_no_proxy("127.0.0.1")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,6 +62,14 @@ class StartedServer(ServerEngine):
         super().close()
         self._end()
 
+    def _once(self, *args: Any, **extra: Any) -> list[int]:
+        try:
+            return super()._once(*args, **extra)
+        except UserError:
+            if self.process.poll() is None:
+                raise
+            raise UserError(f"vLLM's server has ended ({self._reason()}): run the same again.") from None
+
     def _wait(self, url: str) -> None:
         until = time.monotonic() + _PATIENCE
         while self.process.poll() is None and time.monotonic() < until:
@@ -67,11 +78,14 @@ class StartedServer(ServerEngine):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
+        raise UserError(f"vLLM's server did not start ({self._reason()}).")
+
+    def _reason(self) -> str:
         lines = [line.strip() for line in Path(self.log.name).read_text(errors="replace").splitlines() if line.strip()]
         # Several processes end one after the other, the cause first
         causes = [found.group() for line in lines if "WARNING" not in line and (found := _CAUSE.search(line))]
         reason = [*causes, *lines[-1:], f"status {self.process.poll()}"][0]
-        raise UserError(f"vLLM's server did not start ({reason:.400}).")
+        return f"{reason:.400}"
 
     def _end(self) -> None:
         self.process.terminate()
@@ -80,7 +94,16 @@ class StartedServer(ServerEngine):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with suppress(ProcessLookupError):  # its workers, where it was ended before it could end them
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.log.close()
+
+
+def _leave_to_no_proxy(host: str) -> None:
+    """Has this process, and those that it starts, ask a machine itself where a proxy is set for all others."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [known for known in os.environ.get(name, "").split(",") if known]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, host]))
 
 
 def server_options(config: EvaluateConfig, port: int) -> list[str]:
