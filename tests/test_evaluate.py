@@ -95,6 +95,9 @@ class TestScripted:
         }
         assert numbers["mean_tokens_low"] < 5.75 < numbers["mean_tokens_high"]
         assert (numbers["strict_only"], numbers["flexible_only"]) == (0, 1)
+        # Weights of four bytes, at each of 23 tokens; two answers are correct
+        assert row.pop("bytes_per_correct") == 4 * total * 23 / 2
+        assert row.pop("bytes_per_correct_low") < 4 * total * 23 / 2 < row.pop("bytes_per_correct_high")
         assert row == {
             "stage": "rlvr",
             "checkpoint": "scripted",
@@ -119,6 +122,7 @@ class TestScripted:
             "truncated": 0.0,
             "markers_per_1000_tokens": 0.0,
             "weights_bytes": None,
+            "weight_bits": 32.0,
             "parameters": total,
             "non_embedding_parameters": total - 2 * len(tokenizer) * 16,
             "active_parameters": total - 2 * len(tokenizer) * 16,
