@@ -12,7 +12,17 @@ from functools import partial
 
 from scripts.benchmarks import attention_mask, divergence, gpu, memory_plan, sandbox, scaling, step, teacher_memory
 from scripts.benchmarks.decoding import table as decoding_table
-from scripts.experiments import ablations, bank, competence, coverage, recover, rlvr_code, rlvr_curves, time_to_goal
+from scripts.experiments import (
+    ablations,
+    bank,
+    competence,
+    coverage,
+    recover,
+    rlvr_code,
+    rlvr_curves,
+    small,
+    time_to_goal,
+)
 from scripts.harness.results import RESULTS, read, read_all, write_text
 from scripts.harness.tables import markdown, spread
 from trl_opsd.evaluate import svg
@@ -217,6 +227,7 @@ FILES = {
     "tiny_competence": competence.table,
     "tiny_recover": recover.table,
     "coverage": coverage.table,
+    "small": small.table,
     "time_to_goal": partial(time_to_goal.table, "short"),
     "time_to_goal_long": partial(time_to_goal.table, "long"),
     **{name: partial(ablations.table, name) for name in ablations.TABLES},
