@@ -104,9 +104,10 @@ class AlarmCallback(DivergenceCallback):
     def on_step_end(self, args, state, control, **kwargs):
         metrics = self.trainer._metrics["train"]
         self.kept.append(metrics["opsd/kept"][-1] if "opsd/kept" in metrics else 1.0)
-        is_own = self.trainer.rollouts.given is None
-        self.lengths.append(metrics["completions/mean_length"][-1] if is_own else math.nan)
-        self.correct.append(metrics["opsd/correct"][-1] if is_own and "opsd/correct" in metrics else math.nan)
+        is_given = self.trainer.rollouts.given is not None
+        self.lengths.append(math.nan if is_given else metrics["completions/mean_length"][-1])
+        is_unknown = is_given or "opsd/correct" not in metrics
+        self.correct.append(math.nan if is_unknown else metrics["opsd/correct"][-1])
         if self.correct_drop is not None and len(self.correct) > self.window:
             start, now = self._correct_at_start(), self._start_and_now(self.correct)[1]
             if now < start - self.correct_drop:
