@@ -96,7 +96,7 @@ class Faults:
                 Number of the optimizer step.
 
         Returns:
-            `bool`: Whether there is a step to take.
+            `bool`: Whether the step is left out.
 
         Raises:
             OPSDAlarm: If there was no rollout to learn from, or if something has been left out of too many steps in a row.
@@ -116,7 +116,7 @@ class Faults:
                 f"Something was not finite in each of {IN_A_ROW} steps in a row, the last of them step {step}: see "
                 f"`{self.file}`, lower `learning_rate`, or go back to a checkpoint before."
             )
-        return is_finite
+        return not is_finite
 
     def _write(self, batch: dict[str, torch.Tensor], rows: list[bool], step: int, why: str) -> None:
         prompts = unpadded(batch["prompt_ids"], batch["prompt_mask"])

@@ -597,7 +597,7 @@ class OPSDTrainer(DistillationTrainer):
             return 0.0
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
-        if not self.faults.end_step(
+        if self.faults.end_step(
             norm if not self.is_deepspeed_enabled and self.accelerator.scaler is None else None,
             self.state.global_step + 1,
         ):
