@@ -157,10 +157,31 @@ def test_a_resumed_run_remembers_how_it_started(tmp_path, small_model, tokenizer
     assert trainer.alarms.stopped_by.endswith("The best checkpoint is " + str(tmp_path / "out" / "checkpoint-4") + ".")
 
 
-def test_an_alarm_looks_at_256_rollouts(tmp_path, small_model, tokenizer, rows):
-    trainer = build(tmp_path, small_model(0), tokenizer, rows, per_device_train_batch_size=6)
+@pytest.mark.parametrize("num_generations, window", [(1, 22), (2, 22), (6, 64)])
+def test_an_alarm_looks_at_256_rollouts_and_128_prompts(
+    tmp_path, small_model, tokenizer, rows, num_generations, window
+):
+    """Steps of 12 rollouts: 264 of them, and with six for each prompt 768."""
+    options = {"per_device_train_batch_size": 6, "num_generations": num_generations}
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, **options)
     assert trainer.args.gradient_accumulation_steps == 2
-    assert trainer.alarms.window == 22  # steps, of 264 rollouts
+    assert trainer.alarms.window == window
+
+
+def test_a_model_that_stays_as_it_is_raises_no_alarm(tmp_path, small_model, tokenizer, rows):
+    """Steps of eight rollouts each of twelve prompts, which the model gets all right or all wrong, half of them."""
+    options = {"per_device_train_batch_size": 48, "num_generations": 8}
+    trainer = build(tmp_path, small_model(0), tokenizer, rows, **options)
+    metrics, generator = trainer._metrics["train"], torch.Generator().manual_seed(0)
+    metrics["completions/mean_length"] = [50.0]
+    stopped = 0
+    for _ in range(200):
+        trainer.alarms.correct, trainer.control.should_training_stop = [], False
+        for share in (torch.rand(60, 12, generator=generator) < 0.5).float().mean(1).tolist():
+            metrics["opsd/correct"] = [share]
+            trainer.alarms.on_step_end(trainer.args, trainer.state, trainer.control)
+        stopped += trainer.control.should_training_stop
+    assert stopped <= 4  # 84 with the same 256 rollouts as of prompts of their own
 
 
 def test_the_best_checkpoint_is_the_shortest_of_the_accurate_ones(tmp_path, small_model, tokenizer, rows):
@@ -185,7 +206,7 @@ def test_a_collapse_within_the_first_rollouts_is_seen_from_the_probe(
         trainer.train()
     assert trainer.state.global_step == (stopped_at or 5)
     if stopped_at:
-        assert "50% of the last 256 rollouts are correct, at the start they were 84%" in trainer.alarms.stopped_by
+        assert "50% of the last 16 rollouts are correct, at the start they were 84%" in trainer.alarms.stopped_by
         assert "None of its 2 checkpoints is as good as at the start" in trainer.alarms.stopped_by
 
 

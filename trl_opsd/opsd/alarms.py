@@ -11,9 +11,10 @@ from .metrics import DivergenceCallback, OPSDAlarm
 
 logger = get_logger(__name__)
 
-# Rollouts that a share or a mean is taken over: the standard error of a share of this many is 3 points at most, so an
-# alarm is neither raised by chance nor much later than it could be
-WINDOW = 256
+# Rollouts and prompts that a share or a mean is taken over, at least. The rollouts of one prompt are mostly all right or all
+# wrong, so that the standard error of a share is up to 4.4 points with this many prompts, and `correct_drop` by default three
+# times that of a difference: an alarm is neither raised by chance nor much later than it could be
+ROLLOUTS, PROMPTS = 256, 128
 # Logs that the divergence is compared with
 RECENT = 20
 
@@ -38,8 +39,8 @@ class AlarmCallback(DivergenceCallback):
     | length collapse | the mean length is below `length_floor` times that of the start | warning |
     | spike | the divergence is `kl_spike` times its recent median | warning |
 
-    Shares and lengths are means over the last 256 rollouts, and over the first 256 for the start. When accuracy falls,
-    the run names its best checkpoint and keeps it through rotation: of those whose share of correct rollouts was not
+    Shares and lengths are means over the last 256 rollouts, or the last 128 prompts where these have more, and over as many
+    for the start. When accuracy falls, the run names its best checkpoint and keeps it through rotation: of those whose share of correct rollouts was not
     below the start by the margin, the one with the fewest tokens. A resumed run takes the start, and the checkpoints
     it had written, from its log.
 
@@ -75,7 +76,8 @@ class AlarmCallback(DivergenceCallback):
         self.trainer = trainer
         self.correct_drop, self.truncated = correct_drop, truncated
         self.length_floor, self.kl_spike = length_floor, kl_spike
-        self.window = math.ceil(WINDOW / trainer.args.global_batch_size)
+        batch_size = trainer.args.global_batch_size
+        self.window = math.ceil(max(ROLLOUTS, PROMPTS * trainer.args.num_generations) / batch_size)
         # One entry for each step: share of correct rollouts, their mean length. NaN where there is none: without a
         # verifier nothing is known to be wrong, and what the data set holds is no rollout of the student's
         self.correct: list[float] = []
@@ -113,7 +115,8 @@ class AlarmCallback(DivergenceCallback):
             if now < start - self.correct_drop:
                 self._stop(
                     control,
-                    f"{now:.0%} of the last {WINDOW} rollouts are correct, at the start they were {start:.0%} "
+                    f"{now:.0%} of the last {self.window * args.global_batch_size} rollouts are correct, at the start they "
+                    f"were {start:.0%} "
                     f"(`correct_drop={self.correct_drop}`).",
                 )
 
