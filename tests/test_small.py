@@ -38,7 +38,9 @@ def is_true(step: str) -> bool:
     """Whether a written step holds, by Python's own arithmetic."""
     if step.startswith("The rule: "):
         # Which one depends on the question
-        return re.fullmatch(r"The rule: larger (\w+), smaller (?!\1)(keep|remove), equal (keep|remove)", step) is not None
+        return (
+            re.fullmatch(r"The rule: larger (\w+), smaller (?!\1)(keep|remove), equal (keep|remove)", step) is not None
+        )
     if " against " in step:
         number, limit, relation = re.fullmatch(r"(.+) against (.+): (\w+), (?:keep|remove), so .+", step).groups()
         # What follows from it depends on the rule

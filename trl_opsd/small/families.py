@@ -126,7 +126,9 @@ _RULES = {
 
 def _number_filtering(metadata: dict, step: Step) -> str:
     # The rule in a step of its own: what is asked for and how a number compares are too much for one token
-    rules = {name: ", ".join(f"{relation} {rule[relation]}" for relation in _RELATIONS) for name, rule in _RULES.items()}
+    rules = {
+        name: ", ".join(f"{relation} {rule[relation]}" for relation in _RELATIONS) for name, rule in _RULES.items()
+    }
     right = rules.pop(metadata["operation"])
     rule = step("The rule: ", right, list(rules.values()))
     verdicts = dict(part.split() for part in rule.split(", "))
