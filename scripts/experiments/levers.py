@@ -7,6 +7,7 @@ same number of updates, several seeds.
 
 | arm | what differs |
 |---|---|
+| start | not trained |
 | on-policy | nothing |
 | transformers' generate | every row is computed until the longest ends |
 | limit | rollouts may be half as long again as the longest of the recent correct ones (`completion_limit_quantile: 1.0`) |
@@ -45,6 +46,7 @@ from trl_opsd.rewards import math_reward
 
 
 ARMS = {
+    "start": None,
     "on-policy": {},
     "transformers' generate": {"plain": True},
     "limit": {"completion_limit_quantile": 1.0},
@@ -99,14 +101,6 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
     torch.set_num_threads(1)
     path, data = make_teacher(WORLDS[world]["start"], seed, Path(runs))
     recipe = yaml.safe_load((ROOT / f"{TEACHERS[WORLDS[world]['start']][0]}opsd.yaml").read_text())
-    setting = dict(ARMS[arm])
-    is_plain, updates = setting.pop("plain", False), setting.pop("updates", 1)
-    fields = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
-    fields |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "disable_tqdm": True, "logging_steps": 1}
-    config = OPSDConfig(**fields | {"max_steps": args["max_steps"], "learning_rate": args["learning_rate"]} | setting)
-    rows = load_prompts(str(data))
-    if config.given is not None:
-        rows, _ = apply_bank(rows, OPSDScriptArguments(rollout_bank=str(path / "bank")), config)
     options = {"decoding": "sampled", "max_completion_length": WORLDS[world]["limit"]}
 
     def measure(model=None) -> dict:
@@ -116,6 +110,18 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
                 row = evaluate(path, problems, seed, args["max_samples"], model=model, **options)[0]
                 found[name] = {field: row[field] for field in MEASURED}
         return found
+
+    made = {"world": world, "arm": arm, "seed": seed, "setting": ARMS[arm]}
+    if ARMS[arm] is None:
+        return {**made, "cpu_s": 0.0, "generation_cpu_s": 0.0, "after": measure(), "log": []}
+    setting = dict(ARMS[arm])
+    is_plain, updates = setting.pop("plain", False), setting.pop("updates", 1)
+    fields = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
+    fields |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "disable_tqdm": True, "logging_steps": 1}
+    config = OPSDConfig(**fields | {"max_steps": args["max_steps"], "learning_rate": args["learning_rate"]} | setting)
+    rows = load_prompts(str(data))
+    if config.given is not None:
+        rows, _ = apply_bank(rows, OPSDScriptArguments(rollout_bank=str(path / "bank")), config)
 
     with mock.patch.object(decoding, "can_call", lambda *args, **kwargs: False) if is_plain else nullcontext():
         SeveralUpdates.updates = updates
@@ -128,13 +134,9 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("opsd/completion_limit", "completions/mean_length", "completions/clipped_ratio", "opsd/correct", "loss")
     return {
-        "world": world,
-        "arm": arm,
-        "seed": seed,
-        "setting": ARMS[arm],
+        **made,
         "cpu_s": clock.cpu,
         "generation_cpu_s": clock.generation,
-        "before": measure(),
         "after": measure(trainer.model),
         "log": [{name: entry[name] for name in kept if name in entry} for entry in log],
     }
