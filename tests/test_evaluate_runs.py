@@ -369,6 +369,22 @@ class TestCheckpoints:
         assert count_checkpoint(checkpoint) == counts
         assert weights_bytes(checkpoint) == size and open_checkpoint(checkpoint).hash == digest
 
+    @pytest.mark.parametrize(
+        ("options", "bits"),
+        [
+            ({}, 32.0),
+            ({"dtype": "bfloat16"}, 16.0),
+            ({"backend": "vllm"}, 16.0),  # which halves float32 by itself
+            ({"backend": "vllm", "dtype": "float32"}, 32.0),
+            ({"backend": "vllm", "vllm_kwargs": {"max_num_seqs": 8}}, 16.0),
+            ({"backend": "vllm", "vllm_kwargs": {"quantization": "fp8"}}, None),
+            ({"backend": "server", "server_url": "http://localhost:1"}, None),
+        ],
+    )
+    def test_bits_of_a_weight_are_those_that_serve(self, checkpoint, problems, options, bits):
+        config = EvaluateConfig(model_name_or_path=checkpoint, dataset_name=problems, **options)
+        assert open_checkpoint(checkpoint).weight_bits(config) == bits
+
     def test_tied_embeddings_count_once(self, tmp_path):
         model = make_model(make_tokenizer())
         model.config.tie_word_embeddings = True

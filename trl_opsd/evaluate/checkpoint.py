@@ -106,9 +106,9 @@ class Checkpoint:
 
         Returns:
             `float` or `None`: Of quantised weights those of the files, scales and what was left alone included; `None` of a
-            server that somebody else has started.
+            server that somebody else has started, and of weights that vLLM quantises itself.
         """
-        if config.server_url is not None:
+        if config.server_url is not None or "quantization" in (config.vllm_kwargs or {}):
             return None
         if self.model is not None:
             return 8.0 * self.model.dtype.itemsize
