@@ -197,7 +197,7 @@ FAMILIES = {
     "chain_sum": Family(
         levels=[
             {"min_terms": few, "max_terms": many, "min_digits": 1, "max_digits": 1}
-            for few, many in ((2, 3), (3, 4), (4, 5))
+            for few, many in ((2, 3), (3, 4), (5, 6))
         ],
         about=lambda metadata: f"the value of {metadata['expression']}",
         solve=_expression,
@@ -216,8 +216,8 @@ FAMILIES = {
     ),
     "number_filtering": Family(
         levels=[
-            {"min_numbers": few, "max_numbers": many, "max_decimals": 0, "min_value": 0.0, "max_value": 30.0}
-            for few, many in ((2, 2), (2, 3), (3, 3))
+            {"min_numbers": n, "max_numbers": n, "max_decimals": 0, "min_value": 0.0, "max_value": 30.0}
+            for n in (2, 3, 4)
         ],
         about=lambda metadata: "the list " + ", ".join(metadata["original_numbers"]),
         solve=_number_filtering,
