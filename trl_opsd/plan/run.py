@@ -1,6 +1,7 @@
 """From a recipe to a table of gibibytes."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -134,39 +135,88 @@ def advice(training: Training, gib: dict[str, float], in_training: bool) -> str:
     return f"most of it is {largest}: {names.get(largest, spread)}"
 
 
-def run(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> None:
-    """Prints the plan."""
-    with user_errors():
-        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", args.trust_remote_code)
-        if args.teacher_model_name_or_path is not None:
-            check_checkpoint(args.teacher_model_name_or_path, "teacher_model_name_or_path", args.trust_remote_code)
-        training, prompt = training_of(arguments, args, model_args)
-        try:
-            found = parts(training)
-        except ValueError as error:  # of a model class that there is none for
-            raise UserError(f"`{model_args.model_name_or_path}` is not planned for: {error}") from None
+@dataclass
+class Plan:
+    """
+    What a recipe asks for.
+
+    Args:
+        training ([`~trl_opsd.plan.memory.Training`]):
+            What is trained.
+        gib (`dict[str, float]`):
+            What training holds, part by part, in GiB of a GPU.
+        train, generate (`float`):
+            The most while weights are trained, and while rollouts are written, in GiB.
+        writer (`str`):
+            What writes the rollouts, and whether it stays while weights are trained.
+        capacity (`float`):
+            GiB of a GPU.
+    """
+
+    training: Training
+    gib: dict[str, float]
+    train: float
+    generate: float
+    writer: str
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return max(self.train, self.generate) <= self.capacity
+
+
+def plan(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> Plan:
+    """
+    Plans a recipe.
+
+    Args:
+        arguments ([`~trl_opsd.plan.config.PlanArguments`]):
+            The GPUs.
+        args ([`~trl_opsd.opsd.OPSDConfig`]), model_args ([`~trl.ModelConfig`]):
+            The recipe.
+
+    Returns:
+        [`Plan`]: The plan.
+
+    Raises:
+        UserError: If there is no such checkpoint, or nothing that it could be planned by.
+    """
+    check_checkpoint(model_args.model_name_or_path, "model_name_or_path", args.trust_remote_code)
+    if args.teacher_model_name_or_path is not None:
+        check_checkpoint(args.teacher_model_name_or_path, "teacher_model_name_or_path", args.trust_remote_code)
+    training, prompt = training_of(arguments, args, model_args)
+    try:
+        gib = {name: value / GIB for name, value in parts(training).items()}
+    except ValueError as error:  # of a model class that there is none for
+        raise UserError(f"`{model_args.model_name_or_path}` is not planned for: {error}") from None
     capacity = arguments.gpu_memory
     if capacity is None:
         capacity = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79.2
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    gib = {name: value / GIB for name, value in found.items()}
-    print(
-        f"{training.sharding} on {training.processes} of {capacity:.1f} GiB; a micro-batch holds {training.rows:.1f} rollouts of {training.length:,} tokens"
-    )
-    for name, value in gib.items():
-        print(f"{name:>14} {value:8.2f} GiB")
-    peak = sum(gib.values())
     writer, extra = generation_of(args, training, rows, prompt, capacity)
     # Gradients are gone while rollouts are written; an engine that does not sleep stays
     resting = gib["weights"] + gib["teacher"] + gib["moments"]
     stays = args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
-    train = peak + (extra if stays else 0.0)
-    generate = resting + extra
-    for name, value in (("training", train), ("generation", generate)):
-        print(
-            f"{name:>14} {value:8.2f} GiB: {'fits' if value <= capacity else f'{value - capacity:.1f} GiB too many'}"
-        )
-    print(f"(rollouts: {writer}{', there in training too' if stays else ''})")
-    if max(train, generate) > capacity:
-        print(advice(training, gib, train > capacity))
+    writer += ", there in training too" if stays else ""
+    train = sum(gib.values()) + (extra if stays else 0.0)
+    return Plan(training, gib, train, resting + extra, writer, capacity)
+
+
+def run(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> None:
+    """Prints the plan."""
+    with user_errors():
+        found = plan(arguments, args, model_args)
+    training = found.training
+    print(
+        f"{training.sharding} on {training.processes} of {found.capacity:.1f} GiB; a micro-batch holds {training.rows:.1f} "
+        f"rollouts of {training.length:,} tokens"
+    )
+    for name, value in found.gib.items():
+        print(f"{name:>14} {value:8.2f} GiB")
+    for name, value in (("training", found.train), ("generation", found.generate)):
+        over = value - found.capacity
+        print(f"{name:>14} {value:8.2f} GiB: {'fits' if over <= 0 else f'{over:.1f} GiB too many'}")
+    print(f"(rollouts: {found.writer})")
+    if not found.fits:
+        print(advice(training, found.gib, found.train > found.capacity))
         raise SystemExit(1)
