@@ -10,7 +10,17 @@ import argparse
 import json
 from functools import partial
 
-from scripts.benchmarks import attention_mask, divergence, gpu, memory_plan, sandbox, scaling, step, teacher_memory
+from scripts.benchmarks import (
+    attention_mask,
+    divergence,
+    gpu,
+    memory_plan,
+    sandbox,
+    scaling,
+    step,
+    teacher_memory,
+    what_fits,
+)
 from scripts.benchmarks.decoding import table as decoding_table
 from scripts.experiments import (
     ablations,
@@ -215,6 +225,7 @@ BLOCKS = {
     "scaling, prompts": scaling.prompt_table,
     "teacher memory": teacher_memory.table,
     "memory plan": memory_plan.table,
+    "what fits": what_fits.table,
     "attention mask": attention_mask.table,
     "gpu": gpu.table,
     "sandbox": sandbox.table,

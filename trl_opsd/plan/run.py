@@ -167,7 +167,7 @@ class Plan:
 
 def plan(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> Plan:
     """
-    Plans a recipe.
+    Plans a recipe, by the configurations of its models.
 
     Args:
         arguments ([`~trl_opsd.plan.config.PlanArguments`]):
@@ -179,11 +179,8 @@ def plan(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) ->
         [`Plan`]: The plan.
 
     Raises:
-        UserError: If there is no such checkpoint, or nothing that it could be planned by.
+        UserError: If there is nothing that it could be planned by.
     """
-    check_checkpoint(model_args.model_name_or_path, "model_name_or_path", args.trust_remote_code)
-    if args.teacher_model_name_or_path is not None:
-        check_checkpoint(args.teacher_model_name_or_path, "teacher_model_name_or_path", args.trust_remote_code)
     training, prompt = training_of(arguments, args, model_args)
     try:
         gib = {name: value / GIB for name, value in parts(training).items()}
@@ -205,6 +202,9 @@ def plan(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) ->
 def run(arguments: PlanArguments, args: OPSDConfig, model_args: ModelConfig) -> None:
     """Prints the plan."""
     with user_errors():
+        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", args.trust_remote_code)
+        if args.teacher_model_name_or_path is not None:
+            check_checkpoint(args.teacher_model_name_or_path, "teacher_model_name_or_path", args.trust_remote_code)
         found = plan(arguments, args, model_args)
     training = found.training
     print(
