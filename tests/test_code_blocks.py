@@ -53,6 +53,13 @@ ELSEWHERE = {
     ),
     "accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml -m trl_opsd.opsd --config recipes/opsd.yaml "
     "--probe_prompts 0": "tests/test_sharded.py::test_the_tested_configuration_is_the_one_for_gpus, and on GPUs nobody",
+    "accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml --num_processes 8 -m trl_opsd.opsd --config "
+    "recipes/opsd.yaml --model_name_or_path YOUR/MODEL --gradient_accumulation_steps 4 --dtype bfloat16 --probe_prompts 0": (
+        "tests/test_what_fits.py plans it, tests/test_sharded.py trains by the file for CPUs, and on GPUs nobody"
+    ),
+    "accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml --num_processes 8 -m trl_opsd.opsd --config "
+    "recipes/opsd_pruned.yaml --teacher_model_name_or_path YOUR/MODEL --gradient_accumulation_steps 4 --dtype bfloat16 "
+    "--probe_prompts 0": "tests/test_what_fits.py, the same",
     "accelerate launch --config_file recipes/accelerate_configs/cpu_ddp.yaml --main_process_port 0 -m trl_opsd.opsd "
     "--config recipes/tiny/opsd.yaml --ddp_backend gloo": "tests/test_sharded.py, which launches by the same files",
     "accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml --main_process_port 0 -m trl_opsd.opsd "
