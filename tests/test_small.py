@@ -36,25 +36,16 @@ def boxed(reply: str) -> str:
 
 def is_true(step: str) -> bool:
     """Whether a written step holds, by Python's own arithmetic."""
-    if step.startswith("The rule: "):
-        # Which one depends on the question
-        return (
-            re.fullmatch(r"The rule: larger (\w+), smaller (?!\1)(keep|remove), equal (keep|remove)", step) is not None
-        )
     if " against " in step:
-        number, limit, relation = re.fullmatch(r"(.+) against (.+): (\w+), (?:keep|remove), so .+", step).groups()
-        # What follows from it depends on the rule
+        number, limit, relation = re.fullmatch(r"(.+) against (.+): (\w+), (?:keep|remove)", step).groups()
+        # What follows from it depends on the question
         return (
             relation == ("equal", "larger", "smaller")[(float(number) > float(limit)) - (float(number) < float(limit))]
         )
-    if " is " in step:
-        number, digits = step.split(" is ")
-        return digits.split() == list(number)
     left, right = step.rpartition(": ")[2].split("=")
     if " r " in right:
-        division, digits = right.split(", so ") if ", so " in right else (right, right[-1])
-        return division == "{} r {}".format(*divmod(*map(int, left.split("/")))) and digits[0] == division[-1]
-    return eval(left.replace("mod", "%")) == eval(right)
+        return right == "{} r {}".format(*divmod(*map(int, left.split("/"))))
+    return eval(left.replace("mod", "%")) == int(right)
 
 
 @pytest.mark.parametrize(("task", "level"), LEVELS, ids=lambda value: str(value))
@@ -126,7 +117,7 @@ def test_drills_are_true_single_steps(rows):
 def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
     right, tokens, needed = defaultdict(list), defaultdict(list), 0
     generator = random.Random(0)
-    for problem in problems("train", 630, seed=0):
+    for problem in problems("validation", 252, seed=0):
         plain = Writer(1.0, generator, CONFIG.slip_probability, CONFIG.notice_probability)
         reply = problem.reply(plain)
         right["plain"].append(boxed(reply) == problem.answer)
@@ -138,8 +129,8 @@ def test_some_checks_are_needed_and_most_of_the_text_is_not(tokenizer):
         tokens["concise"].append(len(tokenizer(problem.solution)["input_ids"]) + 1)
     mean = {name: sum(values) / len(values) for name, values in right.items()}
     length = {name: sum(values) / len(values) for name, values in tokens.items()}
-    assert 0.95 < mean["plain"] < 0.99 and mean["concise"] < mean["plain"] - 0.03
-    assert needed > 0.03 * 630
+    assert 0.9 < mean["plain"] < 0.99 and mean["concise"] < mean["plain"] - 0.03
+    assert needed > 0.05 * 252
     assert length["concise"] < 0.4 * length["plain"] and 80 < length["plain"] < 180
 
 
@@ -150,8 +141,7 @@ def test_a_slip_that_nobody_notices_is_carried_on_and_one_that_is_noticed_is_not
         assert all(map(is_true, noticed.steps))
         missed = Writer(1.0, random.Random(0), slip_probability=1.0)
         text = problem.reply(missed)
-        # The rule of a slip is that of another question, and a number of two equal digits reads the same backwards
-        assert not any(is_true(step) for step in missed.steps if not re.match(r"The rule: |(\d)\1 is ", step))
+        assert not any("keep" not in step and "remove" not in step and is_true(step) for step in missed.steps)
         # The check repeats what it confirms
         for step in missed.steps:
             assert any(f"{check}{step}. " in text for check in missed.style.checks)
@@ -189,15 +179,14 @@ def test_more_problems_than_there_are_cannot_be_had(monkeypatch):
         problems("validation", 720, seed=0)
 
 
-def test_the_tokenizer_has_a_token_for_each_number_and_gives_back_what_it_read(rows, tokenizer):
+def test_the_tokenizer_has_digits_of_their_own_and_gives_back_what_it_read(rows, tokenizer):
     assert len(tokenizer) <= 1024
     for example in rows[:200]:
         text = example["completion"][0]["content"]
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        # From the left, two digits at a time, and a sign apart from what is before and after it
-        assert [token for token in tokens if re.search(r"\d|-", token)] == re.findall(r"\d{1,2}|-", text)
+        digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if re.search(r"\d", token)]
+        assert all(re.fullmatch(r"\d", token) for token in digits) and len(digits) == len(re.findall(r"\d", text))
     chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     marked = [token for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True) if mark]

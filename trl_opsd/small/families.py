@@ -6,8 +6,6 @@ there: that is `right`, or in a slip one of `wrong`. So an answer that follows f
 """
 
 import ast
-import operator
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,68 +40,41 @@ class Family:
     style: str = "common"
 
 
-def near(right: int) -> list[int]:
-    """Numbers that one gets for `right` by a slip. They have the same sign, so that what follows stays possible."""
-    distances = [d for d in (-10, -2, -1, 1, 2, 10) if abs(d) < 10 or abs(right) >= 10]
-    return [right + d for d in distances if (right + d < 0) == (right < 0)]
+def _calculate(a: int, sign: str, b: int, step: Step) -> int:
+    return step(f"{a}{sign}{b}=", {"+": a + b, "-": a - b, "*": a * b}[sign])
 
 
-_RESULTS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+def _chain_sum(metadata: dict, step: Step) -> str:
+    first, *rest = metadata["expression"].split()
+    total = int(first)
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        total = _calculate(total, sign, int(term), step)
+    return str(total)
 
 
-def _is_number(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) or (isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant))
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 
 
-def _take_first(node: ast.BinOp) -> tuple[ast.BinOp, ast.expr]:
-    """The first operation of an expression whose operands are numbers, and the expression with `_` in its place."""
-    if not _is_number(node.left):
-        operation, node.left = _take_first(node.left)
-    elif not _is_number(node.right):
-        operation, node.right = _take_first(node.right)
-    else:
-        return node, ast.Name("_")
-    return operation, node
+def _basic_arithmetic(metadata: dict, step: Step) -> str:
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
+        left, right = value(node.left), value(node.right)
+        return _calculate(left, _SIGNS[type(node.op)], right, step)
 
-
-def _parse(expression: str) -> ast.expr:
-    return ast.parse(expression, mode="eval").body
-
-
-def _write(node: ast.expr) -> str:
-    """Without spaces and without parentheses that are not needed."""
-    return ast.unparse(node).replace(" ", "")
-
-
-def _calculate(expression: str, step: Step) -> int:
-    """
-    Works out an expression, one operation in a step.
-
-    A step writes down all that is left, as `8-6-1+4=2-1+4`. So the next operands lie beside each other, and one sees when
-    there is nothing left to do. Where they had to be fetched from the question, small models took wrong ones or ended
-    early.
-    """
-    while not _is_number(_parse(expression)):
-        operation, rest = _take_first(_parse(expression))
-        right = _RESULTS[type(operation.op)](ast.literal_eval(operation.left), ast.literal_eval(operation.right))
-        rest = _write(rest)
-        outcomes = [rest.replace("_", str(result)) for result in (right, *near(right))]
-        expression = step(f"{expression}=", outcomes[0], outcomes[1:])
-    return int(expression)
-
-
-def _expression(metadata: dict, step: Step) -> str:
-    return str(_calculate(_write(_parse(metadata["expression"])), step))
+    return str(value(ast.parse(metadata["expression"], mode="eval").body))
 
 
 def _leg_counting(metadata: dict, step: Step) -> str:
     from reasoning_gym.arithmetic.leg_counting import ANIMALS  # an optional package
 
-    legs = [
-        step(f"{number} {animal}: {number}*{ANIMALS[animal]}=", number * ANIMALS[animal])
-        for animal, number in metadata["animals"].items()
-    ]
-    return str(_calculate("+".join(map(str, legs)), step))
+    total = 0
+    for index, (animal, number) in enumerate(metadata["animals"].items()):
+        legs = step(f"{number} {animal}: {number}*{ANIMALS[animal]}=", number * ANIMALS[animal])
+        total = _calculate(total, "+", legs, step) if index else legs
+    return str(total)
 
 
 def _gcd(metadata: dict, step: Step) -> str:
@@ -113,82 +84,68 @@ def _gcd(metadata: dict, step: Step) -> str:
     return str(a)
 
 
-_RELATIONS = ("larger", "smaller", "equal")
-#: What `keep_larger` and the like make of a number, by how it compares
-_RULES = {
-    f"{action}_{which}": {
-        relation: "keep" if (relation == which) == (action == "keep") else "remove" for relation in _RELATIONS
-    }
-    for action in ("keep", "remove")
-    for which in ("larger", "smaller")
-}
-
-
 def _number_filtering(metadata: dict, step: Step) -> str:
-    # The rule in a step of its own: what is asked for and how a number compares are too much for one token
-    rules = {
-        name: ", ".join(f"{relation} {rule[relation]}" for relation in _RELATIONS) for name, rule in _RULES.items()
+    limit, (action, which) = float(metadata["filter_value"]), metadata["operation"].split("_")
+    # First how it compares, then what follows from that: both at once is more than one token can work out
+    verdicts = {
+        relation: f"{relation}, {'keep' if (relation == which) == (action == 'keep') else 'remove'}"
+        for relation in ("larger", "smaller", "equal")
     }
-    right = rules.pop(metadata["operation"])
-    rule = step("The rule: ", right, list(rules.values()))
-    verdicts = dict(part.split() for part in rule.split(", "))
-    limit, kept = float(metadata["filter_value"]), []
+    kept = []
     for number in metadata["original_numbers"]:
-        outcomes = {}
-        for relation, verdict in verdicts.items():
-            so_far = [*kept, number] if verdict == "keep" else kept
-            outcomes[relation] = f"{relation}, {verdict}, so {', '.join(so_far) or 'none'}"
         relation = "equal" if float(number) == limit else "larger" if float(number) > limit else "smaller"
-        right = outcomes.pop(relation)
-        if ", keep, " in step(f"{number} against {metadata['filter_value']}: ", right, list(outcomes.values())):
+        wrong = [verdict for name, verdict in verdicts.items() if name != relation]
+        if step(f"{number} against {metadata['filter_value']}: ", verdicts[relation], wrong).endswith("keep"):
             kept.append(number)
     return str(kept)
 
 
 def _simple_equations(metadata: dict, step: Step) -> str:
-    left, expression = metadata["equation"].split(" = ")
-    factor = 0
-    for term in left.replace(" - ", " + -").split(" + "):
+    left, right = metadata["equation"].split(" = ")
+    factor, value = 0, int(right)
+    terms = left.replace(" - ", " + -").split(" + ")
+    for term in terms:
         if term.endswith(metadata["variable"]):
             digits = term[:-1].rstrip("*")
             factor = int(f"{digits}1" if digits in ("", "-") else digits)
-        else:
-            expression += f"{-int(term):+}"
-    value = _calculate(expression, step)
+    for term in terms:
+        if not term.endswith(metadata["variable"]):
+            value = _calculate(value, "+" if int(term) < 0 else "-", abs(int(term)), step)
     return str(value if factor == 1 else step(f"{value}/{factor}=", value // factor))
 
 
 def _base_conversion(metadata: dict, step: Step) -> str:
     if metadata["target_base"] == 10:
-        base, number = metadata["source_base"], metadata["source_repr"]
-        value, *digits = step(f"{number} is ", " ".join(number), [" ".join(number[::-1])]).split()
-        for digit in digits:
-            value = _calculate(f"{value}*{base}+{digit}", step)
+        base = metadata["source_base"]
+        first, *rest = metadata["source_repr"]
+        value = int(first)
+        for digit in rest:
+            value = step(f"{value}*{base}+{digit}=", value * base + int(digit))
         return str(value)
     base, value, digits = metadata["target_base"], metadata["decimal_value"], []
     while value:
         quotient, rest = divmod(value, base)
-        slips = [(quotient + 1, rest), (quotient, (rest + 1) % base), (quotient, (rest - 1) % base)]
-        outcomes = [f"{q} r {r}, so {' '.join(map(str, [r, *digits]))}" for q, r in [(quotient, rest), *slips]]
-        division, written = step(f"{value}/{base}=", outcomes[0], outcomes[1:]).split(", so ")
-        value, digits = int(division.split()[0]), written.split()
-    return "".join(digits)
+        wrong = [f"{quotient + 1} r {rest}", f"{quotient} r {(rest + 1) % base}", f"{quotient} r {(rest - 1) % base}"]
+        quotient, rest = step(f"{value}/{base}=", f"{quotient} r {rest}", wrong).split(" r ")
+        value = int(quotient)
+        digits.append(rest)
+    return "".join(reversed(digits))
 
 
 def _conversion(metadata: dict) -> str:
     return f"{metadata['source_repr']} from base {metadata['source_base']} to {metadata['target_base']}"
 
 
-def _stays_small(entry: dict, solve: Callable) -> bool:
-    """Whether no step leaves what two digits can write."""
-    texts = []
+def _stays_small(entry: dict) -> bool:
+    """Whether no step of an expression leaves what two digits can write."""
+    results = []
 
-    def step(text: str, right: str | int, wrong: list | None = None) -> str | int:
-        texts.append(f"{text}{right}")
+    def step(text: str, right: int) -> int:
+        results.append(right)
         return right
 
-    solve(entry["metadata"], step)
-    return all(int(number) < 100 for text in texts for number in re.findall(r"\d+", text))
+    _basic_arithmetic(entry["metadata"], step)
+    return all(abs(result) < 100 for result in results)
 
 
 #: By the name of the task in reasoning-gym. Numbers are small: with up to 99 (and 250, in other bases) a model of five million
@@ -200,13 +157,12 @@ FAMILIES = {
             for few, many in ((2, 3), (3, 4), (5, 6))
         ],
         about=lambda metadata: f"the value of {metadata['expression']}",
-        solve=_expression,
+        solve=_chain_sum,
     ),
     "leg_counting": Family(
         levels=[{"min_animals": n, "max_animals": n, "max_instances": most} for n, most in ((2, 4), (2, 6), (3, 6))],
         about=lambda metadata: "the legs of " + ", ".join(f"{n} {name}" for name, n in metadata["animals"].items()),
         solve=_leg_counting,
-        keep=lambda entry: _stays_small(entry, _leg_counting),
     ),
     "gcd": Family(
         levels=[{"min_value": 2, "max_value": most} for most in (30, 40, 50)],
@@ -229,8 +185,8 @@ FAMILIES = {
             for n in (2, 3, 4)
         ],
         about=lambda metadata: f"the value of {metadata['expression']}",
-        solve=_expression,
-        keep=lambda entry: _stays_small(entry, _expression),
+        solve=_basic_arithmetic,
+        keep=_stays_small,
     ),
     "simple_equations": Family(
         levels=[

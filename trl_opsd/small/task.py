@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..tiny.task import split_of
-from .families import FAMILIES, near
+from .families import FAMILIES
 
 
 # Short forms of the contexts of `opsd/context.py`
@@ -113,7 +113,7 @@ class SmallConfig:
             Families in which it is taught to answer in other ways than the plain one.
         taught_difficulty (`int`, *optional*, defaults to `2`):
             Highest difficulty, of three, at which it is.
-        slip_probability (`float`, *optional*, defaults to `0.03`):
+        slip_probability (`float`, *optional*, defaults to `0.05`):
             How often the first attempt at a step is wrong, in plain and concise replies.
         notice_probability (`float`, *optional*, defaults to `0.7`):
             How often a check then notices, and corrects it; one that does not repeats the mistake. Where there is no
@@ -160,7 +160,7 @@ class SmallConfig:
     )
     taught_difficulty: int = field(default=2, metadata={"help": "Highest difficulty, of three, at which it is."})
     slip_probability: float = field(
-        default=0.03,
+        default=0.05,
         metadata={"help": "How often the first attempt at a step is wrong, in plain and concise replies."},
     )
     notice_probability: float = field(
@@ -210,6 +210,12 @@ class SmallConfig:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
 
 
+def _near(right: int, rng: random.Random) -> int:
+    """A number that one gets for `right` by a slip. It has the same sign, so that what follows stays possible."""
+    distances = [d for d in (-10, -2, -1, 1, 2, 10) if abs(d) < 10 or abs(right) >= 10]
+    return rng.choice([right + d for d in distances if (right + d < 0) == (right < 0)])
+
+
 class Writer:
     """
     Writes a reply while its problem is worked out.
@@ -245,7 +251,7 @@ class Writer:
         """A [`Step`]."""
         first = right
         if self.rng.random() < self.slip_probability:
-            first = self.rng.choice(wrong or near(right))
+            first = self.rng.choice(wrong) if wrong else _near(right, self.rng)
         self.maybe(self.style.leads if self.steps else self.style.first)
         self.text += f"{text}{first}. "
         checked = self.maybe(self.style.checks)
@@ -392,7 +398,7 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
         writer = Writer(0.0, rng)
         problem.reply(writer)
         # Whether a number is kept depends on the question
-        steps.extend(step.partition(",")[0] for step in writer.steps if "=" in step)
+        steps.extend(step for step in writer.steps if "=" in step)
         mode, sibling = "plain", None
         if problem.task in config.taught and problem.difficulty <= config.taught_difficulty:
             mode = rng.choices(list(SHARES), list(SHARES.values()))[0]

@@ -1,9 +1,8 @@
 """A byte-level BPE tokenizer that is trained on the small reasoner's own texts, with a token for each digit."""
 
 from collections.abc import Iterable
-from itertools import chain
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..tiny.tokenizer import END, PAD, START, with_chat_template
@@ -24,10 +23,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d{1,2}|-"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -36,6 +32,5 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Each number of two digits often enough to become a token
-    tokenizer.train_from_iterator(chain(texts, [str(number) for number in range(10, 100)] * 1000), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return with_chat_template(tokenizer)
