@@ -23,6 +23,7 @@ from ..rollout_engine import check_engine
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
 from .context import TeacherPrompts
+from .metrics import OPSDAlarm
 from .probe import check_probe, probe
 from .qat import check_groups, fake_quantise
 from .trainer import OPSDTrainer
@@ -505,7 +506,11 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             raise SystemExit(3)
     if script_args.probe_only:
         return
-    train(trainer, resume_from)
+    try:
+        train(trainer, resume_from)
+    except OPSDAlarm as alarm:  # raised before a step that would ruin the student
+        trainer.accelerator.print(f"error: {alarm}", file=sys.stderr)
+        raise SystemExit(3) from None
     if alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name
         trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)

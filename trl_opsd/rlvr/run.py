@@ -1,5 +1,6 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..resuming import claim, find_checkpoint, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
+from .faults import NotFinite
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer
 
@@ -114,5 +116,9 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             peft_config=get_peft_config(model_args),
         )
     warn_of_precision(trainer)
-    train(trainer, resume_from)
+    try:
+        train(trainer, resume_from)
+    except NotFinite as error:  # on every process: what there is now is not saved under the final name
+        trainer.accelerator.print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     finish(trainer, "rlvr", script_args, model_args)
