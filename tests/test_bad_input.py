@@ -418,6 +418,17 @@ def test_no_arguments_at_all(sentence):
         assert sentence(stage, []).startswith("`max_steps` is missing: give the ")
 
 
+def test_processes_that_are_not_there(sentence, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert sentence("opsd", ["--help"]).startswith(
+        "`accelerate launch` was asked for several processes and has started one"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is missing" in sentence("prune", [])
+
+
 # What is in the files: stage, rows, arguments, message
 GOOD = {"prompt": [{"role": "user", "content": "3 a:-4"}], "answer": "6", "solution": "3 a:-4=6"}
 USUAL = {

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -109,9 +110,10 @@ def parse(
         `tuple`: One instance of each dataclass.
 
     Raises:
-        UserError: If the file is missing or not a YAML mapping, if it holds a key or the command line an option that no
-            dataclass knows, or if an option, or its value, is missing or not one that it takes.
+        UserError: If [`check_launch`] finds too few processes, if the file is missing or not a YAML mapping, if it holds a
+            key or the command line an option that no dataclass knows, or if an option, or its value, is missing or not one that it takes.
     """
+    check_launch()
     args = sys.argv[1:] if args is None else args
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if any(isinstance(given, str) for given in dataclass_types):
@@ -124,6 +126,23 @@ def parse(
     parser = Parser([_load(given) if isinstance(given, str) else given for given in dataclass_types], prog)
     parser.check(args, required)
     return parser.parse_args_and_config(args)
+
+
+def check_launch() -> None:
+    """
+    Checks that there are as many processes as `accelerate launch` was asked for: on a CPU it starts one, without a word.
+
+    Raises:
+        UserError: If it has.
+    """
+    # It sets the first always, the second for several processes, and whoever starts them one of the others
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and os.environ.keys().isdisjoint(sizes):
+        raise UserError(
+            "`accelerate launch` was asked for several processes and has started one, as it does on a CPU: launch them with "
+            "`ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc_per_node N -m ...`, or leave "
+            "`--num_processes` out."
+        )
 
 
 def _load(name: str) -> type:
