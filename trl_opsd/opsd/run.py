@@ -15,7 +15,7 @@ from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_pre
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
 from ..data.fit import positions_in_training, write
 from ..results import finish, write_results
-from ..resuming import claim, find_checkpoint, train
+from ..resuming import agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
@@ -364,7 +364,7 @@ def check_templates(dataset: Dataset, args: OPSDConfig, tokenizer: PreTrainedTok
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
-        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        resume_from = agreed_checkpoint(training_args)
         trust_remote_code = training_args.trust_remote_code
         config = check_checkpoint(
             model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision

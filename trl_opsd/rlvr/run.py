@@ -11,7 +11,7 @@ from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_pre
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
 from ..data.fit import positions_in_training
 from ..results import finish
-from ..resuming import claim, find_checkpoint, train
+from ..resuming import agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
@@ -49,7 +49,7 @@ class RLVRScriptArguments(ScriptArguments):
 def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
-        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        resume_from = agreed_checkpoint(training_args)
         trust_remote_code = training_args.trust_remote_code
         config = check_checkpoint(
             model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
