@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_opsd_trainer import Recorder, reward_by_length, same_rollouts, settings
 
 from trl_opsd import OPSDConfig, OPSDTrainer
@@ -18,13 +19,17 @@ from trl_opsd.opsd.metrics import OPSDAlarm
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
+# Kernels of a GPU, where the loss runs anywhere
+LIGERS_LAYERS = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy"), False)
+
+
 @pytest.fixture
 def completions(tokenizer):
     texts = ["6 a:-3=3", "5", "1 a:+2=3 b:*4=5", "2 a:+3=5"]
     return [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
 
 
-def build(tmp_path, small_model, tokenizer, rows, reward_funcs=None, **changes):
+def build(tmp_path, small_model, tokenizer, rows, reward_funcs=None, peft_config=None, **changes):
     config = OPSDConfig(**settings(tmp_path, **changes), teacher_prompt_template=CONCISE_TEMPLATE)
     return OPSDTrainer(
         model=small_model(0),
@@ -32,6 +37,7 @@ def build(tmp_path, small_model, tokenizer, rows, reward_funcs=None, **changes):
         train_dataset=rows,
         processing_class=tokenizer,
         reward_funcs=reward_funcs,
+        peft_config=peft_config,
         callbacks=[Recorder()],
     )
 
@@ -40,8 +46,20 @@ def recorder(trainer):
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Recorder))
 
 
-@pytest.mark.parametrize("budget, poison", [(None, math.nan), (100_000, math.inf), (1, math.nan)])
-def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokenizer, rows, completions, budget, poison):
+@pytest.mark.parametrize(
+    "budget, poison, how",
+    [
+        (None, math.nan, None),
+        (100_000, math.inf, None),
+        (1, math.nan, None),
+        (None, math.nan, "bf16"),
+        (100_000, math.nan, "lora"),
+        (1, math.nan, "liger"),  # whose loss is one number: it speaks for a whole micro-batch
+    ],
+)
+def test_a_rollout_that_is_not_finite_is_left_out(
+    tmp_path, small_model, tokenizer, rows, completions, budget, poison, how
+):
     """The gradient is the one that the other rollouts give: that of a run whose gate rejects this one, up to the divisor."""
     bad = {"kept": 0}
     hidden, wrong = OPSDTrainer._get_last_hidden_state, completions[0]
@@ -67,6 +85,7 @@ def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokeniz
             same_rollouts(completions),
             mock.patch.object(OPSDTrainer, "_get_last_hidden_state", hook),
         ):
+            torch.manual_seed(0)
             trainer = build(
                 tmp_path / name,
                 small_model,
@@ -79,6 +98,10 @@ def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokeniz
                 max_steps=1,
                 learning_rate=1.0,
                 max_tokens_per_microbatch=budget,
+                bf16=how == "bf16",
+                use_liger_kernel=how == "liger",
+                liger_kernel_config=LIGERS_LAYERS,
+                peft_config=LoraConfig(r=4, target_modules=["q_proj"]) if how == "lora" else None,
             )
             start = copy.deepcopy(trainer.model.state_dict())
             trainer.train()
@@ -88,14 +111,16 @@ def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokeniz
     tokens = [len(ids) for ids in completions]
     share = (sum(tokens) - tokens[0]) / sum(tokens)
     for name, change in without.items():
-        torch.testing.assert_close(left_out[name], share * change, rtol=1e-4, atol=1e-6)
+        close = {"rtol": 0.05, "atol": 1e-3 * max(x.abs().max() for x in without.values())} if how == "bf16" else {}
+        torch.testing.assert_close(left_out[name], share * change, **{"rtol": 1e-4, "atol": 1e-6} | close)
     assert any(change.abs().max() > 1e-4 for change in without.values())
     lines = [json.loads(line) for line in (tmp_path / "spoiled" / "out" / "left_out.jsonl").read_text().splitlines()]
     assert [line["completion_ids"] for line in lines] == [wrong] * 2
     assert all(line["step"] == 1 and "a:" in line["prompt"] and "not finite" in line["why"] for line in lines)
     assert not (tmp_path / "without" / "out" / "left_out.jsonl").exists()
     log = recorder(trainer).logs[0]
-    assert all(math.isfinite(log[name]) for name in ("loss", "entropy", "opsd/kl", "grad_norm"))
+    measured = ("loss", "opsd/kl", "grad_norm") + (() if how == "liger" else ("entropy",))
+    assert all(math.isfinite(log[name]) for name in measured)
 
 
 def test_a_gradient_that_is_not_finite_is_not_followed(tmp_path, small_model, tokenizer, rows, completions):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from trl_opsd import resuming
 from trl_opsd.opsd.__main__ import main as opsd
 from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, why_broken
 from trl_opsd.rlvr.__main__ import main as rlvr
@@ -282,3 +284,29 @@ def test_without_vllm_the_command_says_how_to_get_it(recipe, monkeypatch, capsys
         opsd([*recipe("opsd", "out"), "--use_vllm", "true"])
     assert end.value.code == 2
     assert "error: `use_vllm` needs vLLM: run `pip install vllm`" in capsys.readouterr().err
+
+
+def test_only_the_main_process_reads_a_checkpoint(tmp_path, monkeypatch):
+    """The others take its word, also that the one that was asked for is broken."""
+    args = types.SimpleNamespace(
+        process_index=0, resume_from_checkpoint=str(tmp_path / "gone"), output_dir=str(tmp_path)
+    )
+    sent = []
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda objects: sent.append(list(objects)))
+    with pytest.raises(ValueError, match="cannot be resumed from") as told:
+        resuming.agreed_checkpoint(args)
+    args.resume_from_checkpoint = "true"
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert resuming.agreed_checkpoint(args) == str(tmp_path / "checkpoint-2")
+
+    def receive(objects):
+        objects[:] = sent.pop(0)
+
+    args.process_index = 1
+    monkeypatch.setattr(resuming, "broadcast_object_list", receive)
+    monkeypatch.setattr(resuming, "find_checkpoint", lambda *args: pytest.fail("it was read again"))
+    with pytest.raises(ValueError) as heard:
+        resuming.agreed_checkpoint(args)
+    assert str(heard.value) == str(told.value)
+    assert resuming.agreed_checkpoint(args) == str(tmp_path / "checkpoint-2")

@@ -8,8 +8,10 @@ does so before any model is loaded. Everything else keeps its traceback.
 import argparse
 import difflib
 import importlib
+import importlib.util
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -29,7 +31,7 @@ from .shadows import Unreadable, read_dataclass
 
 # Nothing heavy is imported up here, so that --help and a wrong option answer at once
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedConfig, Trainer
 
 
 # What a switch may be written as, beside YAML's own
@@ -75,12 +77,17 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Some of transformers' have several lines, and no end
+        sentence = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"error: {sentence}{'' if sentence[-1:] in ('.', '?', ')') else '.'}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def parse(
-    dataclass_types: tuple[type | str, ...], args: list[str] | None = None, prog: str | None = None
+    dataclass_types: tuple[type | str, ...],
+    args: list[str] | None = None,
+    prog: str | None = None,
+    required: dict[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """
     Parses `--config file.yaml` and the command line, which overrides it, into the given dataclasses.
@@ -95,14 +102,18 @@ def parse(
             Arguments to parse. Defaults to those of the process.
         prog (`str`, *optional*):
             Name of the program in the help text.
+        required (`dict[str, str]`, *optional*):
+            Options that there is no run without, each with what to give. They are asked for first: what else a class
+            may find wrong with its defaults is beside the point until they are there.
 
     Returns:
         `tuple`: One instance of each dataclass.
 
     Raises:
-        UserError: If the file is missing or not a YAML mapping, if it holds a key or the command line an option that no
-            dataclass knows, or if the value of an option is missing or not one that it takes.
+        UserError: If [`check_launch`] finds too few processes, if the file is missing or not a YAML mapping, if it holds a
+            key or the command line an option that no dataclass knows, or if an option, or its value, is missing or not one that it takes.
     """
+    check_launch()
     args = sys.argv[1:] if args is None else args
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if any(isinstance(given, str) for given in dataclass_types):
@@ -111,10 +122,27 @@ def parse(
         except Unreadable:
             pass  # the classes themselves answer below: as well, and after their imports
         else:
-            Parser(shadows, prog).check(args)
+            Parser(shadows, prog).check(args, required)
     parser = Parser([_load(given) if isinstance(given, str) else given for given in dataclass_types], prog)
-    parser.check(args)
+    parser.check(args, required)
     return parser.parse_args_and_config(args)
+
+
+def check_launch() -> None:
+    """
+    Checks that there are as many processes as `accelerate launch` was asked for: on a CPU it starts one, without a word.
+
+    Raises:
+        UserError: If it has.
+    """
+    # It sets the first always, the second for several processes, and whoever starts them one of the others
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and os.environ.keys().isdisjoint(sizes):
+        raise UserError(
+            "`accelerate launch` was asked for several processes and has started one, as it does on a CPU: launch them with "
+            "`ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc_per_node N -m ...`, or leave "
+            "`--num_processes` out."
+        )
 
 
 def _load(name: str) -> type:
@@ -139,19 +167,22 @@ class Parser(TrlParser):
     def __init__(self, dataclass_types: list[type], prog: str | None = None):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False, exit_on_error=False)
 
-    def check(self, args: list[str]) -> None:
+    def check(self, args: list[str], required: dict[str, str] | None = None) -> None:
         """
         Looks for mistakes, and answers `--help`.
 
         Args:
             args (`list[str]`):
                 Arguments, `--config` included.
+            required (`dict[str, str]`, *optional*):
+                Options that must be given, each with what to give.
 
         Raises:
             UserError: If there is one.
         """
         args = list(args)
         given = None
+        defaults = {name: self.get_default(name) for name in required or ()}
         if "--config" in args:
             index = args.index("--config")
             if index + 1 == len(args):
@@ -164,7 +195,12 @@ class Parser(TrlParser):
         if not unknown:
             for name, value in vars(values).items():
                 is_of_file = given is not None and str(given.get(name)) == str(value)
-                check_range(name, value, f" in {path}" if is_of_file else "")
+                where = f" in {path}" if is_of_file else ""
+                check_range(name, value, where)
+                _check_mapping(name, value, where)
+            for name, what in (required or {}).items():
+                if vars(values)[name] in (defaults[name], [], ""):
+                    raise UserError(f"`{name}` is missing: give {what} with `--{name}`.")
             return
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
@@ -275,6 +311,25 @@ def _check_value(action: argparse.Action, value: Any, name: str) -> None:
                 raise UserError(f"{name} is {part!r}, and the option takes true or false.")
 
 
+def _check_mapping(name: str, value: Any, where: str) -> None:
+    """Checks an option that is a mapping, which transformers takes as text, or as a file, and reads when it is used."""
+    is_file = name in ("accelerator_config", "deepspeed", "fsdp_config")
+    if value is None or not (is_file or name.endswith("_kwargs")):
+        return
+    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("`deepspeed` needs a package: run `pip install deepspeed`, or leave it out.")
+    if is_file and isinstance(value, str) and not value.lstrip().startswith("{"):
+        if not Path(value).is_file():
+            raise UserError(f"There is no file `{value}` for `{name}`{where}: check the path.")
+        return
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise UserError(f"`{name}`{where} must be a mapping, as JSON on the command line, and is {value!r:.80}.")
+
+
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
     """What to do about a name that is unknown."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -303,7 +358,9 @@ def _line(action: argparse.Action, width: int) -> str:
     return (line if len(line) <= width else line[: width - 1] + "…") + "\n"
 
 
-def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bool = False) -> None:
+def check_checkpoint(
+    name_or_path: str | None, field: str, trust_remote_code: bool = False, revision: str | None = None
+) -> "PreTrainedConfig":
     """
     Checks that a checkpoint is there by reading its configuration, which loads no weights.
 
@@ -314,6 +371,11 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
             Name of the argument that holds it, for the message.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the configuration may run code of its own.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: The configuration; of an adapter that of its base.
 
     Raises:
         UserError: If there is no readable configuration, or a folder without weights.
@@ -328,15 +390,14 @@ def check_checkpoint(name_or_path: str | None, field: str, trust_remote_code: bo
         raise UserError(f"`{field}`: there is no folder `{name_or_path}`: check the path.")
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        check_checkpoint(base, f"{field}`, the base of the adapter `{folder}", trust_remote_code)
-        return
+        return check_checkpoint(base, f"{field}`, the base of the adapter `{folder}", trust_remote_code)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"`{field}`: the folder `{folder}` has no config.json, so it is not a checkpoint.")
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise UserError(f"`{field}`: the folder `{folder}` has no weights (*.safetensors or *.bin).")
     try:
-        AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -135,6 +136,32 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
             return str(folder)
         logging.getLogger("trl_opsd").warning(f"`{folder}` is left aside: {reason}.")
     return None
+
+
+def agreed_checkpoint(training_args: "TrainingArguments") -> str | None:
+    """
+    The checkpoint that all processes go on from: the main process looks for it, and is the only one that reads it whole.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]):
+            Arguments. Called on every process.
+
+    Returns:
+        `str` or `None`: As of [`find_checkpoint`].
+
+    Raises:
+        ValueError: As of [`find_checkpoint`], on every process.
+    """
+    found = [None, None]
+    if training_args.process_index == 0:
+        try:
+            found[0] = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        except ValueError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise ValueError(found[1])
+    return found[0]
 
 
 def claim(training_args: "TrainingArguments") -> None:

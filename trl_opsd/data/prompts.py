@@ -21,6 +21,9 @@ from .sources import SOURCES, Source, Unusable
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip")
+# The first two for what comes before a conversation
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class NoSplit(UserError):
@@ -62,9 +65,9 @@ def load_prompts(name_or_path: str, split: str = "train", columns: Iterable[str]
     if name == REASONING_GYM:
         dataset = generate_prompts(path, split)
     elif source is None:
-        local = (
-            Path(name_or_path).exists() or name_or_path.endswith(_SUFFIXES) or name_or_path.startswith((".", "/", "~"))
-        )
+        local = Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~"))
+        # A Hub id has at most one slash, and is not called as files are
+        local = local or name_or_path.count("/") > 1 or name_or_path.endswith((*_SUFFIXES, *_OTHER_SUFFIXES))
         dataset = _read_local(Path(name_or_path), split) if local else _read_hub(name_or_path, None, split)
     else:
         if split not in source.splits and not Path(path).is_file():
@@ -131,7 +134,8 @@ def check_values(dataset: Dataset, name: str) -> None:
             Its name, for the message.
 
     Raises:
-        UserError: If a value is of the wrong type, naming its row.
+        UserError: If a value is of the wrong type or holds a null byte, or the roles of a prompt are none or out of order,
+            naming the row.
     """
     for column, (fits, what) in _VALUES.items():
         if column not in dataset.column_names:
@@ -141,22 +145,41 @@ def check_values(dataset: Dataset, name: str) -> None:
                 shown = repr(value)
                 shown = shown if len(shown) <= 80 else shown[:77] + "..."
                 raise UserError(f"`{name}`, row {number}: `{column}` must be {what}, and is {shown}: correct the row.")
+            if column == "prompt" and not isinstance(value, str):
+                _check_roles([message["role"] for message in value], f"`{name}`, row {number}")
+
+
+def _check_roles(roles: list[str], where: str) -> None:
+    """What a chat template would write all the same: a turn of nobody's, or an answer that is there before it is asked for."""
+    unknown = [role for role in roles if role not in _ROLES]
+    if unknown:
+        raise UserError(
+            f"{where}: `prompt` has the role {unknown[0]!r}, which is none of {', '.join(_ROLES)}: correct the row."
+        )
+    wrong = None
+    if any(role in _ROLES[:2] for role in roles[1:]):
+        wrong = "a system message comes first"
+    elif roles[-1] not in ("user", "tool"):
+        wrong = "the last message is what is to be answered, by `user` or `tool`"
+    if wrong is not None:
+        raise UserError(f"{where}: the roles of `prompt` are {', '.join(roles)}, and {wrong}: correct the row.")
 
 
 def _is_prompt(value: Any) -> bool:
     if isinstance(value, str):
-        return bool(value.strip())
+        return bool(value.strip()) and _is_text(value)
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        and all(isinstance(message.get("content"), str) for message in value)
+        and all(isinstance(message.get("content"), str) and _is_text(message["content"]) for message in value)
         and any(message["content"].strip() for message in value)
     )
 
 
 def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+    # A null byte is in no text, and what is written in C reads up to it
+    return value is None or (isinstance(value, str) and "\x00" not in value)
 
 
 def _is_answer(value: Any) -> bool:
@@ -165,11 +188,11 @@ def _is_answer(value: Any) -> bool:
 
 
 _VALUES = {
-    "prompt": (_is_prompt, "a text, or messages with `role` and `content`"),
-    "answer": (_is_answer, "a text or a number"),
+    "prompt": (_is_prompt, "a text, or messages with `role` and `content`, without null bytes"),
+    "answer": (_is_answer, "a text without null bytes or a number"),
     **dict.fromkeys(
         ("tests", "entry_point", "setup", "solution", "privileged_context", "instructions", "metadata"),
-        (_is_text, "a text"),
+        (_is_text, "a text without null bytes"),
     ),
 }
 

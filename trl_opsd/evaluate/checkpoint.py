@@ -13,10 +13,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.nn import ModuleList
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
+from ..data import positions_of
 from .config import EvaluateConfig
 
 
@@ -207,12 +208,6 @@ def wrap_model(model: PreTrainedModel, path: str | None) -> Checkpoint:
     return Checkpoint(
         path, model.generation_config, positions_of(model.config), **count_parameters(model), model=model
     )
-
-
-def positions_of(config: PreTrainedConfig) -> int | None:
-    """Returns how many positions a model has, or `None` where nothing limits them, as of state space models and ALiBi."""
-    # An attribute and not a key, because configurations have it under other names too (`n_positions`)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def base_of(path: str) -> str:

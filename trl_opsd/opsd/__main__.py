@@ -13,11 +13,15 @@ ARGUMENTS = (
     "trl_opsd.opsd.config.OPSDConfig",
     "trl.ModelConfig",
 )
+REQUIRED = {
+    "model_name_or_path": "the folder of a checkpoint or a model id",
+    "dataset_name": "a dataset, a file or a named source",
+}
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        parsed = parse(ARGUMENTS, args, prog="trl_opsd.opsd")
+        parsed = parse(ARGUMENTS, args, prog="trl_opsd.opsd", required=REQUIRED)
     from ..resuming import engine_errors
     from .run import run
 

@@ -711,6 +711,8 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
         if dataset is not None and dataset.column_names is not None:
             for context in contexts:
                 context.check_columns(dataset.column_names)
+                if isinstance(dataset, Dataset):
+                    context.check_rows(dataset)
     if train_dataset is None:
         return
     columns = train_dataset.column_names

@@ -116,6 +116,21 @@ class TeacherContext:
                     "or add `privileged_context`, which stands in for it, or choose another `teacher_context`."
                 )
 
+    def check_rows(self, dataset: Dataset) -> None:
+        """
+        Checks that every row has what the template takes, before training finds the one that does not.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Data whose columns [`TeacherContext.check_columns`] has let pass.
+
+        Raises:
+            ValueError: If a privileged text is missing in a row, or a prompt does not end in a user turn of plain text.
+        """
+        columns = {"prompt", "privileged_context", *self.fields} & set(dataset.column_names)
+        for row in dataset.select_columns(sorted(columns)):
+            self.prompt(row, self.privileged_texts(row, sibling=""))
+
     def privileged_texts(self, example: dict[str, Any], sibling: str | None = None) -> dict[str, str]:
         """
         What the template takes from a row.
@@ -145,7 +160,7 @@ class TeacherContext:
                     f"The teacher context needs `{field}`, and it is empty in the row with the prompt "
                     f"{str(example['prompt'])[:80]!r}: filter such rows out, or fill `privileged_context`."
                 )
-            texts[field] = text
+            texts[field] = str(text)  # an answer may be a number
         return texts
 
     def prompt(self, example: dict[str, Any], texts: dict[str, str] | None = None) -> list[dict[str, Any]] | str:
@@ -173,7 +188,8 @@ class TeacherContext:
         if last["role"] != "user" or not isinstance(last["content"], str):
             raise ValueError(
                 f"A teacher context needs prompts that end in a user turn of plain text, and found a last message "
-                f"with the role {last['role']!r} and content of type {type(last['content']).__name__}."
+                f"with the role {last['role']!r} and content of type {type(last['content']).__name__} in the row with the "
+                f"prompt {str(prompt)[:80]!r}: filter such rows out, or correct them."
             )
         return [*earlier, {**last, "content": self.template.format(prompt=last["content"], **texts)}]
 
@@ -379,8 +395,9 @@ class TeacherPrompts:
             row, token = next(iter(found.items()))
             raise ValueError(
                 f"In {len(found)} of {len(dataset)} rows the last message of `prompt` spells a special token of the "
-                f"tokenizer's ({token!r} in row {row}), and so may end the turn that the teacher's context stands in: filter "
-                "such rows out, or write it otherwise."
+                f"tokenizer's ({token!r} in row {row}, which begins {dataset[row]['prompt'][-1]['content'][:40]!r}), and so may "
+                "end the turn that the teacher's context stands in: filter such rows out, or write it with a space in it "
+                f"({token[:1]} {token[1:]})."
             )
 
     def check_boundary(self, row: dict[str, Any], student: Callable, teacher: Callable) -> None:

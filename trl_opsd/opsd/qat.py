@@ -23,23 +23,43 @@ def fake_quantise(model: PreTrainedModel, precision: str, group_size: int = 32) 
             Input channels in a group of `"int4"`.
 
     Raises:
-        ValueError: If the input channels of a layer do not divide into groups.
+        ValueError: If [`check_groups`] finds a layer.
     """
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.qat import QATConfig
 
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linears = {name for name in linears if model.get_submodule(name) is not model.get_output_embeddings()}
     if precision == "int4":
-        for name in sorted(linears):
-            size = model.get_submodule(name).in_features
-            if size % group_size:
-                raise ValueError(
-                    f"`qat: int4` scales groups of {group_size} input channels, and `{name}` has {size}: train for "
-                    "int8, or give a `qat_group_size` that divides it."
-                )
+        check_groups(model, group_size)
         weights = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))
     else:
         weights = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    quantize_(model, QATConfig(weights, step="prepare"), filter_fn=lambda module, name: name in linears)
+    names = set(_linears(model))
+    quantize_(model, QATConfig(weights, step="prepare"), filter_fn=lambda module, name: name in names)
+
+
+def check_groups(model: PreTrainedModel, group_size: int) -> None:
+    """
+    Checks that the weights of a model can be rounded to `"int4"`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Student, which need not have weights yet.
+        group_size (`int`):
+            Input channels in a group.
+
+    Raises:
+        ValueError: If the input channels of a layer do not divide into groups.
+    """
+    for name, module in sorted(_linears(model).items()):
+        if module.in_features % group_size:
+            raise ValueError(
+                f"`qat: int4` scales groups of {group_size} input channels, and `{name}` has {module.in_features}: train for "
+                "int8, or give a `qat_group_size` that divides it."
+            )
+
+
+def _linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """The layers that are rounded, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in found.items() if module is not model.get_output_embeddings()}

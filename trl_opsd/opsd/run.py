@@ -5,23 +5,27 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
-from ..data import check_columns, hold_out, load_prompts, record_held_out
+from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
+from ..data.fit import positions_in_training, write
 from ..results import finish, write_results
-from ..resuming import claim, find_checkpoint, train
+from ..resuming import agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
 from ..rollout_engine import check_engine
 from .alarms import AlarmCallback
 from .config import OPSDConfig, check_arguments
+from .context import TeacherPrompts
+from .metrics import OPSDAlarm
 from .probe import check_probe, probe
-from .qat import fake_quantise
+from .qat import check_groups, fake_quantise
 from .trainer import OPSDTrainer
 from .view import RolloutPages
 
@@ -334,19 +338,40 @@ def check_given(name: str, dataset: Dataset, model: str, tokenizer: PreTrainedTo
             )
 
 
+def check_templates(dataset: Dataset, args: OPSDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the teacher's contexts can be written with the tokenizer, and that no prompt breaks out of them."""
+    kwargs = (
+        args.chat_template_kwargs if args.teacher_chat_template_kwargs is None else args.teacher_chat_template_kwargs
+    )
+    contexts, fallback = args.build_teacher_contexts(), args.build_sibling_fallback()
+    if not contexts:
+        return
+    prompts = TeacherPrompts(
+        contexts, fallback, lambda batch: [write(tokenizer, row, kwargs) for row in batch], tokenizer
+    )
+    prompts.check_turns(dataset)
+    for context in (*contexts, *([] if fallback is None else [fallback])):
+        try:
+            prompts.render([prompts.prompt(dataset[0], context, sibling="")])
+        except Exception as error:  # a template raises what it likes, and tokenizers an Exception and no more
+            raise UserError(
+                f"The tokenizer of `{tokenizer.name_or_path}` cannot write the teacher's prompt "
+                f"({' '.join(str(error).split()):.200}), whose template is {context.template[:80]!r}: give a "
+                "`teacher_prompt_template` in words that it has."
+            ) from None
+
+
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
-        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        resume_from = agreed_checkpoint(training_args)
         trust_remote_code = training_args.trust_remote_code
-        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
+        config = check_checkpoint(
+            model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
+        )
         teacher = training_args.teacher_model_name_or_path
         if teacher is not None:
             check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
-        if script_args.dataset_name is None:
-            raise UserError(
-                "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
-            )
         check_engine(training_args)
         if script_args.probe_only and script_args.probe_prompts < 1:
             raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
@@ -364,6 +389,10 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             )
         if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
             raise UserError("`qat` needs torchao: run `pip install torchao`.")
+        if script_args.qat == "int4":
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            check_groups(skeleton, script_args.qat_group_size)
         check_bank(script_args, training_args)
         if script_args.teacher_bank is not None:
             first = (model_args.model_name_or_path, model_args.model_revision)
@@ -402,17 +431,22 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
         if script_args.probe_difficulty is not None:
             check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
         if training_args.given is not None:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_args.model_name_or_path,
-                revision=model_args.model_revision,
-                trust_remote_code=trust_remote_code,
-            )
             check_given(given_by, datasets[0], model_args.model_name_or_path, tokenizer)
         for dataset in datasets:
             for func in reward_funcs:
                 check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
             check_rows(dataset, reward_funcs, script_args.dataset_name)
+            check_fit(
+                dataset,
+                script_args.dataset_name,
+                tokenizer,
+                positions_in_training(config, training_args),
+                training_args.max_completion_length,
+                training_args.chat_template_kwargs,
+            )
+        check_templates(datasets[0], training_args, tokenizer)
 
         model_init_kwargs = {
             "revision": model_args.model_revision,
@@ -472,7 +506,11 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             raise SystemExit(3)
     if script_args.probe_only:
         return
-    train(trainer, resume_from)
+    try:
+        train(trainer, resume_from)
+    except OPSDAlarm as alarm:  # raised before a step that would ruin the student
+        trainer.accelerator.print(f"error: {alarm}", file=sys.stderr)
+        raise SystemExit(3) from None
     if alarms.stopped_by is not None:
         # What the student has become is not what anybody asked for: it is not saved under the final name
         trainer.accelerator.print(f"error: {alarms.stopped_by}", file=sys.stderr)

@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters import merged
 from ..cli import UserError, check_checkpoint, publish, user_errors
+from ..data import load_tokenizer
 from ..results import write_results
 from .calibration import check_tokenizer, load_calibration, make_rollouts
 from .config import PruneConfig
@@ -31,11 +32,7 @@ def run(config: PruneConfig) -> None:
         else:
             sizes = shape.search(config.target_ratio, config.size_multiple)
         dataset = load_calibration(config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"`{source}` has no tokenizer that can be loaded ({reason}).") from None
+        tokenizer = load_tokenizer(source)
         check_tokenizer(config, dataset, tokenizer)
 
     start = time.perf_counter()

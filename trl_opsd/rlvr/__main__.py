@@ -13,11 +13,16 @@ ARGUMENTS = (
     "trl_opsd.rlvr.config.RLVRConfig",
     "trl.ModelConfig",
 )
+REQUIRED = {
+    "model_name_or_path": "the folder of a checkpoint or a model id",
+    "dataset_name": "a dataset, a file or a named source",
+    "reward_funcs": "at least one verifier, such as `math_reward`,",
+}
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        parsed = parse(ARGUMENTS, args, prog="trl_opsd.rlvr")
+        parsed = parse(ARGUMENTS, args, prog="trl_opsd.rlvr", required=REQUIRED)
     from ..resuming import engine_errors
     from .run import run
 

@@ -3,6 +3,9 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
+
+
 @dataclass
 class RLVRConfig(GRPOConfig):
     """
@@ -76,6 +79,15 @@ class RLVRConfig(GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
 
+        # Which TRL looks at when a loss is computed, or a batch scored
+        for name, choices in (
+            ("loss_type", LOSS_TYPES),
+            ("scale_rewards", ("group", "batch", "none")),
+            ("importance_sampling_level", ("token", "sequence")),
+            ("vllm_mode", ("server", "colocate")),
+        ):
+            if (value := vars(self)[name]) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, and is {value!r}.")
         if self.log_engine_mismatch and not (self.use_vllm and self.vllm_importance_sampling_correction):
             raise ValueError(
                 "`log_engine_mismatch` compares vLLM's log-probabilities with the policy's: set `use_vllm: true` and leave "

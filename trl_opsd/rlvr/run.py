@@ -1,19 +1,21 @@
 """Run of stage 1: what its command line does once it is parsed."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
-from ..data import check_columns, hold_out, load_prompts, record_held_out
+from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
+from ..data.fit import positions_in_training
 from ..results import finish
-from ..resuming import claim, find_checkpoint, train
+from ..resuming import agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
+from .faults import NotFinite
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
 from .trainer import RLVRTrainer
 
@@ -47,17 +49,13 @@ class RLVRScriptArguments(ScriptArguments):
 def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
-        resume_from = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        resume_from = agreed_checkpoint(training_args)
         trust_remote_code = training_args.trust_remote_code
-        check_checkpoint(model_args.model_name_or_path, "model_name_or_path", trust_remote_code)
-        if script_args.dataset_name is None:
-            raise UserError(
-                "`dataset_name` is missing: give a dataset, a file or a named source with `--dataset_name`."
-            )
+        config = check_checkpoint(
+            model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
+        )
         check_engine(training_args)
         script_args.reward_funcs = as_list(script_args.reward_funcs)
-        if not script_args.reward_funcs:
-            raise UserError("`reward_funcs` is missing: give at least one verifier, such as `math_reward`.")
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
         punishments = int(training_args.soft_punish_cache is not None)
         if training_args.reward_weights and len(training_args.reward_weights) != len(reward_funcs) + punishments:
@@ -71,10 +69,19 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         if training_args.eval_strategy != "no":
             splits.append(script_args.dataset_test_split)
         datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
             check_rows(dataset, reward_funcs, script_args.dataset_name)
+            check_fit(
+                dataset,
+                script_args.dataset_name,
+                tokenizer,
+                positions_in_training(config, training_args),
+                training_args.max_completion_length or 0,
+                training_args.chat_template_kwargs,
+            )
         datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
         if training_args.process_index == 0:
             print(counts)
@@ -95,7 +102,6 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
     bank = Path(training_args.output_dir) / "bank"
     with user_errors():  # as the trainer does, and before a model is loaded
         if training_args.bank_rollouts_per_prompt and read_writer(bank) is not None:
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
             weights = hash_weights(model, model_args.model_revision)
             check_writer(bank, Writer(model, weights, hash_vocabulary(tokenizer)))
 
@@ -110,5 +116,9 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             peft_config=get_peft_config(model_args),
         )
     warn_of_precision(trainer)
-    train(trainer, resume_from)
+    try:
+        train(trainer, resume_from)
+    except NotFinite as error:  # on every process: what there is now is not saved under the final name
+        trainer.accelerator.print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     finish(trainer, "rlvr", script_args, model_args)

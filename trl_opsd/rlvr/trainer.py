@@ -24,6 +24,7 @@ from ..rollout_engine import rollout_engine
 from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
+from .faults import LeftOut
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
 
 
@@ -47,6 +48,7 @@ class RLVRTrainer(GRPOTrainer):
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
     - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]).
+    - A step whose gradient is not finite is not taken, and its rollouts are written down ([`LeftOut`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
 
@@ -160,6 +162,22 @@ class RLVRTrainer(GRPOTrainer):
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
+        self.left_out = LeftOut(args.output_dir, self._tokenizer, self.accelerator)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self.left_out.add(inputs, loss.detach())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
+        is_others = self.is_deepspeed_enabled or self.accelerator.scaler is not None
+        if self.left_out.end_step(None if is_others else norm, self.state.global_step + 1):
+            self.accelerator.sync_gradients = False
+            return 0.0
+        return norm
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         theirs = super()._get_train_sampler(dataset)

@@ -9,11 +9,12 @@ from ..cli import parse, silence, user_errors
 
 
 ARGUMENTS = ("trl_opsd.small.task.SmallConfig", "trl.SFTConfig")
+REQUIRED = {"max_steps": "the number of steps of the warm start,"}
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.small")
+        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.small", required=REQUIRED)
     from .sft import check, line_of, warm_start
 
     with user_errors():

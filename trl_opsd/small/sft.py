@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..cli import save_final
 from ..results import write_results, write_text
-from ..resuming import claim, find_checkpoint, train
+from ..resuming import agreed_checkpoint, claim, train
 from ..tiny.model import make_model
 from ..tiny.sft import answer, encode, summary
 from .families import FAMILIES
@@ -94,7 +94,7 @@ def check(args: SFTConfig) -> str | None:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
-    resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    resume_from = agreed_checkpoint(args)
     claim(args)
     return resume_from
 

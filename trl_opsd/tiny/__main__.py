@@ -9,11 +9,12 @@ from ..cli import parse, silence, user_errors
 
 
 ARGUMENTS = ("trl_opsd.tiny.task.TinyConfig", "trl.SFTConfig")
+REQUIRED = {"max_steps": "the most steps that learning the chain may take,"}
 
 
 def main(args: list[str] | None = None) -> None:
     with user_errors():
-        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.tiny")
+        config, training_args = parse(ARGUMENTS, args, prog="trl_opsd.tiny", required=REQUIRED)
     from .sft import check, warm_start
 
     with user_errors():

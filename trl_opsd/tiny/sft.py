@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..decoding import generate
 from ..results import write_results, write_text
+from ..resuming import claim
 from .model import make_model
 from .task import TEMPLATES, Problem, TinyConfig, problems, row, sft_rows
 from .tokenizer import make_tokenizer
@@ -169,11 +170,11 @@ def train(model, tokenizer, rows: Iterator[dict], args: SFTConfig, callbacks: li
 
 def check(config: TinyConfig, args: SFTConfig) -> None:
     """
-    Checks what can be checked before training.
+    Checks what can be checked before training, and takes the output folder.
 
     Raises:
-        ValueError: If `max_steps` is missing, the output folder exists, there is more than one process, or there are
-            not enough problems.
+        ValueError: If `max_steps` is missing, the output folder exists or cannot be written, another run is writing there,
+            there is more than one process, or there are not enough problems.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the most steps that learning the chain may take.")
@@ -181,12 +182,18 @@ def check(config: TinyConfig, args: SFTConfig) -> None:
         raise ValueError(f"`output_dir`: `{args.output_dir}` exists already: remove it, or choose another folder.")
     if args.world_size > 1:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
+    claim(replace(args, output_dir=str(work_dir_of(args))))
     for split, size in (
         ("train", config.train_size),
         ("test", config.test_size),
         ("validation", config.accuracy_problems),
     ):
         problems(config, split, size, args.seed)
+
+
+def work_dir_of(args: SFTConfig) -> Path:
+    """The folder that everything is written into before it gets its name."""
+    return Path(f"{args.output_dir}.partial")
 
 
 def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
@@ -213,8 +220,9 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
     """
     check(config, args)
     start = time.perf_counter()
-    output_dir, work_dir = Path(args.output_dir), Path(f"{args.output_dir}.partial")
-    shutil.rmtree(work_dir, ignore_errors=True)
+    output_dir, work_dir = Path(args.output_dir), work_dir_of(args)
+    for left in work_dir.iterdir():  # of a run that was interrupted
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     args = replace(args, output_dir=str(work_dir))
     set_seed(args.seed)
     tokenizer = make_tokenizer(max(8, config.max_ops))  # 8, so that small worlds have one vocabulary

@@ -197,6 +197,11 @@ class TinyConfig:
             raise ValueError(
                 f"`verbosity` is {self.verbosity} and must be at least 1: a plain reply checks its steps."
             )
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_heads` is {self.num_heads} and `num_key_value_heads` is {self.num_key_value_heads}: the latter must "
+                "divide the former."
+            )
         for name in ("target_accuracy", "slip_probability", "style_blur"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")

@@ -366,8 +366,14 @@ def add_methods():
             raise AttributeError(f"a Remote has no {name}")
         return self._peer.ask("__getattr__", self, name)
 
+    def leave(self, *error):
+        # It is shown no error, and says of none that it is over: else it would call a wrong answer right
+        self._peer.ask("__exit__", self)
+        return False
+
     for name in OPERATIONS:
         setattr(Remote, name, forward(name))
+    Remote.__exit__ = leave
     Remote.__getattr__ = get
     for name in ("__eq__", "__ne__"):
         setattr(Remote, name, compare(name))

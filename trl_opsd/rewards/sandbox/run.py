@@ -266,8 +266,8 @@ def _same_line(line: str, other: str) -> bool:
 def _same_word(word: str, wanted: str) -> bool:
     if word == wanted:
         return True
-    if max(len(word), len(wanted)) > 40 or not wanted[-1:].isdigit() or not word[-1:].isdigit():
-        return False
+    if max(len(word), len(wanted)) > 40 or not wanted[-1:].isdigit() or not word[-1:].isdigit() or not word.isascii():
+        return False  # `float` takes the digits of every alphabet
     try:
         number, target = float(word), float(wanted)
     except ValueError:
