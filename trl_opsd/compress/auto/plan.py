@@ -160,6 +160,7 @@ class Plan:
     def describe(self) -> str:
         """The plan in words, and what it takes, from the sizes alone."""
         arguments, fit, sizes, processes = self.arguments, self.fit, self.sizes, self.launch.processes
+        devices = ("GPU" if processes == 1 else "GPUs") if fit.has_gpu else "CPU process" + "es" * (processes > 1)
         how = "all weights"
         if fit.has_adapter:
             how = f"an adapter, because full training takes {sum(fit.full.values()):.1f} GiB"
@@ -186,7 +187,7 @@ class Plan:
             )
         lines = [
             f"{self.config.model_name_or_path}: {fit.parameters / 1e6:,.1f}M parameters, on "
-            f"{processes} {'GPU' if fit.has_gpu else 'CPU process'}{'s' * (processes > 1)} of {fit.capacity:.0f} GiB",
+            f"{processes} {devices} of {fit.capacity:.0f} GiB",
             *(f"{number}. {step}" for number, step in enumerate(steps, start=1)),
             *self._describe_cost(),
         ]
