@@ -493,7 +493,7 @@ STAYS = """
     teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher generate_as
     _generate_and_score_completions:chosen _tokenize_teacher_prompts:chosen Teacher.hidden
     resolve_teacher_gate_rollouts as_list check_pass_rates check_preference OPSDTrainer._saved ._saved
-    current_state never_empty compute_loss:mismatch training_step:mismatch
+    current_state never_empty compute_loss:mismatch _accumulate_or_halve:mismatch
 """
 
 _TRAINER = "trl_opsd/opsd/trainer.py"
@@ -1271,7 +1271,7 @@ def extract_logprobs(''',
         ),
         brings="""
             max_tokens_per_microbatch OPSDTrainer.training_step _accumulate micro_batches gather_rows balanced_length
-            token_budget_batches budget size_of _at_work _out_of_memory _accumulate_under
+            token_budget_batches budget size_of _at_work _out_of_memory _accumulate_under _accumulate_or_halve
         """,
     ),
     Step(

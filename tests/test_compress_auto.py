@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
-from trl_opsd.compress.auto import Automatic, Promise, learning_rate, recovery_rates
+from trl_opsd.compress.auto.compaction import Promise, choose, train
+from trl_opsd.compress.auto.export import export
+from trl_opsd.compress.auto.plan import Plan, learning_rate, recovery_rates
+from trl_opsd.compress.auto.run import compress
+from trl_opsd.compress.auto.runner import Runner
+from trl_opsd.compress.auto.size import shrink
+from trl_opsd.compress.auto.verdict import conclude, upload
 from trl_opsd.compress.auto_config import AutoConfig
 from trl_opsd.compress.chain import Stage, StageError
 from trl_opsd.compress.config import CompressConfig
@@ -128,7 +134,7 @@ def problems(tmp_path):
     return str(folder)
 
 
-class Told(Automatic):
+class Told(Runner):
     """Told what every evaluation finds, and whether training ends by itself."""
 
     def tell(self, found: dict, alarm_at: int | str | None = None):
@@ -136,7 +142,7 @@ class Told(Automatic):
         (self.root).mkdir(exist_ok=True)
         return self
 
-    def measure(self, name, model, split, context=None):
+    def measure(self, name, model, part, context=None):
         correct, tokens = self.found[name]
         return measurement(share(correct), PLAIN_TOKENS * tokens, name, f"{name}.json")
 
@@ -145,9 +151,6 @@ class Told(Automatic):
             raise StageError(f"The stage `{stage.name}` failed: the share of correct rollouts fell.", self.status)
         self.trained.append((stage.arguments, stage.recipe))
         self.stages.append((stage, before))
-
-    def report(self, measurements):
-        self.reported = [item.row.stage for item in measurements]
 
     def decisions(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -164,7 +167,7 @@ def told(tmp_path, problems, checkpoint):
         }
         config = CompressConfig(**given)
         options = {"contexts": ["{prompt} concise", "{prompt} brief"], "max_completion_length": 64} | arguments
-        return Told(config, AutoConfig(**options)).tell(found, alarm_at)
+        return Told(Plan(config, AutoConfig(**options))).tell(found, alarm_at)
 
     return make
 
@@ -172,10 +175,10 @@ def told(tmp_path, problems, checkpoint):
 CONTEXTS = {"context-1": (0.98, 0.5), "context-2": (0.12, 0.04)}
 
 
-def take(automatic):
-    base = automatic.measure("base", "", "guard")
-    promise = automatic.choose(base)
-    return promise, None if promise is None else automatic.train(promise, base)
+def take(runner):
+    base = runner.measure("base", "", "guard")
+    promise = choose(runner, base)
+    return promise, None if promise is None else train(runner, promise, base)
 
 
 class TestDecisions:
@@ -184,93 +187,91 @@ class TestDecisions:
         assert promise.context == "{prompt} concise"
 
     def test_a_context_that_tempts_to_skip_the_chain_is_refused(self, told):
-        automatic = told({"base": (0.98, 1.0), "context-1": (0.12, 0.04)}, contexts=["{prompt} brief"])
-        assert take(automatic) == (None, None)
-        assert automatic.trained == []
-        assert automatic.decisions()[-1]["decision"] == "no training"
+        runner = told({"base": (0.98, 1.0), "context-1": (0.12, 0.04)}, contexts=["{prompt} brief"])
+        assert take(runner) == (None, None)
+        assert runner.trained == []
+        assert runner.decisions()[-1]["decision"] == "no training"
 
     def test_a_context_that_saves_too_little_is_refused(self, told):
-        automatic = told({"base": (0.9, 1.0), "context-1": (0.9, 0.95)}, contexts=["{prompt} x"])
-        assert take(automatic) == (None, None)
+        runner = told({"base": (0.9, 1.0), "context-1": (0.9, 0.95)}, contexts=["{prompt} x"])
+        assert take(runner) == (None, None)
 
     def test_it_stops_when_there_is_no_more_to_be_had_and_takes_the_shortest(self, told):
         rounds = {"round-1": (0.98, 0.7), "round-2": (0.98, 0.5), "round-3": (0.98, 0.495)}
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
-        assert Path(take(automatic)[1]).name == "round-3"
-        assert len(automatic.trained) == 3
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(runner)[1]).name == "round-3"
+        assert len(runner.trained) == 3
 
     def test_it_goes_on_while_accuracy_is_being_won_back(self, told):
         rounds = {"round-1": (0.95, 0.5), "round-2": (0.96, 0.5), "round-3": (0.98, 0.51)}
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
-        assert Path(take(automatic)[1]).name == "round-3"
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(runner)[1]).name == "round-3"
 
     def test_a_round_that_is_worse_is_the_last_and_not_taken(self, told):
         rounds = {"round-1": (0.98, 0.7), "round-2": (0.6, 0.3)}
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
-        assert Path(take(automatic)[1]).name == "round-1"
-        assert [entry["decision"] for entry in automatic.decisions()][-2:] == ["stop", "round"]
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, **rounds})
+        assert Path(take(runner)[1]).name == "round-1"
+        assert [entry["decision"] for entry in runner.decisions()][-2:] == ["stop", "round"]
 
     def test_an_alarm_ends_training_with_what_was_there(self, told):
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=2)
-        assert Path(take(automatic)[1]).name == "round-1"
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=2)
+        assert Path(take(runner)[1]).name == "round-1"
 
     def test_a_crash_is_no_verdict(self, told):
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=1)
-        automatic.status = 1
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7)}, alarm_at=1)
+        runner.status = 1
         with pytest.raises(UserError, match="round-1"):
-            take(automatic)
+            take(runner)
 
     def test_a_model_that_is_never_right_has_nothing_to_train_on(self, told):
-        automatic = told({"base": (0.0, 1.0), "context-1": (0.0, 0.1), "context-2": (0.0, 0.1)})
-        assert take(automatic) == (None, None)
-        assert "math_reward" in automatic.decisions()[-1]["sentence"]
+        runner = told({"base": (0.0, 1.0), "context-1": (0.0, 0.1), "context-2": (0.0, 0.1)})
+        assert take(runner) == (None, None)
+        assert "math_reward" in runner.decisions()[-1]["sentence"]
 
     def test_what_an_earlier_run_has_left_is_not_taken_for_this_ones(self, told):
-        automatic = told({"base": (0.0, 1.0)})
+        runner = told({"base": (0.0, 1.0)})
         for name in ("compressed/config.json", "report.html", "results.json"):
-            (automatic.root / name).parent.mkdir(exist_ok=True)
-            (automatic.root / name).touch()
-        assert automatic() == 3
-        assert not any((automatic.root / name).exists() for name in ("compressed", "report.html", "results.json"))
-        assert (automatic.root / "compressed-old-1" / "config.json").is_file()
+            (runner.root / name).parent.mkdir(exist_ok=True)
+            (runner.root / name).touch()
+        assert compress(runner) == 3
+        assert not any((runner.root / name).exists() for name in ("compressed", "report.html", "results.json"))
+        assert (runner.root / "compressed-old-1" / "config.json").is_file()
 
     def test_where_the_first_round_is_worse_nothing_is_left(self, told):
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.5, 0.3)})
-        assert take(automatic)[1] is None
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.5, 0.3)})
+        assert take(runner)[1] is None
 
     def test_a_round_goes_on_from_the_checkpoint_of_the_one_before(self, told):
         rounds = {"round-1": (0.98, 0.7), "round-2": (0.98, 0.5), "round-3": (0.98, 0.5)}
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, **rounds}, round_steps=5)
-        take(automatic)
-        first, second, third = (arguments for arguments, _ in automatic.trained)
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, **rounds}, round_steps=5)
+        take(runner)
+        first, second, third = (arguments for arguments, _ in runner.trained)
         assert "resume_from_checkpoint" not in first
         assert second["resume_from_checkpoint"].endswith("round-1/checkpoint-5")
         assert third["resume_from_checkpoint"].endswith("round-2/checkpoint-10")
         assert third["max_steps"] == 15
         # And is made again where that is
-        assert [[stage.name for stage in before] for _, before in automatic.stages] == [
+        assert [[stage.name for stage in before] for _, before in runner.stages] == [
             [],
             ["round-1"],
             ["round-1", "round-2"],
         ]
 
     def test_a_context_that_fails_somewhere_gets_a_gate_of_the_teachers(self, told):
-        automatic = told(
-            {"base": (0.98, 1.0), **CONTEXTS, "context-1": (0.9, 0.5), "round-1": (0.98, 0.5)}, max_rounds=1
-        )
-        promise, _ = take(automatic)
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "context-1": (0.9, 0.5), "round-1": (0.98, 0.5)}, max_rounds=1)
+        promise, _ = take(runner)
         assert promise.needs_gate
-        (_, recipe), *_ = automatic.trained
+        (_, recipe), *_ = runner.trained
         assert yaml.safe_load(Path(recipe).read_text())["teacher_gate"] == 0.5
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.5)}, max_rounds=1)
-        take(automatic)
-        (_, recipe), *_ = automatic.trained
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.5)}, max_rounds=1)
+        take(runner)
+        (_, recipe), *_ = runner.trained
         assert "teacher_gate" not in yaml.safe_load(Path(recipe).read_text())
 
     def test_every_decision_has_its_numbers(self, told):
-        automatic = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7), "round-2": (0.98, 0.7)})
-        take(automatic)
-        for entry in automatic.decisions():
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, "round-1": (0.98, 0.7), "round-2": (0.98, 0.7)})
+        take(runner)
+        for entry in runner.decisions():
             assert entry["because"], entry["decision"]
             assert entry["sentence"]
 
@@ -280,26 +281,26 @@ SMALLER = {"base": (0.98, 1.0), "small-25": (0.98, 0.5), "small-50": (0.98, 0.5)
 
 class TestSize:
     def test_it_goes_on_until_a_student_is_no_longer_as_good(self, told):
-        automatic = told(SMALLER, ratio="auto")
-        base = automatic.measure("base", "", "guard")
-        assert [Path(folder).name for folder in automatic.shrink("runs/teacher", base)] == ["small-50", "small-25"]
-        names = [stage.name for stage, _ in automatic.stages]
+        runner = told(SMALLER, ratio="auto")
+        base = runner.measure("base", "", "guard")
+        assert [Path(folder).name for folder in shrink(runner, "runs/teacher", base)] == ["small-50", "small-25"]
+        names = [stage.name for stage, _ in runner.stages]
         assert names[:4] == ["bank", "pruned-25", "recovered-25", "small-25"]
         assert names[-1] == "small-75"  # and 90% is not tried
-        looks = [entry for entry in automatic.decisions() if entry["decision"] == "look"]
+        looks = [entry for entry in runner.decisions() if entry["decision"] == "look"]
         assert [entry["because"]["ratio"] for entry in looks] == [0.25, 0.5, 0.75]
-        assert automatic.decisions()[-1]["because"]["difference"][0] == pytest.approx(-0.08)
+        assert runner.decisions()[-1]["because"]["difference"][0] == pytest.approx(-0.08)
 
     def test_a_number_is_the_only_one_tried(self, told):
-        automatic = told({**SMALLER, "small-40": (0.98, 0.5)}, ratio="0.4")
-        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        runner = told({**SMALLER, "small-40": (0.98, 0.5)}, ratio="0.4")
+        found = shrink(runner, "runs/teacher", runner.measure("base", "", "guard"))
         assert [Path(folder).name for folder in found] == ["small-40"]
-        assert len(automatic.stages) == 4
+        assert len(runner.stages) == 4
 
     def test_each_ratio_is_pruned_from_the_teacher_and_taught_by_it(self, told):
-        automatic = told(SMALLER, ratio="auto", max_rounds=2, round_steps=3)
-        automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
-        stages = {stage.name: stage for stage, _ in automatic.stages}
+        runner = told(SMALLER, ratio="auto", max_rounds=2, round_steps=3)
+        shrink(runner, "runs/teacher", runner.measure("base", "", "guard"))
+        stages = {stage.name: stage for stage, _ in runner.stages}
         pruned, recovered, small = (stages[f"{name}-50"] for name in ("pruned", "recovered", "small"))
         assert pruned.arguments["model_name_or_path"] == "runs/teacher"
         assert pruned.arguments["target_ratio"] == 0.5
@@ -311,30 +312,30 @@ class TestSize:
             assert recipe["teacher_weights"] == "external" and recipe["max_steps"] == 6
         by_logits, own = recipes
         assert (by_logits["lmbda"], by_logits["gate"], by_logits["beta"]) == (0.0, "all", 0.0)
-        assert by_logits["dataset_name"] == str(automatic.root / "bank") and "reward_funcs" not in by_logits
+        assert by_logits["dataset_name"] == str(runner.root / "bank") and "reward_funcs" not in by_logits
         assert "lmbda" not in own and (own["gate"], own["beta"]) == ("correct", 1.0)
-        half = round(automatic.parameters / 2)
+        half = round(runner.plan.fit.parameters / 2)
         assert (by_logits["learning_rate"], own["learning_rate"]) == recovery_rates(half)
 
     def test_after_an_alarm_what_was_recovered_is_looked_at(self, told):
-        automatic = told({**SMALLER, "recovered-25": (0.98, 0.5)}, alarm_at="small-25", ratio="0.25")
-        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        runner = told({**SMALLER, "recovered-25": (0.98, 0.5)}, alarm_at="small-25", ratio="0.25")
+        found = shrink(runner, "runs/teacher", runner.measure("base", "", "guard"))
         assert [Path(folder).name for folder in found] == ["recovered-25"]
 
     def test_a_ratio_that_cannot_be_pruned_ends_it_and_a_crash_is_no_verdict(self, told):
-        automatic = told(SMALLER, alarm_at="pruned-50", ratio="auto")
-        automatic.status = 2
-        found = automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+        runner = told(SMALLER, alarm_at="pruned-50", ratio="auto")
+        runner.status = 2
+        found = shrink(runner, "runs/teacher", runner.measure("base", "", "guard"))
         assert [Path(folder).name for folder in found] == ["small-25"]
-        automatic.status = 1
+        runner.status = 1
         with pytest.raises(StageError, match="pruned-50"):
-            automatic.shrink("runs/teacher", automatic.measure("base", "", "guard"))
+            shrink(runner, "runs/teacher", runner.measure("base", "", "guard"))
 
     def test_all_weights_are_trained_or_none(self, told):
-        automatic = told({}, ratio="auto")
-        automatic.recipe["use_peft"] = True  # an adapter, because more does not fit
+        runner = told({}, ratio="auto")
+        runner.plan.fit.has_adapter = True  # an adapter, because more does not fit
         with pytest.raises(UserError, match="`ratio`.*all weights"):
-            automatic._ratios()
+            runner.plan._ratios()
 
     @pytest.mark.parametrize(
         ("small", "large", "taken"),
@@ -347,39 +348,42 @@ class TestSize:
         ],
     )
     def test_the_smallest_that_is_as_good_is_taken(self, told, tmp_path, monkeypatch, small, large, taken):
-        automatic = told({"base": (0.98, 1.0), "small-50": (small, 0.5), "round-1": (large, 0.5)}, ratio="0.5")
-        automatic.arguments.max_accuracy_drop = 0.03
-        errors, cards = [], []
+        runner = told({"base": (0.98, 1.0), "small-50": (small, 0.5), "round-1": (large, 0.5)}, ratio="0.5")
+        runner.plan.arguments.max_accuracy_drop = 0.03
+        errors, cards, reported = [], [], []
 
         def decide(before, after, times, output, margins, say, error):
             errors.append(error)
-            pair = [automatic.measure(Path(file).stem, "", "final") for file in (before, after)]
+            pair = [runner.measure(Path(file).stem, "", "final") for file in (before, after)]
             return Conclusion([compare_measurements(*pair, margins[None])])
 
-        monkeypatch.setattr("trl_opsd.compress.auto.decide", decide)
-        monkeypatch.setattr("trl_opsd.compress.auto.write_card", lambda files, *told: cards.append(told[1:3]))
+        monkeypatch.setattr("trl_opsd.compress.auto.verdict.decide", decide)
+        monkeypatch.setattr("trl_opsd.compress.auto.verdict.write_card", lambda files, *told: cards.append(told[1:3]))
+        monkeypatch.setattr("trl_opsd.compress.auto.verdict.report", lambda runner, found: reported.append(found))
         for name in ("small-50", "round-1"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(name)
-        (automatic.root / "compressed").mkdir()  # of an earlier run
-        answer = automatic.conclude([str(tmp_path / "small-50"), str(tmp_path / "round-1")])
+        (runner.root / "compressed").mkdir()  # of an earlier run
+        answer = conclude(runner, [str(tmp_path / "small-50"), str(tmp_path / "round-1")])
         assert set(errors) == {0.025}
-        compressed = automatic.root / "compressed"
+        compressed = runner.root / "compressed"
         assert compressed.exists() == (taken is not None) == (answer is not Answer.WORSE)
         if taken is not None:
             assert (compressed / "config.json").read_text() == taken
-            assert automatic.reported == ["base", taken]
+            assert [item.row.stage for item in reported[-1]] == ["base", taken]
             assert cards == [(taken, "base")]
 
 
 @pytest.mark.parametrize(("answer", "names"), [(Answer.AS_GOOD, ["me/short"]), (Answer.UNDECIDED, [])])
 def test_what_is_as_good_is_uploaded(told, monkeypatch, answer, names):
     pushed = []
-    monkeypatch.setattr("trl_opsd.compress.auto.push", lambda folder, name: pushed.append(name) or "http://hub/x")
-    automatic = told({}, push_to_hub=True, hub_model_id="me/short")
-    automatic.upload(answer)
+    monkeypatch.setattr(
+        "trl_opsd.compress.auto.verdict.push", lambda folder, name: pushed.append(name) or "http://hub/x"
+    )
+    runner = told({}, push_to_hub=True, hub_model_id="me/short")
+    upload(runner, answer)
     assert pushed == names
-    (decision,) = automatic.decisions()
+    (decision,) = runner.decisions()
     assert decision["decision"] == ("pushed" if names else "not pushed")
 
 
@@ -408,18 +412,18 @@ class TestExport:
             script.write_text(EXPORT.replace("ROWS", repr(rows)).replace("STATUS", str(status)))
             command = lambda stage, launcher: [sys.executable, str(script), json.dumps(stage.arguments)]  # noqa: E731
             monkeypatch.setattr(Stage, "command", command)
-            automatic = told({}, export_formats=list(formats))
-            automatic.run = lambda *stages: Automatic.run(automatic, *stages)
-            (automatic.root / "data").mkdir(exist_ok=True)
-            (automatic.root / "data" / "final.parquet").write_text("problems")
-            (automatic.root / "compressed").mkdir(exist_ok=True)
-            (automatic.root / "compressed" / "config.json").write_text("{}")
-            return automatic
+            runner = told({}, export_formats=list(formats))
+            runner.run = lambda *stages: Runner.run(runner, *stages)
+            (runner.root / "data").mkdir(exist_ok=True)
+            (runner.root / "data" / "final.parquet").write_text("problems")
+            (runner.root / "compressed").mkdir(exist_ok=True)
+            (runner.root / "compressed" / "config.json").write_text("{}")
+            return runner
 
         return make
 
-    def calls(self, automatic) -> int:
-        return len((automatic.root / "calls.txt").read_text().split())
+    def calls(self, runner) -> int:
+        return len((runner.root / "calls.txt").read_text().split())
 
     @pytest.mark.parametrize(
         ("answers", "status", "answer"),
@@ -434,52 +438,52 @@ class TestExport:
         names = ("safetensors-float32", "safetensors-bfloat16")
         rows = [exported(name, said) for name, said in zip(names, answers, strict=True)]
         # Of an earlier call with other formats: not asked for now
-        automatic = exporting([*rows, exported("gguf-f32", "failed")], status)
-        assert automatic.export() is answer
-        assert automatic.export() is answer
-        assert self.calls(automatic) == 1
-        decisions = [entry for entry in automatic.decisions() if entry["decision"] == "exported"]
+        runner = exporting([*rows, exported("gguf-f32", "failed")], status)
+        assert export(runner) is answer
+        assert export(runner) is answer
+        assert self.calls(runner) == 1
+        decisions = [entry for entry in runner.decisions() if entry["decision"] == "exported"]
         assert [entry["because"]["artefact"] for entry in decisions] == [*names, *names]
         assert [entry["because"]["answer"] for entry in decisions[:2]] == list(answers)
         assert decisions[0]["because"]["bytes"] == 1000
 
     def test_a_crash_is_no_verdict(self, exporting):
-        automatic = exporting([exported("safetensors-float32", "worse")], 1)  # and the other one is not there
+        runner = exporting([exported("safetensors-float32", "worse")], 1)  # and the other one is not there
         with pytest.raises(StageError):
-            automatic.export()
+            export(runner)
         with pytest.raises(StageError):
-            automatic.export()
-        assert self.calls(automatic) == 2
-        automatic = exporting([exported("safetensors-float32"), exported("safetensors-bfloat16")], 2)
+            export(runner)
+        assert self.calls(runner) == 2
+        runner = exporting([exported("safetensors-float32"), exported("safetensors-bfloat16")], 2)
         with pytest.raises(StageError):
-            automatic.export()
+            export(runner)
 
     def test_what_was_made_of_another_model_is_moved_aside_and_other_formats_are_added(self, exporting):
         rows = [exported("safetensors-float32"), exported("safetensors-bfloat16")]
-        exporting(rows, 0).export()
-        automatic = exporting([*rows, exported("onnx-fp32")], 0, ("safetensors:float32", "onnx:fp32"))
-        automatic.export()
-        (automatic.root / "compressed" / "README.md").write_text("560 MiB")  # as the card of a second run says it
-        automatic.export()
-        assert self.calls(automatic) == 2
-        assert (automatic.root / "export" / "w8a8").exists()
-        assert not (automatic.root / "export-old-1").exists()
-        (automatic.root / "compressed" / "config.json").write_text('{"a": 1}')
-        automatic.export()
-        assert (automatic.root / "export-old-1" / "w8a8").exists()
-        assert self.calls(automatic) == 3
+        export(exporting(rows, 0))
+        runner = exporting([*rows, exported("onnx-fp32")], 0, ("safetensors:float32", "onnx:fp32"))
+        export(runner)
+        (runner.root / "compressed" / "README.md").write_text("560 MiB")  # as the card of a second run says it
+        export(runner)
+        assert self.calls(runner) == 2
+        assert (runner.root / "export" / "w8a8").exists()
+        assert not (runner.root / "export-old-1").exists()
+        (runner.root / "compressed" / "config.json").write_text('{"a": 1}')
+        export(runner)
+        assert (runner.root / "export-old-1" / "w8a8").exists()
+        assert self.calls(runner) == 3
 
     def test_what_is_calibrated_gets_a_bank_of_its_own(self, told, monkeypatch):
-        automatic = told({}, export_formats=["w8a8"])
-        monkeypatch.setattr("trl_opsd.compress.auto.move_aside", None)
-        (automatic.root / "compressed").mkdir()
+        runner = told({}, export_formats=["w8a8"])
+        monkeypatch.setattr("trl_opsd.compress.auto.export.move_aside", None)
+        (runner.root / "compressed").mkdir()
         with pytest.raises(FileNotFoundError):  # nothing was run
-            automatic.export()
-        bank, export = (stage for stage, _ in automatic.stages)
+            export(runner)
+        bank, last = (stage for stage, _ in runner.stages)
         assert bank.module == "trl_opsd.compress.bank"
-        assert bank.arguments["model_name_or_path"] == export.arguments["model_name_or_path"]
-        assert export.arguments["bank"] == bank.arguments["bank"]
-        assert export.arguments["formats"] == ["w8a8"]
+        assert bank.arguments["model_name_or_path"] == last.arguments["model_name_or_path"]
+        assert last.arguments["bank"] == bank.arguments["bank"]
+        assert last.arguments["formats"] == ["w8a8"]
 
     def test_what_no_engine_could_end_is_refused_beforehand(self, told, monkeypatch):
         monkeypatch.setattr("trl_opsd.export.origin.turn_without_end", lambda ends, tokenizer: "it never ends")
@@ -492,32 +496,32 @@ def test_an_adapter_is_as_large_as_what_it_is_merged_into(told, checkpoint, tmp_
     base = checkpoint()
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
     model.save_pretrained(tmp_path / "adapter")
-    automatic = told({})
+    runner = told({})
     found = measurement(share(0.9), PLAIN_TOKENS)
-    found.row = dataclasses.replace(found.row, parameters=automatic.parameters + 500)
-    monkeypatch.setattr("trl_opsd.compress.auto.load_results", lambda file: [found])
-    assert Automatic.measure(automatic, "round-1", str(tmp_path / "adapter"), "guard").row.parameters == (
-        automatic.parameters
+    found.row = dataclasses.replace(found.row, parameters=runner.plan.fit.parameters + 500)
+    monkeypatch.setattr("trl_opsd.compress.auto.runner.load_results", lambda file: [found])
+    assert Runner.measure(runner, "round-1", str(tmp_path / "adapter"), "guard").row.parameters == (
+        runner.plan.fit.parameters
     )
 
 
 def test_no_problem_is_in_two_parts(told):
-    automatic = told({})
-    parts = [set(map(str, rows["prompt"])) for rows in automatic.data.values()]
+    runner = told({})
+    parts = [set(map(str, rows["prompt"])) for rows in runner.plan.data.values()]
     assert [len(part) for part in parts] == [300, 100, 100]
     assert len(set.union(*parts)) == 500
 
 
 def test_without_a_test_split_the_verdict_has_problems_of_its_own(told, problems):
     Path(problems, "test.jsonl").unlink()
-    parts = [set(map(str, rows["prompt"])) for rows in told({}).data.values()]
+    parts = [set(map(str, rows["prompt"])) for rows in told({}).plan.data.values()]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 400
 
 
 def test_a_single_file_is_divided_too(told, problems):
     file = Path(problems, "train.jsonl")
-    automatic = told({}, dataset_name=str(file))
-    parts = [set(map(str, rows["prompt"])) for rows in automatic.data.values()]
+    runner = told({}, dataset_name=str(file))
+    parts = [set(map(str, rows["prompt"])) for rows in runner.plan.data.values()]
     assert [len(part) for part in parts] == [240, 80, 80]
     assert len(set.union(*parts)) == 400
 
@@ -532,7 +536,7 @@ def test_a_problem_that_is_there_twice_counts_once(told, problems):
         {"prompt": "1000 ?", "answer": "1"},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
-    parts = [[prompt.replace(" ", "") for prompt in rows["prompt"]] for rows in told({}).data.values()]
+    parts = [[prompt.replace(" ", "") for prompt in rows["prompt"]] for rows in told({}).plan.data.values()]
     assert [len(part) for part in parts] == [300, 100, 100]
     assert len(set().union(*parts)) == 500
 
@@ -546,9 +550,9 @@ def test_a_test_split_that_is_damaged_is_not_done_without(told, problems):
 def test_the_verifier_is_that_of_the_source(told, tmp_path):
     examples = [{"input": f"Sort {number}", "target": str(number)} for number in range(300)]
     (tmp_path / "word_sorting.json").write_text(json.dumps({"examples": examples}))
-    automatic = told({}, dataset_name=f"bbh:{tmp_path / 'word_sorting.json'}")
-    assert automatic.recipe["reward_funcs"] == ["logic_reward"]
-    assert told({}, dataset_name="reasoning-gym:chain_sum").recipe["reward_funcs"] == ["reasoning_gym_reward"]
+    runner = told({}, dataset_name=f"bbh:{tmp_path / 'word_sorting.json'}")
+    assert runner.plan.recipe["reward_funcs"] == ["logic_reward"]
+    assert told({}, dataset_name="reasoning-gym:chain_sum").plan.recipe["reward_funcs"] == ["reasoning_gym_reward"]
 
 
 def test_columns_of_any_type_are_handed_on(told, problems):
@@ -558,11 +562,11 @@ def test_columns_of_any_type_are_handed_on(told, problems):
     frame["day"] = pandas.Timestamp("2026-11-26")
     Path(problems, "train.jsonl").unlink()
     frame.to_parquet(Path(problems, "train.parquet"))
-    automatic = told({"base": (0.0, 1.0)})
-    assert automatic() == 3
-    found = load_prompts(str(automatic.root / "data" / "train.parquet"))
+    runner = told({"base": (0.0, 1.0)})
+    assert compress(runner) == 3
+    found = load_prompts(str(runner.root / "data" / "train.parquet"))
     assert set(found.column_names) == set(frame.columns)
-    assert found["prompt"][:] == automatic.data["train"]["prompt"][:]
+    assert found["prompt"][:] == runner.plan.data["train"]["prompt"][:]
 
 
 LAUNCH = f"{sys.executable} -m accelerate.commands.launch"
@@ -579,10 +583,10 @@ LAUNCH = f"{sys.executable} -m accelerate.commands.launch"
 )
 def test_what_the_launcher_shares_out_is_planned_for(told, monkeypatch, launcher, processes, sharding):
     monkeypatch.chdir(Path(__file__).parents[1])
-    automatic = told({}, launcher=launcher)
-    assert (automatic.processes, automatic.sharding) == (processes, sharding)
-    assert automatic.recipe["per_device_train_batch_size"] == 64 // processes
-    assert (automatic.memory["weights"] < told({}).memory["weights"]) is (sharding != "ddp")
+    runner = told({}, launcher=launcher)
+    assert (runner.plan.launch.processes, runner.plan.launch.sharding) == (processes, sharding)
+    assert runner.plan.recipe["per_device_train_batch_size"] == 64 // processes
+    assert (runner.plan.fit.memory["weights"] < told({}).plan.fit.memory["weights"]) is (sharding != "ddp")
 
 
 @pytest.mark.parametrize("launcher", ["nowhere_to_be_found", LAUNCH, f"{LAUNCH} --num_processes two"])
@@ -592,11 +596,11 @@ def test_a_launcher_that_cannot_be_planned_for_is_refused(told, launcher):
 
 
 def test_rollouts_and_evaluation_are_in_the_memory_there_is(told):
-    assert told({}).batch_size == 256
+    assert told({}).plan.fit.batch_size == 256
     long = {"max_completion_length": 16000}
-    memory = sum(told({}, rollouts=2, gpu_memory=1e3, **long).memory.values())
+    memory = sum(told({}, rollouts=2, gpu_memory=1e3, **long).plan.fit.memory.values())
     few = told({}, rollouts=2, gpu_memory=1.2 * memory, **long)
-    assert 1 <= few.batch_size < 256 and "use_peft" not in few.recipe
+    assert 1 <= few.plan.fit.batch_size < 256 and "use_peft" not in few.plan.recipe
     with pytest.raises(UserError, match="`rollouts`"):
         told({}, rollouts=290, gpu_memory=1.2 * memory, **long)
 
@@ -605,7 +609,7 @@ def test_an_adapter_is_planned_by_its_base(told, checkpoint, tmp_path):
     base = checkpoint()
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
     model.save_pretrained(tmp_path / "adapter")
-    assert told({}, model_name_or_path=str(tmp_path / "adapter")).parameters == told({}).parameters
+    assert told({}, model_name_or_path=str(tmp_path / "adapter")).plan.fit.parameters == told({}).plan.fit.parameters
 
 
 def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):

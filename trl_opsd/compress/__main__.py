@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> None:
         if not config.is_automatic:
             arguments.check_unused()
     if config.is_automatic:
-        from .auto import run as run_automatic
+        from .auto.run import run as run_automatic
 
         run_automatic(config, arguments)
         return

@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
@@ -361,113 +362,165 @@ def check_templates(dataset: Dataset, args: OPSDConfig, tokenizer: PreTrainedTok
             ) from None
 
 
+def check_settings(
+    script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig, is_probed: bool
+) -> tuple[list[Callable], PreTrainedConfig]:
+    """
+    Checks what the arguments say together, before any data is read. Returns the verifiers, and the configuration of the
+    student.
+    """
+    trust_remote_code = training_args.trust_remote_code
+    config = check_checkpoint(
+        model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
+    )
+    teacher = training_args.teacher_model_name_or_path
+    if teacher is not None:
+        check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
+    check_engine(training_args)
+    if script_args.probe_only and script_args.probe_prompts < 1:
+        raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
+    if is_probed:
+        check_probe(training_args)
+    is_judged = training_args.lmbda > 0 or training_args.gate != "all" or training_args.teacher_gate is not None
+    reward_funcs = load_reward_funcs(as_list(script_args.reward_funcs) if is_judged else [])
+    check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
+    if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
+        raise UserError(
+            "`qat` rounds the weights of the whole student as it computes, which is not what adapters train, and vLLM is "
+            "given them before they are rounded: drop LoRA, or vLLM, or `qat`."
+        )
+    if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
+        raise UserError("`qat` needs torchao: run `pip install torchao`.")
+    if script_args.qat == "int4":
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        check_groups(skeleton, script_args.qat_group_size)
+    check_bank(script_args, training_args)
+    return reward_funcs, config
+
+
+def load_datasets(
+    script_args: OPSDScriptArguments,
+    training_args: OPSDConfig,
+    model_args: ModelConfig,
+    reward_funcs: list[Callable],
+    config: PreTrainedConfig,
+    resume_from: str | None,
+) -> tuple[list[Dataset], list[str]]:
+    """
+    Loads the training set, and that of the evaluation if there is one, with what banks add to them, and checks them.
+    Returns them, and the evaluation sets whose problems are left out.
+    """
+    name, model = script_args.dataset_name, model_args.model_name_or_path
+    teacher = training_args.teacher_model_name_or_path
+
+    def say(text: str) -> None:
+        if training_args.process_index == 0:
+            print(text)
+
+    banks = {}
+    if script_args.teacher_bank is not None:
+        first = (model, model_args.model_revision)
+        if teacher is not None:
+            first = (teacher, training_args.teacher_model_revision)
+        banks = find_teacher_banks(as_list(script_args.teacher_bank), training_args, *first)
+    splits = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    if (Path(name) / "rollouts").is_dir():
+        datasets = [read_rollouts(name)]
+    else:
+        datasets = [load_prompts(name, split) for split in splits]
+    datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
+    say(counts)
+    given_by = name
+    if script_args.rollout_bank is not None:
+        if "completion_ids" not in datasets[0].column_names:
+            given_by = script_args.rollout_bank
+        datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
+        say(counts)
+    if script_args.teacher_bank is not None:
+        for place, split in enumerate(datasets):
+            is_known = knows_any(banks, split)
+            if place == 0 and not is_known:
+                raise UserError(
+                    f"The teacher's rollout banks have none of the prompts of `{name}`: they are of other data, or of the "
+                    "same with another wording."
+                )
+            if is_known:  # else the evaluation is measured in the run, or refused below
+                datasets[place], counts = add_pass_rates(split, banks, training_args, name)
+                say(counts if place == 0 else f"evaluation, {counts}")
+    check_arguments(training_args, model, teacher, datasets[0], datasets[-1], reward_funcs)
+    if script_args.probe_difficulty is not None:
+        check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
+    tokenizer = load_tokenizer(model, model_args.model_revision, training_args.trust_remote_code)
+    if training_args.given is not None:
+        check_given(given_by, datasets[0], model, tokenizer)
+    for dataset in datasets:
+        for func in reward_funcs:
+            check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
+        check_rows(dataset, reward_funcs, name)
+        check_fit(
+            dataset,
+            name,
+            tokenizer,
+            positions_in_training(config, training_args),
+            training_args.max_completion_length,
+            training_args.chat_template_kwargs,
+        )
+    check_templates(datasets[0], training_args, tokenizer)
+    return datasets, held_out
+
+
+def set_init_kwargs(training_args: OPSDConfig, model_args: ModelConfig) -> None:
+    """Has student and teacher loaded as `model_args` say, but for what is set already."""
+    init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
+    if training_args.teacher_model_name_or_path is not None:
+        init_kwargs["revision"] = training_args.teacher_model_revision
+        training_args.teacher_model_init_kwargs = {**init_kwargs, **(training_args.teacher_model_init_kwargs or {})}
+
+
+def probe_first(trainer: OPSDTrainer, alarms: AlarmCallback, script_args: OPSDScriptArguments) -> None:
+    """Probes, writes and prints what was found, tells the alarms, and ends the run where there is nothing to train on."""
+    folder = trainer.args.output_dir
+    found = probe(trainer, script_args.probe_prompts, f"{folder}/probe.html", script_args.probe_difficulty)
+    if trainer.accelerator.is_main_process:
+        show_probe(found)
+        write_results(f"{folder}/probe.json", [found], trainer.args.to_dict())
+    correct = found["student"]["correct"]
+    if correct is not None:
+        alarms.probed = found["num_prompts"], round(correct * found["num_prompts"])
+    if correct == 0 and trainer.rollouts.gate == "correct" and not script_args.probe_only:
+        trainer.accelerator.print(
+            f"error: None of the {found['num_prompts']} rollouts of the probe is correct, so nothing would be trained "
+            "on: look at them in probe.html (is the chat template applied, is the answer where the verifier looks?), "
+            "and if the model solves some prompts all the same, ask it more with `--probe_prompts`, or none with 0.",
+            file=sys.stderr,
+        )
+        raise SystemExit(3)
+
+
 def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args: ModelConfig) -> None:
     """Checks what the arguments say together, then trains and saves."""
     with user_errors():
         resume_from = agreed_checkpoint(training_args)
-        trust_remote_code = training_args.trust_remote_code
-        config = check_checkpoint(
-            model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
-        )
-        teacher = training_args.teacher_model_name_or_path
-        if teacher is not None:
-            check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
-        check_engine(training_args)
-        if script_args.probe_only and script_args.probe_prompts < 1:
-            raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
         is_probed = script_args.probe_prompts > 0 and resume_from is None
-        if is_probed:
-            check_probe(training_args)
-        is_judged = training_args.lmbda > 0 or training_args.gate != "all" or training_args.teacher_gate is not None
-        reward_funcs = load_reward_funcs(as_list(script_args.reward_funcs) if is_judged else [])
-        check_arguments(training_args, model_args.model_name_or_path, teacher, reward_funcs=reward_funcs)
-
-        if script_args.qat is not None and (model_args.use_peft or training_args.use_vllm):
-            raise UserError(
-                "`qat` rounds the weights of the whole student as it computes, which is not what adapters train, and vLLM is "
-                "given them before they are rounded: drop LoRA, or vLLM, or `qat`."
-            )
-        if script_args.qat is not None and importlib.util.find_spec("torchao") is None:
-            raise UserError("`qat` needs torchao: run `pip install torchao`.")
-        if script_args.qat == "int4":
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            check_groups(skeleton, script_args.qat_group_size)
-        check_bank(script_args, training_args)
-        if script_args.teacher_bank is not None:
-            first = (model_args.model_name_or_path, model_args.model_revision)
-            if teacher is not None:
-                first = (teacher, training_args.teacher_model_revision)
-            banks = find_teacher_banks(as_list(script_args.teacher_bank), training_args, *first)
-        splits = [script_args.dataset_train_split]
-        if training_args.eval_strategy != "no":
-            splits.append(script_args.dataset_test_split)
-        if (Path(script_args.dataset_name) / "rollouts").is_dir():
-            datasets = [read_rollouts(script_args.dataset_name)]
-        else:
-            datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
-        datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
-        if training_args.process_index == 0:
-            print(counts)
-        given_by = script_args.dataset_name
-        if script_args.rollout_bank is not None:
-            if "completion_ids" not in datasets[0].column_names:
-                given_by = script_args.rollout_bank
-            datasets[0], counts = apply_bank(datasets[0], script_args, training_args)
-            if training_args.process_index == 0:
-                print(counts)
-        if script_args.teacher_bank is not None:
-            for place, split in enumerate(datasets):
-                is_known = knows_any(banks, split)
-                if place == 0 and not is_known:
-                    raise UserError(
-                        f"The teacher's rollout banks have none of the prompts of `{script_args.dataset_name}`: they are of "
-                        "other data, or of the same with another wording."
-                    )
-                if is_known:  # else the evaluation is measured in the run, or refused below
-                    datasets[place], counts = add_pass_rates(split, banks, training_args, script_args.dataset_name)
-                    if training_args.process_index == 0:
-                        print(counts if place == 0 else f"evaluation, {counts}")
-        check_arguments(training_args, model_args.model_name_or_path, teacher, datasets[0], datasets[-1], reward_funcs)
-        if script_args.probe_difficulty is not None:
-            check_columns(datasets[0], [script_args.probe_difficulty], "`probe_difficulty`")
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
-        if training_args.given is not None:
-            check_given(given_by, datasets[0], model_args.model_name_or_path, tokenizer)
-        for dataset in datasets:
-            for func in reward_funcs:
-                check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
-            check_rows(dataset, reward_funcs, script_args.dataset_name)
-            check_fit(
-                dataset,
-                script_args.dataset_name,
-                tokenizer,
-                positions_in_training(config, training_args),
-                training_args.max_completion_length,
-                training_args.chat_template_kwargs,
-            )
-        check_templates(datasets[0], training_args, tokenizer)
-
-        model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "trust_remote_code": trust_remote_code,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-        }
-        training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
-        if teacher is not None:
-            teacher_init_kwargs = {**model_init_kwargs, "revision": training_args.teacher_model_revision}
-            training_args.teacher_model_init_kwargs = {
-                **teacher_init_kwargs,
-                **(training_args.teacher_model_init_kwargs or {}),
-            }
-
+        reward_funcs, config = check_settings(script_args, training_args, model_args, is_probed)
+        datasets, held_out = load_datasets(script_args, training_args, model_args, reward_funcs, config, resume_from)
+        set_init_kwargs(training_args, model_args)
         claim(training_args)
         if training_args.process_index == 0:
             record_held_out(training_args.output_dir, held_out)
 
     # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
     student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged/student")
+    teacher = training_args.teacher_model_name_or_path
     if teacher is not None:
         teacher = merged(teacher, f"{training_args.output_dir}/merged/teacher")
     with user_errors():  # what is only found inside ends in a sentence too
@@ -489,21 +542,7 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         trainer.add_callback(RolloutPages(trainer))
     warn_of_precision(trainer)
     if is_probed:
-        page = f"{training_args.output_dir}/probe.html"
-        found = probe(trainer, script_args.probe_prompts, page, script_args.probe_difficulty)
-        if trainer.accelerator.is_main_process:
-            show_probe(found)
-            write_results(f"{training_args.output_dir}/probe.json", [found], training_args.to_dict())
-        if found["student"]["correct"] is not None:
-            alarms.probed = found["num_prompts"], round(found["student"]["correct"] * found["num_prompts"])
-        if found["student"]["correct"] == 0 and trainer.rollouts.gate == "correct" and not script_args.probe_only:
-            trainer.accelerator.print(
-                f"error: None of the {found['num_prompts']} rollouts of the probe is correct, so nothing would be trained "
-                "on: look at them in probe.html (is the chat template applied, is the answer where the verifier looks?), "
-                "and if the model solves some prompts all the same, ask it more with `--probe_prompts`, or none with 0.",
-                file=sys.stderr,
-            )
-            raise SystemExit(3)
+        probe_first(trainer, alarms, script_args)
     if script_args.probe_only:
         return
     try:

@@ -464,32 +464,32 @@ class OPSDTrainer(DistillationTrainer):
         model.train()
         self.optimizer.train()
         batch = gather_rows(self._generate_and_score_completions(inputs), accelerator)
-        loss = None
-        if accelerator.num_processes == 1:  # others would wait for what this one does again
-            measured = copy.deepcopy(self.token_metrics["train"])
-            mismatch = copy.deepcopy(self.engine_mismatch["train"])
-            try:
-                loss = self._accumulate_under(model, batch, budget)
-            except torch.OutOfMemoryError as error:
-                rows, tokens = self._at_work or (1, 0)
-                if rows == 1:  # which has no half
-                    raise self._out_of_memory(error) from error
-                logger.warning(
-                    f"{self._out_of_memory(error)} This step is made again in micro-batches of half of that."
-                )
-                budget = tokens // 2
-            if loss is None:  # here, where the error holds no memory any more
-                self.token_metrics["train"] = measured
-                self.engine_mismatch["train"] = mismatch
-                model.zero_grad()
-                release_memory()
-        if loss is None:
-            try:
-                loss = self._accumulate_under(model, batch, budget)
-            except torch.OutOfMemoryError as error:
-                raise self._out_of_memory(error) from error
+        loss = self._accumulate_or_halve(model, batch, budget)
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss
+
+    def _accumulate_or_halve(self, model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
+        """As `_accumulate_under`; where memory does not suffice, once more in micro-batches of half of the one at hand."""
+        measured = copy.deepcopy(self.token_metrics["train"])
+        mismatch = copy.deepcopy(self.engine_mismatch["train"])
+        try:
+            return self._accumulate_under(model, batch, budget)
+        except torch.OutOfMemoryError as error:
+            explained = self._out_of_memory(error)
+            rows, tokens = self._at_work or (1, 0)
+            # A single rollout has no half, and other processes would wait for what this one does again
+            if rows == 1 or self.accelerator.num_processes > 1:
+                raise explained from error
+        # Here, where the error holds no memory any more
+        logger.warning(f"{explained} This step is made again in micro-batches of half of that.")
+        self.token_metrics["train"] = measured
+        self.engine_mismatch["train"] = mismatch
+        model.zero_grad()
+        release_memory()
+        try:
+            return self._accumulate_under(model, batch, tokens // 2)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
         """The error, with the micro-batch that there was no memory for and the settings to lower."""

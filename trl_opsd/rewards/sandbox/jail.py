@@ -75,8 +75,6 @@ PACKAGES = "/packages"
 MAX_MESSAGE = 32 << 20  # bytes
 STACK_BYTES = 64 << 20
 POLL_SECONDS = 0.05
-# A busy machine may make a program wait for its processor time: only so much later is the wait ended, without a verdict.
-BACKSTOP = 20
 CASES = 12  # tests on standard input and output may together take the time of so many
 
 

@@ -17,7 +17,9 @@ from .local import on_this_machine
 from .server import on_server
 
 
-_BACKSTOP = 20  # wall time, in units of the processor time that a program may use
+# Wall time, in units of the processor time that a program may use: a busy machine makes it wait, and only so much later is
+# the wait ended, without a verdict
+_BACKSTOP = 20
 _INPUT_BYTES = 16 * MIB
 # Top-level modules beside the standard library that a row may ask for, and what each consists of
 _PACKAGES = {
