@@ -216,17 +216,30 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
 def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, recipe, stage):
     """Three steps of four in an epoch, and after them what a kill leaves: a checkpoint, and nothing under the final name."""
     options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
-    line = recipe(stage, "out", **options, lr_scheduler_type="constant")
+    line = recipe(stage, "out", **options, lr_scheduler_type="constant", log_completions=True)
     STAGES[stage](line)
     out = tmp_path / "out"
+    tables = {file: file.read_bytes() for file in (out / "completions").iterdir()}
     files = out / "model.safetensors", out / f"{stage}.json"
     weights, rows = load_file(files[0]), json.loads(files[1].read_text())["rows"]
     for file in (*files, out / "config.json"):
         file.unlink()
     STAGES[stage]([*line, "--resume_from_checkpoint", "true"])
     assert all(torch.equal(value, load_file(files[0])[name]) for name, value in weights.items())
+    assert tables == {file: file.read_bytes() for file in (out / "completions").iterdir()} and len(tables) == 3
     again = json.loads(files[1].read_text())["rows"]
     assert again[:-1] == rows[:-1] and again[-1]["step"] == 3  # the last has the time that it took
+
+
+def test_the_checkpoint_of_a_signal_stays_beside_a_better_one(tmp_path, recipe, killed, capsys):
+    """Of which `save_total_limit` keeps one when a run ends."""
+    killed(3)
+    with pytest.raises(SystemExit) as end:
+        opsd(recipe("opsd", "out", save_strategy="steps", save_steps=1, save_total_limit=1, learning_rate=0.0))
+    assert end.value.code == INTERRUPTED
+    assert f"{tmp_path}/out/checkpoint-3" in capsys.readouterr().err
+    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert "checkpoint-3" in folders and len(folders) == 2  # and the best
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, recipe, killed):

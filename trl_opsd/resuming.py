@@ -221,6 +221,12 @@ class StopOnSignal(TrainerCallback):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped_at is not None:
+            # The checkpoint knows which is best. Here it would cost this one: with `save_total_limit=1` transformers ends by
+            # removing all others
+            state.best_model_checkpoint = None
+
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
