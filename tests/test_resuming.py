@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_opsd.opsd.__main__ import main as opsd
-from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, why_broken
+from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, train, why_broken
 from trl_opsd.rlvr.__main__ import main as rlvr
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -246,6 +248,59 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, recipe, killed):
     killed(6)
     opsd(recipe("opsd", "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def dying(completions, trainer_state, **kwargs):
+    """Of two processes one is killed in the second step, as by a machine that has no memory left."""
+    if os.environ.get("RANK") == "1" and trainer_state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return even(completions, **kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_does_not_outlive_another_by_a_minute(tmp_path, recipe, stage):
+    rewards = ["math_reward", "test_resuming.dying"]
+    line = recipe(
+        stage, "out", reward_funcs=rewards, per_device_train_batch_size=2, save_strategy="steps", save_steps=1
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Each by itself, as on two machines: a launcher would end the other one
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"trl_opsd.{stage}", *line],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / f"err-{rank}").open("w"),
+        )
+        for rank in range(2)
+    ]
+    assert processes[1].wait(timeout=600) == -signal.SIGKILL, (tmp_path / "err-1").read_text()
+    assert processes[0].wait(timeout=60) == 1
+    error = (tmp_path / "err-0").read_text().strip().splitlines()[-1]
+    assert error.startswith("error: Another process of the run has died"), error
+    assert error.endswith(
+        f"go on from the last checkpoint with `--resume_from_checkpoint {tmp_path}/out/checkpoint-1`."
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("world_size, words", [(1, "Connection closed by peer"), (2, "shape mismatch")])
+def test_other_errors_stay_what_they_are(tmp_path, world_size, words):
+    def fail(resume_from_checkpoint):
+        raise RuntimeError(words)
+
+    args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path))
+    trainer = SimpleNamespace(args=args, accelerator=None, add_callback=lambda callback: None, train=fail)
+    with pytest.raises(RuntimeError, match=words):
+        train(trainer, None)
+    args.world_size, words = 2, "[pair.cc:553] Connection closed by peer [127.0.0.1]:8075."
+    with pytest.raises(SystemExit, match="Another process of the run has died, .*there is no checkpoint yet"):
+        train(trainer, None)
 
 
 HOLD = """
