@@ -215,6 +215,24 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_the_same_seed_gives_the_same_numbers(tmp_path, recipe, stage):
+    """On a CPU, bitwise, whatever the process has drawn before; and another seed gives others."""
+    weights, logs = {}, {}
+    for out, seed in (("one", 7), ("same", 7), ("other", 8)):
+        STAGES[stage](recipe(stage, out, seed=seed, max_steps=2))
+        weights[out] = load_file(tmp_path / out / "model.safetensors")
+        rows = json.loads((tmp_path / out / f"{stage}.json").read_text())["rows"]
+        logs[out] = [
+            {name: row[name] for name in row if "time" not in name and "per_second" not in name} for row in rows
+        ]
+        torch.rand(3)
+    assert "loss" in logs["one"][0] and "completions/mean_length" in logs["one"][0]
+    assert logs["one"] == logs["same"] and logs["one"] != logs["other"]
+    assert all(torch.equal(value, weights["same"][name]) for name, value in weights["one"].items())
+    assert not all(torch.equal(value, weights["other"][name]) for name, value in weights["one"].items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, recipe, stage):
     """Three steps of four in an epoch, and after them what a kill leaves: a checkpoint, and nothing under the final name."""
     options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
