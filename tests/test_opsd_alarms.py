@@ -1,14 +1,10 @@
 """What ruins a run is said with its number, and stopped where going on would ruin the model."""
 
 import copy
-import json
-import math
-from pathlib import Path
 
 import pytest
 import torch
 from test_opsd_trainer import Recorder, same_rollouts, settings
-from transformers import TrainerCallback
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd.alarms import AlarmCallback
@@ -159,45 +155,6 @@ def test_a_resumed_run_remembers_how_it_started(tmp_path, small_model, tokenizer
     # Without its memory it would take 50% for its start and go on to the end
     assert trainer.state.global_step == 6
     assert trainer.alarms.stopped_by.endswith("The best checkpoint is " + str(tmp_path / "out" / "checkpoint-4") + ".")
-
-
-def test_a_resumed_run_watches_as_one_that_was_left_alone(tmp_path, small_model, tokenizer, rows, completions):
-    """What the log does not say: single steps of a mean over two, whose completions were given, and what the probe found."""
-    given = rows.add_column("completion_ids", [completions[0]] * len(rows))
-    options = {
-        "learning_rate": 1e-4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 2,
-        "off_policy_steps": 1,
-    }
-    watched = []
-    for folder in ("alone", "resumed"):
-        options |= {"output_dir": str(tmp_path / folder), "num_generations": 1, "save_total_limit": 2, "max_steps": 8}
-        with same_rollouts(completions):
-            reward = falling(1.0, 5, 0.75)
-            for resume_from in [None] if folder == "alone" else [None, str(tmp_path / folder / "checkpoint-4")]:
-                trainer = build(tmp_path, small_model(0), tokenizer, given, reward_funcs=reward, **options)
-                trainer.alarms.probed = None if resume_from else (32, 31)
-                if folder == "resumed" and resume_from is None:
-                    trainer.add_callback(StopAfter(4))
-                trainer.train(resume_from_checkpoint=resume_from)
-        state = trainer.alarms.state_dict()
-        watched.append([state, trainer.alarms._correct_at_start(), Path(trainer.state.best_model_checkpoint).name])
-        assert len(state["correct"]) == len(state["lengths"]) == 8 and math.isnan(state["lengths"][0])
-    assert json.dumps(watched[0]) == json.dumps(watched[1])
-    # Kept by the resumed run too, when it wrote its next one
-    assert (tmp_path / "alone" / watched[0][2]).is_dir() and (tmp_path / "resumed" / watched[0][2]).is_dir()
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run after a step, whose checkpoint is there."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 def test_an_alarm_looks_at_256_rollouts(tmp_path, small_model, tokenizer, rows):

@@ -1,18 +1,22 @@
 """Which checkpoint a run goes on from, whose its output folder is, and what a SIGTERM leaves."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_opsd_alarms import build, falling
+from test_opsd_trainer import same_rollouts
 from transformers import TrainerCallback
 
 from trl_opsd.opsd.__main__ import main as opsd
@@ -260,6 +264,47 @@ def test_the_checkpoint_of_a_signal_stays_beside_a_better_one(tmp_path, recipe, 
     assert f"{tmp_path}/out/checkpoint-3" in capsys.readouterr().err
     folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert "checkpoint-3" in folders and len(folders) == 2  # and the best
+
+
+def test_a_resumed_run_watches_as_one_that_was_left_alone(tmp_path, small_model, tokenizer, rows):
+    """What the log does not say: single steps of a mean over two, whose completions were given, and what the probe found."""
+    texts = ["6 a:-3=3", "5", "1 a:+2=3 b:*4=5", "2 a:+3=5"]
+    completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    given = rows.add_column("completion_ids", [completions[0]] * len(rows))
+    options = {
+        "learning_rate": 1e-4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 2,
+        "off_policy_steps": 1,
+    }
+    watched = []
+    for folder in ("alone", "resumed"):
+        options |= {"output_dir": str(tmp_path / folder), "num_generations": 1, "save_total_limit": 2, "max_steps": 8}
+        with same_rollouts(completions):
+            reward = falling(1.0, 5, 0.75)
+            for resume_from in [None] if folder == "alone" else [None, str(tmp_path / folder / "checkpoint-4")]:
+                trainer = build(tmp_path, small_model(0), tokenizer, given, reward_funcs=reward, **options)
+                trainer.alarms.probed = None if resume_from else (32, 31)
+                if folder == "resumed" and resume_from is None:
+                    trainer.add_callback(StopAfter(4))
+                trainer.train(resume_from_checkpoint=resume_from)
+        state = trainer.alarms.state_dict()
+        watched.append([state, trainer.alarms._correct_at_start(), Path(trainer.state.best_model_checkpoint).name])
+        assert len(state["correct"]) == len(state["lengths"]) == 8 and math.isnan(state["lengths"][0])
+    assert json.dumps(watched[0]) == json.dumps(watched[1])
+    # Kept by the resumed run too, when it wrote its next one
+    assert (tmp_path / "alone" / watched[0][2]).is_dir() and (tmp_path / "resumed" / watched[0][2]).is_dir()
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after a step, whose checkpoint is there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, recipe, killed):
