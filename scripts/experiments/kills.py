@@ -48,7 +48,18 @@ from trl_opsd.tiny.tokenizer import make_tokenizer
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
 # What a log says of time, which no run repeats
-TIMES = ("time", "runtime", "per_second", "profiling", "seconds", "wall_s", "memory", "generation_s", "scoring_s")
+TIMES = (
+    "time",
+    "runtime",
+    "per_second",
+    "per_s",
+    "profiling",
+    "seconds",
+    "wall_s",
+    "memory",
+    "generation_s",
+    "scoring_s",
+)
 # And the mean that transformers takes at the end over what was trained since the run was resumed
 TIMES += ("train_loss",)
 # And how much of an evaluation an earlier run had generated
