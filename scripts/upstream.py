@@ -486,6 +486,7 @@ STAYS = """
     PassRates pass_rates min_pass_rate max_pass_rate pass_rate_rollouts prompt_key _replace_skipped skips bounds
     CompletionLimit completion_limit_quantile completion_limit_headroom .limit Saved Rollouts.saved
     _save_checkpoint:saved _load_optimizer_and_scheduler:saved
+    AlarmCallback.state_dict AlarmCallback.load_state_dict AlarmCallback.load
     rollout_engine finished_rows_dropped FrozenBase awake end_at sync_within fsdp_plugin_args parse_flag_from_env
     OPSDTrainer._generate_single_turn
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
@@ -1317,6 +1318,14 @@ def extract_logprobs(''',
                         "        if kl < 1e-9:\n",
                     ),
                     (", and not because some batches are anchors alone", ""),
+                    # Nor is what a checkpoint holds beside the weights
+                    ("class AlarmCallback(DivergenceCallback, Saved):", "class AlarmCallback(DivergenceCallback):"),
+                    ('    file = "alarms.json"\n\n', ""),
+                    (
+                        "What they have seen is in every checkpoint\n"
+                        "    (`alarms.json`). A run that goes on from one without takes it from its log, as well as that says it.\n",
+                        "A resumed run takes the start, and the checkpoints\n    it had written, from its log.\n",
+                    ),
                 ),
             ),
             _ours("metrics"),

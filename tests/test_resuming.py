@@ -1,22 +1,28 @@
 """Which checkpoint a run goes on from, whose its output folder is, and what a SIGTERM leaves."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import types
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_opsd_alarms import build, falling
+from test_opsd_trainer import same_rollouts
 from transformers import TrainerCallback
 
 from trl_opsd import resuming
 from trl_opsd.opsd.__main__ import main as opsd
-from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, why_broken
+from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, train, why_broken
 from trl_opsd.rlvr.__main__ import main as rlvr
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -215,26 +221,151 @@ def test_a_run_that_is_sent_sigterm_goes_on_with_the_same_command(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_the_same_seed_gives_the_same_numbers(tmp_path, recipe, stage):
+    """On a CPU, bitwise, whatever the process has drawn before; and another seed gives others."""
+    weights, logs = {}, {}
+    for out, seed in (("one", 7), ("same", 7), ("other", 8)):
+        STAGES[stage](recipe(stage, out, seed=seed, max_steps=2))
+        weights[out] = load_file(tmp_path / out / "model.safetensors")
+        rows = json.loads((tmp_path / out / f"{stage}.json").read_text())["rows"]
+        logs[out] = [
+            {name: row[name] for name in row if "time" not in name and "per_second" not in name} for row in rows
+        ]
+        torch.rand(3)
+    assert "loss" in logs["one"][0] and "completions/mean_length" in logs["one"][0]
+    assert logs["one"] == logs["same"] and logs["one"] != logs["other"]
+    assert all(torch.equal(value, weights["same"][name]) for name, value in weights["one"].items())
+    assert not all(torch.equal(value, weights["other"][name]) for name, value in weights["one"].items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, recipe, stage):
     """Three steps of four in an epoch, and after them what a kill leaves: a checkpoint, and nothing under the final name."""
     options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
-    line = recipe(stage, "out", **options, lr_scheduler_type="constant")
+    line = recipe(stage, "out", **options, lr_scheduler_type="constant", log_completions=True)
     STAGES[stage](line)
     out = tmp_path / "out"
+    tables = {file: file.read_bytes() for file in (out / "completions").iterdir()}
     files = out / "model.safetensors", out / f"{stage}.json"
     weights, rows = load_file(files[0]), json.loads(files[1].read_text())["rows"]
     for file in (*files, out / "config.json"):
         file.unlink()
     STAGES[stage]([*line, "--resume_from_checkpoint", "true"])
     assert all(torch.equal(value, load_file(files[0])[name]) for name, value in weights.items())
+    assert tables == {file: file.read_bytes() for file in (out / "completions").iterdir()} and len(tables) == 3
     again = json.loads(files[1].read_text())["rows"]
     assert again[:-1] == rows[:-1] and again[-1]["step"] == 3  # the last has the time that it took
+
+
+def test_the_checkpoint_of_a_signal_stays_beside_a_better_one(tmp_path, recipe, killed, capsys):
+    """Of which `save_total_limit` keeps one when a run ends."""
+    killed(3)
+    with pytest.raises(SystemExit) as end:
+        opsd(recipe("opsd", "out", save_strategy="steps", save_steps=1, save_total_limit=1, learning_rate=0.0))
+    assert end.value.code == INTERRUPTED
+    assert f"{tmp_path}/out/checkpoint-3" in capsys.readouterr().err
+    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert "checkpoint-3" in folders and len(folders) == 2  # and the best
+
+
+def test_a_resumed_run_watches_as_one_that_was_left_alone(tmp_path, small_model, tokenizer, rows):
+    """What the log does not say: single steps of a mean over two, whose completions were given, and what the probe found."""
+    texts = ["6 a:-3=3", "5", "1 a:+2=3 b:*4=5", "2 a:+3=5"]
+    completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    given = rows.add_column("completion_ids", [completions[0]] * len(rows))
+    options = {
+        "learning_rate": 1e-4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 2,
+        "off_policy_steps": 1,
+    }
+    watched = []
+    for folder in ("alone", "resumed"):
+        options |= {"output_dir": str(tmp_path / folder), "num_generations": 1, "save_total_limit": 2, "max_steps": 8}
+        with same_rollouts(completions):
+            reward = falling(1.0, 5, 0.75)
+            for resume_from in [None] if folder == "alone" else [None, str(tmp_path / folder / "checkpoint-4")]:
+                trainer = build(tmp_path, small_model(0), tokenizer, given, reward_funcs=reward, **options)
+                trainer.alarms.probed = None if resume_from else (32, 31)
+                if folder == "resumed" and resume_from is None:
+                    trainer.add_callback(StopAfter(4))
+                trainer.train(resume_from_checkpoint=resume_from)
+        state = trainer.alarms.state_dict()
+        watched.append([state, trainer.alarms._correct_at_start(), Path(trainer.state.best_model_checkpoint).name])
+        assert len(state["correct"]) == len(state["lengths"]) == 8 and math.isnan(state["lengths"][0])
+    assert json.dumps(watched[0]) == json.dumps(watched[1])
+    # Kept by the resumed run too, when it wrote its next one
+    assert (tmp_path / "alone" / watched[0][2]).is_dir() and (tmp_path / "resumed" / watched[0][2]).is_dir()
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after a step, whose checkpoint is there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, recipe, killed):
     killed(6)
     opsd(recipe("opsd", "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def dying(completions, trainer_state, **kwargs):
+    """Of two processes one is killed in the second step, as by a machine that has no memory left."""
+    if os.environ.get("RANK") == "1" and trainer_state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return even(completions, **kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_does_not_outlive_another_by_a_minute(tmp_path, recipe, stage):
+    rewards = ["math_reward", "test_resuming.dying"]
+    line = recipe(
+        stage, "out", reward_funcs=rewards, per_device_train_batch_size=2, save_strategy="steps", save_steps=1
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Each by itself, as on two machines: a launcher would end the other one
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"trl_opsd.{stage}", *line],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / f"err-{rank}").open("w"),
+        )
+        for rank in range(2)
+    ]
+    assert processes[1].wait(timeout=600) == -signal.SIGKILL, (tmp_path / "err-1").read_text()
+    assert processes[0].wait(timeout=60) == 1
+    error = (tmp_path / "err-0").read_text().strip().splitlines()[-1]
+    assert error.startswith("error: Another process of the run has died"), error
+    assert error.endswith(
+        f"go on from the last checkpoint with `--resume_from_checkpoint {tmp_path}/out/checkpoint-1`."
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("world_size, words", [(1, "Connection closed by peer"), (2, "shape mismatch")])
+def test_other_errors_stay_what_they_are(tmp_path, world_size, words):
+    def fail(resume_from_checkpoint):
+        raise RuntimeError(words)
+
+    args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path))
+    trainer = SimpleNamespace(args=args, accelerator=None, add_callback=lambda callback: None, train=fail)
+    with pytest.raises(RuntimeError, match=words):
+        train(trainer, None)
+    args.world_size, words = 2, "[pair.cc:553] Connection closed by peer [127.0.0.1]:8075."
+    with pytest.raises(SystemExit, match="Another process of the run has died, .*there is no checkpoint yet"):
+        train(trainer, None)
 
 
 HOLD = """

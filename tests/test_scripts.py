@@ -216,3 +216,83 @@ def test_what_is_timed_without_a_mask_is_the_same_as_with_one():
     attention_mask.prepare(Namespace(seed=0, hidden_size=128, layers=2, length=48, rows=3, device="cpu"))
     assert len(set(attention_mask.lengths.tolist())) > 1
     assert all(attention_mask.error(way) < 1e-5 for way in attention_mask.WAYS)
+
+
+def test_what_is_killed_is_told_and_left_as_it_was():
+    """Each activity is found under the name it has now, and one within itself counts once."""
+    from scripts.experiments import kills
+    from trl_opsd import cli, results
+
+    saves = cli.save_final, results.save_final
+    told = []
+    with kills.told(told.append):
+        assert results.save_final is not saves[1]
+        with pytest.raises(AttributeError):
+            results.save_final(None)
+    assert told == ["+saving the model", "-saving the model"]
+    assert (cli.save_final, results.save_final) == saves
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("model.safetensors", lambda run: run["model.safetensors"]["w"].add_(1e-7)),
+        ("checkpoint-6/optimizer.pt", lambda run: run["checkpoint-6/optimizer.pt"]["state"][0].add_(1e-7)),
+        ("checkpoint-6/optimizer.pt", lambda run: run["checkpoint-6/optimizer.pt"].pop("step")),
+        ("opsd.json", lambda run: run["opsd.json"]["rows"].pop(0)),
+        ("checkpoint-6/pass_rates.json", lambda run: run["checkpoint-6/pass_rates.json"].update(position=4)),
+        (None, lambda run: run["opsd.json"]["rows"][0].update(step_time=9.0)),  # what no run repeats
+        (None, lambda run: run["checkpoint-5/optimizer.pt"]["state"][0].add_(1)),  # of a step on the way
+    ],
+)
+def test_what_a_continued_run_lost_is_found(tmp_path, name, change):
+    import torch
+    from safetensors.torch import save_file
+
+    from scripts.experiments import kills
+
+    for folder in ("alone", "continued"):
+        run = {
+            "model.safetensors": {"w": torch.ones(3)},
+            "opsd.json": {"rows": [{"step": 1, "loss": 0.5, "step_time": 1.0, "at": str(tmp_path / folder)}]},
+            "checkpoint-6/pass_rates.json": {"position": 3},
+            **{f"checkpoint-{step}/optimizer.pt": {"state": [torch.ones(2)], "step": step} for step in (5, 6)},
+        }
+        if folder == "continued":
+            change(run)
+        for file, content in run.items():
+            path = tmp_path / folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".json":
+                path.write_text(json.dumps(content))
+            else:
+                save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    assert kills.differences(tmp_path / "alone", tmp_path / "continued") == ([f"{name} differs"] if name else [])
+
+
+def test_the_table_of_kills_counts_those_that_hit():
+    from scripts.experiments import kills
+
+    row = {"case": "rlvr", "activity": "forward", "was_running": True, "lost": []}
+    again = {"activity": "generating", "was_running": True}
+    rows = [row, {**row, "was_running": False}, {**row, "again": again, "lost": ["opsd.json differs"]}]
+    assert "| rlvr | 3 | forward 2, generating 1 | 1 |" in kills.table(rows)
+    assert "| **all** | 3 |  | 1 |" in kills.table(rows)
+
+
+def test_growth_and_gaps_of_a_soak():
+    from scripts.experiments import soak
+
+    samples = [
+        {"segment": segment, "step": step, "memory": 100.0 * segment + 0.02 * step + (50 if step < 150 else 0)}
+        for segment, first in ((0, 100), (1, 100), (2, 100))
+        for step in range(first, 300)
+    ]
+    growth, half, processes = soak.slope(samples, "memory")
+    # A line through each by itself: they start at different heights, and what warms up is left aside
+    assert growth == pytest.approx(20) and half < 1e-6 and processes == 3
+    log = [{"step": step, "loss": 0.1, "num_tokens": 10 * step} for step in range(1, 6)]
+    assert soak.gaps(log, 5) == []
+    assert soak.gaps([*log[:2], *log[3:], {"train_runtime": 1.0, "step": 5}], 5) == ["step 3 is there 0 times"]
+    assert soak.gaps([*log, log[-1]], 5) == ["step 5 is there 2 times"]
+    assert soak.gaps([*log[:4], {**log[4], "loss": float("nan")}], 5) == ["the loss of step 5 is not finite"]

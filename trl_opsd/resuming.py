@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 143
 # Hashes of the files of a checkpoint, in the checkpoint
 CHECKSUMS = "checksums.json"
+# What gloo says where a process waits for another that is no longer there
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # Output folders of this process, open for as long as it lives, which holds their locks
 _claimed: dict[Path, int] = {}
 
@@ -248,6 +250,12 @@ class StopOnSignal(TrainerCallback):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped_at is not None:
+            # The checkpoint knows which is best. Here it would cost this one: with `save_total_limit=1` transformers ends by
+            # removing all others
+            state.best_model_checkpoint = None
+
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -285,13 +293,32 @@ def train(trainer: Trainer, resume_from: str | None) -> None:
             Checkpoint to go on from.
 
     Raises:
-        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
+        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it. With a sentence, and status 1, if another
+            process of the run has died.
     """
     interruption = StopOnSignal(trainer)
     trainer.add_callback(interruption)
     trainer.add_callback(Checksums(trainer))
-    trainer.train(resume_from_checkpoint=resume_from)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except RuntimeError as error:
+        if trainer.args.world_size == 1 or not any(words in str(error) for words in _PEER_IS_GONE):
+            raise
+        traceback.print_exc()
+        raise SystemExit(
+            "error: Another process of the run has died, and this one waits for it in vain: its own last words say of what, "
+            f"and where there are none it was killed. {_how_to_go_on(trainer.args.output_dir)}"
+        ) from None
     interruption.end(trainer.args.output_dir)
+
+
+def _how_to_go_on(output_dir: str) -> str:
+    """The end of the sentence of a run that has failed."""
+    last = find_checkpoint(True, output_dir)
+    way_on = "there is no checkpoint yet (`save_steps`)"
+    if last is not None:
+        way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
+    return f"Nothing is saved under the final name; {way_on}."
 
 
 @contextmanager
@@ -307,8 +334,4 @@ def engine_errors(output_dir: str) -> Iterator[None]:
         yield
     except EngineError as error:
         traceback.print_exception(error.__cause__)
-        last = find_checkpoint(True, output_dir)
-        way_on = "there is no checkpoint yet (`save_steps`)"
-        if last is not None:
-            way_on = f"go on from the last checkpoint with `--resume_from_checkpoint {last}`"
-        raise SystemExit(f"error: {error} Nothing is saved under the final name; {way_on}.") from None
+        raise SystemExit(f"error: {error} {_how_to_go_on(output_dir)}") from None

@@ -5,13 +5,18 @@ Every stage killed at random moments: does the continued run end as the undistur
 
 Each case is a command of the package at a tiny size. It runs once undisturbed. Then, as often as `--kills` says, it is sent
 SIGKILL in a moment that is drawn (an activity of the undisturbed run, one of its occurrences, and how far into it), and is
-given the same command again. What the second one leaves is compared with what the undisturbed one left: weights and all other
-files bitwise, logs in everything but times. Commands run in copies of one process that has imported what they need, which
-saves nine tenths of the time; processes of `compress` are started by itself. Writes recipes/results/kills/kills.json and
-table.md (`--seed` for further moments, whose rows are added; `--cases` for some of them; `--report`: only the table).
+given the same command again; every third time that one is killed too, and given once more. What the last one leaves is
+compared with what the undisturbed one left: weights, optimizer, random numbers, the order of prompts and all other files
+bitwise, logs in everything but times. Commands run in copies of one process that has imported what they need, which saves
+nine tenths of the time; processes of `compress` are started by itself.
+
+Writes recipes/results/kills/kills.json and table.md after each of them, one of every case before the second of any.
+Interrupted, the same command goes on with those that are missing (`--seed` for further moments, whose rows are added; `--cases`
+for some of them; `--minutes` to end in time; `--report`: only the table).
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -23,13 +28,16 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import safe_globals
 
 from scripts.harness.results import RESULTS, ROOT, read, write_results, write_text
 from scripts.harness.tables import markdown
@@ -40,7 +48,18 @@ from trl_opsd.tiny.tokenizer import make_tokenizer
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
 # What a log says of time, which no run repeats
-TIMES = ("time", "runtime", "per_second", "profiling", "seconds", "wall_s", "memory", "generation_s", "scoring_s")
+TIMES = (
+    "time",
+    "runtime",
+    "per_second",
+    "per_s",
+    "profiling",
+    "seconds",
+    "wall_s",
+    "memory",
+    "generation_s",
+    "scoring_s",
+)
 # And the mean that transformers takes at the end over what was trained since the run was resumed
 TIMES += ("train_loss",)
 # And how much of an evaluation an earlier run had generated
@@ -60,51 +79,76 @@ TRAINING = {
     "bf16": False,
     "gradient_checkpointing": False,
     "report_to": "none",
+    "log_completions": True,  # which says what was asked in each step
+    "num_completions_to_print": 0,
     "reward_funcs": ["scripts.experiments.kills.even"],
     "resume_from_checkpoint": True,
 }
 OPSD = {**TRAINING, "teacher_prompt_template": CONCISE_TEMPLATE, "probe_prompts": 0, "alarm_correct_drop": 1.0}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
 BUDGET = {"max_tokens_per_microbatch": 150}
+REFILL = {"max_generation_rounds": 3}
+PASS_RATES = {"min_pass_rate": 0.1, "max_pass_rate": 0.9, "pass_rate_rollouts": 2}
+EMA = {"teacher_weights": "ema", "teacher_update_rate": 0.1}
+SNAPSHOT = {"teacher_weights": "snapshot", "teacher_sync_steps": 3}
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}  # of one alone TRL makes a pattern
+GIVEN = {"dataset_name": "WORLD/given", "num_generations": 1}
+TWO = {"per_device_train_batch_size": 2}
+EVALUATION = {
+    "model_name_or_path": "WORLD/model",
+    "dataset_name": "WORLD/data",
+    "dataset_split": "test",
+    "task": "tiny",
+    "output": "OUT/results.json",
+    "cache_dir": "OUT/cache",
+    "prompt_only": False,
+    "reward_funcs": ["math_reward"],
+    "decoding": ["greedy", "sampled"],
+    "max_completion_length": 48,
+    "batch_size": 4,
+}
 
 # Stage, options and number of processes of each case
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "opsd, initial teacher, evaluated": ("opsd", {**OPSD, **EVALUATED}, 1),
-    "opsd, ema teacher, budget, refill": (
-        "opsd",
-        {**OPSD, **BUDGET, "teacher_weights": "ema", "teacher_update_rate": 0.1, "max_generation_rounds": 3},
-        1,
-    ),
+    "opsd, ema teacher, budget, refill": ("opsd", {**OPSD, **BUDGET, **EMA, **REFILL}, 1),
     "opsd, snapshot teacher, pass rates, adaptive limit": (
         "opsd",
-        {
-            **OPSD,
-            "teacher_weights": "snapshot",
-            "teacher_sync_steps": 3,
-            "min_pass_rate": 0.1,
-            "max_pass_rate": 0.9,
-            "pass_rate_rollouts": 2,
-            "completion_limit_quantile": 0.9,
-        },
+        {**OPSD, **SNAPSHOT, **PASS_RATES, "completion_limit_quantile": 0.9},
         1,
     ),
     "opsd, external teacher": ("opsd", {**OPSD, "teacher_model_name_or_path": "WORLD/teacher", "gate": "all"}, 1),
-    "opsd, LoRA": ("opsd", {**OPSD, **BUDGET, "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"]}, 1),
-    "opsd, first on given rollouts": ("opsd", {**OPSD, "dataset_name": "WORLD/given", "off_policy_steps": 3}, 1),
-    "opsd, two processes": ("opsd", {**OPSD, **BUDGET, "teacher_weights": "ema", "per_device_train_batch_size": 2}, 2),
-    "rlvr": ("rlvr", {**TRAINING, **EVALUATED}, 1),
-    "rlvr, refill, LoRA": (
-        "rlvr",
-        {
-            **TRAINING,
-            "max_generation_rounds": 3,
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_target_modules": ["q_proj"],
-        },
+    "opsd, teacher's gate": ("opsd", {**OPSD, "teacher_gate": 0.5, "teacher_gate_rollouts": 2}, 1),
+    "opsd, LoRA": ("opsd", {**OPSD, **BUDGET, **LORA}, 1),
+    "opsd, LoRA with dropout, ema teacher, refill": (
+        "opsd",
+        {**OPSD, **EMA, **REFILL, **LORA, "lora_dropout": 0.1},
         1,
     ),
-    "rlvr, two processes": ("rlvr", {**TRAINING, "per_device_train_batch_size": 2}, 2),
+    "opsd, first on given rollouts": ("opsd", {**OPSD, **GIVEN, "off_policy_steps": 3}, 1),
+    "opsd, half on given rollouts, LoRA": ("opsd", {**OPSD, **LORA, **GIVEN, "lmbda": 0.5}, 1),
+    "opsd, two processes": ("opsd", {**OPSD, **BUDGET, "teacher_weights": "ema", **TWO}, 2),
+    "opsd, two processes, LoRA, snapshot teacher": ("opsd", {**OPSD, **TWO, **LORA, **SNAPSHOT}, 2),
+    "opsd, two processes, external teacher, refill, pass rates, adaptive limit": (
+        "opsd",
+        {
+            **OPSD,
+            **TWO,
+            **REFILL,
+            **PASS_RATES,
+            "teacher_model_name_or_path": "WORLD/teacher",
+            "completion_limit_quantile": 0.9,
+        },
+        2,
+    ),
+    "opsd, two processes, first on given rollouts": (
+        "opsd",
+        {**OPSD, **TWO, **GIVEN, "off_policy_steps": 3},
+        2,
+    ),
+    "rlvr": ("rlvr", {**TRAINING, **EVALUATED}, 1),
+    "rlvr, refill, LoRA": ("rlvr", {**TRAINING, **REFILL, **LORA}, 1),
+    "rlvr, two processes": ("rlvr", {**TRAINING, **TWO}, 2),
     "tiny": (
         "tiny",
         {
@@ -122,35 +166,39 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         1,
     ),
+    "small": (
+        "small",
+        {
+            **SIZES,
+            "head_dim": 16,
+            "train_size": 21,
+            "test_size": 21,
+            "accuracy_problems": 21,
+            "accuracy_steps": 8,
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "logging_steps": 1,
+            "resume_from_checkpoint": True,
+            **{name: TRAINING[name] for name in ("use_cpu", "bf16", "gradient_checkpointing", "report_to")},
+        },
+        1,
+    ),
     "prune": (
         "prune",
         {
             "model_name_or_path": "WORLD/model",
             "calibration_dataset": "WORLD/data",
-            "target_ratio": 0.3,
+            "num_layers": 1,
+            "intermediate_size": 32,
             "calibration_samples": 8,
             "max_completion_length": 24,
-            "size_multiple": 4,
         },
         1,
     ),
-    "evaluate": (
-        "evaluate",
-        {
-            "model_name_or_path": "WORLD/model",
-            "dataset_name": "WORLD/data",
-            "dataset_split": "test",
-            "task": "tiny",
-            "output": "OUT/results.json",
-            "cache_dir": "OUT/cache",
-            "prompt_only": False,
-            "reward_funcs": ["math_reward"],
-            "decoding": ["greedy", "sampled"],
-            "max_completion_length": 48,
-            "batch_size": 4,
-        },
-        1,
-    ),
+    "evaluate": ("evaluate", EVALUATION, 1),
+    "evaluate, two processes": ("evaluate", {**EVALUATION, "decoding": ["sampled"]}, 2),
     "export": (
         "export",
         {
@@ -173,6 +221,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         1,
     ),
 }
+
+
+# Exit statuses of commands that have done what they were asked for: an export may leave a verdict open
+DONE = {"export": (0, 3)}
 
 
 def even(completions, completion_ids, **kwargs) -> list[float]:
@@ -236,39 +288,57 @@ def told(tell: Callable[[str], None]) -> Iterator[None]:
     from accelerate.optimizer import AcceleratedOptimizer
     from transformers import Trainer
 
-    from trl_opsd import cli
-    from trl_opsd.opsd import run as opsd
-    from trl_opsd.opsd import trainer as opsd_trainer
-    from trl_opsd.rlvr import run as rlvr
-    from trl_opsd.rlvr import trainer as rlvr_trainer
-    from trl_opsd.tiny import sft
+    from trl_opsd import cli, results
+    from trl_opsd.evaluate import run as evaluate
+    from trl_opsd.evaluate.backends.transformers import TransformersEngine
+    from trl_opsd.evaluate.cache import GenerationCache
+    from trl_opsd.export import run as export
+    from trl_opsd.opsd.trainer import OPSDTrainer
+    from trl_opsd.prune import run as prune
+    from trl_opsd.rlvr.trainer import RLVRTrainer
+    from trl_opsd.small import sft as small
+    from trl_opsd.tiny import sft as tiny
 
-    def wrap(owner, name: str, activity: str) -> None:
-        function = getattr(owner, name)
+    watched = {
+        "generating": [(OPSDTrainer, "_generate_single_turn"), (RLVRTrainer, "_generate_single_turn")],
+        "forward": [(OPSDTrainer, "compute_loss"), (RLVRTrainer, "compute_loss"), (Trainer, "compute_loss")],
+        "optimizer step": [(AcceleratedOptimizer, "step")],
+        "writing a checkpoint": [(OPSDTrainer, "_save_checkpoint"), (Trainer, "_save_checkpoint")],
+        "evaluating": [
+            (Trainer, "evaluate"),
+            (tiny, "measure"),
+            (small, "measure_families"),
+            (TransformersEngine, "generate"),
+            (evaluate, "verify"),
+        ],
+        "keeping a completion": [(GenerationCache, "add")],
+        "calibrating": [(prune, "collect"), (prune, "make_rollouts")],
+        "pruning": [(prune, "slice_model")],
+        "converting": [(export, "plain_checkpoint"), (export, "save_as")],
+        "saving the model": [(results, "save_final"), (small, "save_final"), (cli, "publish"), (prune, "publish")],
+        "writing the results": [(module, "write_results") for module in (results, small, tiny, prune, export)],
+    }
+    depth = Counter()
 
+    def wrap(function: Callable, activity: str) -> Callable:
         def wrapped(*args, **kwargs):
-            tell(f"+{activity}")
+            depth[activity] += 1
+            if depth[activity] == 1:  # none within itself
+                tell(f"+{activity}")
             try:
                 return function(*args, **kwargs)
             finally:
-                tell(f"-{activity}")
+                depth[activity] -= 1
+                if not depth[activity]:
+                    tell(f"-{activity}")
 
-        setattr(owner, name, wrapped)
+        return wrapped
 
-    for trainer in (opsd_trainer.OPSDTrainer, rlvr_trainer.RLVRTrainer):
-        wrap(trainer, "_generate_single_turn", "generating")
-    wrap(Trainer, "compute_loss", "forward")
-    for trainer in (opsd_trainer.OPSDTrainer, rlvr_trainer.GRPOTrainer):
-        wrap(trainer, "compute_loss", "forward")
-    wrap(AcceleratedOptimizer, "step", "optimizer step")
-    wrap(Trainer, "_save_checkpoint", "writing a checkpoint")
-    wrap(opsd_trainer.OPSDTrainer, "_save_checkpoint", "writing a checkpoint")
-    wrap(Trainer, "evaluate", "evaluating")
-    wrap(sft, "measure", "evaluating")
-    for run in (opsd, rlvr):
-        wrap(run, "save_final", "saving the model")
-    wrap(cli, "publish", "saving the model")
-    yield
+    with ExitStack() as patches:
+        for activity, places in watched.items():
+            for owner, name in places:
+                patches.enter_context(patch.object(owner, name, wrap(getattr(owner, name), activity)))
+        yield
 
 
 def start(case: str, world: Path, out: Path) -> tuple[list[int], int]:
@@ -323,6 +393,11 @@ def wait(processes: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+def done(case: str, statuses: list[int]) -> bool:
+    """Whether the processes of a case have done what they were asked for."""
+    return all(status in DONE.get(CASES[case][0], (0,)) for status in statuses)
+
+
 def undisturbed(case: str, world: Path, out: Path) -> tuple[float, dict[str, list[float]]]:
     """Runs a case. Returns the seconds it took, and the seconds of each occurrence of its activities."""
     begin = time.monotonic()
@@ -336,7 +411,7 @@ def undisturbed(case: str, world: Path, out: Path) -> tuple[float, dict[str, lis
             elif activity in began:
                 seconds[activity].append(float(moment) - began.pop(activity))
     statuses = wait(processes)
-    if any(statuses):
+    if not done(case, statuses):
         raise RuntimeError(f"`{case}` ended with {statuses}:\n{(out / 'log-0').read_text()[-3000:]}")
     return time.monotonic() - begin, dict(seconds)
 
@@ -398,18 +473,23 @@ def timeless(value: Any, out: Path) -> Any:
 def differences(alone: Path, continued: Path) -> list[str]:
     """Files of two runs that say different things: weights and data bitwise, results in everything but times."""
     found = []
-    patterns = ("*.safetensors", "*.json", "*.jsonl", "*.parquet")
+    patterns = ("*.safetensors", "*.json", "*.jsonl", "*.parquet", "*.pt", "*.pth")
     names = [{file.relative_to(folder) for p in patterns for file in folder.rglob(p)} for folder in (alone, continued)]
-    # Checkpoints on the way, generations that are kept, and what a chain keeps for itself are no result
-    skipped = ("checkpoint-", "cache", ".", "generations", "logs", "merged")
-    names = [{name for name in side if not any(part.startswith(skipped) for part in name.parts)} for side in names]
+    # Checkpoints on the way, hashes of what has times in it, generations that are kept, and what a chain keeps for itself
+    last = f"checkpoint-{OPSD['max_steps']}", f"checkpoint-{CASES['small'][1]['max_steps']}"
+    skipped = ("checkpoint-", "checksums.json", "cache", ".", "generations", "logs", "merged")
+    names = [
+        {name for name in side if not any(part.startswith(skipped) and part not in last for part in name.parts)}
+        for side in names
+    ]
     found += [f"{name} is there in one only" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
         files = alone / name, continued / name
         if name.suffix == ".safetensors":
-            weights = [load_file(file) for file in files]
-            same = weights[0].keys() == weights[1].keys()
-            same = same and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+            same = _same(*(load_file(file) for file in files))
+        elif name.suffix in (".pt", ".pth"):
+            with safe_globals():
+                same = _same(*(torch.load(file, weights_only=True) for file in files))
         elif name.suffix in (".json", ".jsonl"):
             same = _same_json([file.read_text() for file in files], name, (alone, continued))
         else:
@@ -417,6 +497,17 @@ def differences(alone: Path, continued: Path) -> list[str]:
         if not same:
             found.append(f"{name} differs")
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two collections of tensors are the same in every bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, (torch.Tensor, np.ndarray)):
+        return one.dtype == other.dtype and bool((one == other).all())
+    return one == other
 
 
 def _same_json(texts: list[str], name: Path, folders: tuple[Path, Path]) -> bool:
@@ -427,41 +518,63 @@ def _same_json(texts: list[str], name: Path, folders: tuple[Path, Path]) -> bool
     return sides[0] == sides[1]
 
 
-def series(case: str, kills: int, runs: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Kills a case, and yields what came of each time."""
-    folder = runs / "".join(letter if letter.isalnum() else "-" for letter in case)
-    shutil.rmtree(folder, ignore_errors=True)
-    world = folder / "world"
-    world.mkdir(parents=True)
-    make_world(world)
-    total, seconds = undisturbed(case, world, folder / "alone")
-    print(f"{case}: {total:.1f} s alone, { ({name: len(times) for name, times in seconds.items()}) }", flush=True)
-    for number in range(kills):
-        draw, out = random.Random(f"{seed} {case} {number}"), folder / f"kill-{number}"
-        result = interrupted(case, world, out, total, seconds, draw)
+class Case:
+    """
+    A case in a folder of its own, beside what it leaves when nothing disturbs it.
+
+    Args:
+        name (`str`):
+            Which of `CASES`.
+        runs (`Path`):
+            Folder for the runs.
+    """
+
+    def __init__(self, name: str, runs: Path):
+        self.name = name
+        self.folder = runs / "".join(letter if letter.isalnum() else "-" for letter in name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.world = self.folder / "world"
+        self.world.mkdir(parents=True)
+        make_world(self.world)
+        self.total, self.seconds = undisturbed(name, self.world, self.folder / "alone")
+        counts = {activity: len(times) for activity, times in self.seconds.items()}
+        print(f"{name}: {self.total:.1f} s alone, {counts}", flush=True)
+
+    def kill(self, seed: int, number: int) -> dict[str, Any]:
+        """Kills it, once or twice, lets it go on to its end, and compares. Returns what came of it."""
+        draw, out = random.Random(f"{seed} {self.name} {number}"), self.folder / f"kill-{number}"
+        result = interrupted(self.name, self.world, out, self.total, self.seconds, draw)
+        if number % 3 == 2:
+            result["again"] = interrupted(self.name, self.world, out, self.total, self.seconds, draw)
         went_on = sorted(int(path.name.rpartition("-")[2]) for path in (out / "out").glob("checkpoint-*"))
-        processes, reader = start(case, world, out)
+        processes, reader = start(self.name, self.world, out)
         with os.fdopen(reader) as told_by:
             told_by.read()
         statuses = wait(processes)
-        lost = differences(folder / "alone", out) if not any(statuses) else [f"ended with {statuses}"]
-        result |= {"case": case, "seed": seed, "number": number, "checkpoints": went_on, "lost": lost}
+        is_done = done(self.name, statuses)
+        lost = differences(self.folder / "alone", out) if is_done else [f"ended with {statuses}"]
+        result |= {"case": self.name, "seed": seed, "number": number, "checkpoints": went_on, "lost": lost}
         print(json.dumps(result), flush=True)
         if not lost:
             shutil.rmtree(out)  # what differs stays, to be looked at
-        yield result
+        return result
+
+
+def kills_of(row: dict[str, Any]) -> list[str]:
+    """The activities in which a run was killed. None where it had ended before."""
+    return [one["activity"] for one in (row, row.get("again")) if one is not None and one["was_running"]]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """How often each case was killed in which activity, and what was lost."""
     lines = []
     for case in CASES:
-        own = [one for one in rows if one["case"] == case and one["was_running"]]
+        own = [one for one in rows if one["case"] == case and kills_of(one)]
         if own:
-            activities = Counter(one["activity"] for one in own)
+            activities = Counter(activity for one in own for activity in kills_of(one))
             counts = ", ".join(f"{name} {count}" for name, count in sorted(activities.items()))
             lost = sum(bool(one["lost"]) for one in own)
-            lines.append([case, str(len(own)), counts, str(lost)])
+            lines.append([case, str(activities.total()), counts, str(lost)])
     total = sum(int(line[1]) for line in lines)
     lost = sum(int(line[3]) for line in lines)
     lines.append(["**all**", str(total), "", str(lost)])
@@ -473,6 +586,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20, help="how often each case is killed")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="which of them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="none is begun after so many")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "kills"), help="folder for the runs")
     parser.add_argument("--output_dir", default=str(RESULTS / "kills"), help="folder for the results")
     parser.add_argument("--report", action="store_true", help="only make the table")
@@ -483,12 +597,18 @@ def main(argv: list[str] | None = None) -> None:
         from importlib import import_module
 
         for stage in sorted({CASES[case][0] for case in args.cases} - {"compress"}):
-            import_module(f"trl_opsd.{stage}.run" if stage != "tiny" else "trl_opsd.tiny.sft")
-        for case in args.cases:
-            rows = [one for one in rows if (one["case"], one["seed"]) != (case, args.seed)]
-            for one in series(case, args.kills, Path(args.runs), args.seed):
-                rows.append(one)
-                write_results(file, rows, {"kills": args.kills, "seed": args.seed})
+            import_module(f"trl_opsd.{stage}.{'sft' if stage in ('tiny', 'small') else 'run'}")
+        end = time.monotonic() + 60 * args.minutes
+        cases: dict[str, Case] = {}
+        there = {(one["case"], one["seed"], one["number"]) for one in rows}
+        for number, name in itertools.product(range(args.kills), args.cases):
+            if (name, args.seed, number) in there or time.monotonic() > end:
+                continue
+            if name not in cases:
+                cases[name] = Case(name, Path(args.runs))
+            rows.append(cases[name].kill(args.seed, number))
+            write_results(file, rows, {"kills": args.kills, "seed": args.seed})
+            write_text(file.with_name("table.md"), table(rows))
     write_text(Path(args.output_dir) / "table.md", table(rows))
     print(table(rows))
 

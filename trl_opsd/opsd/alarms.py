@@ -3,10 +3,12 @@
 import math
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from accelerate.logging import get_logger
 
 from .metrics import DivergenceCallback, OPSDAlarm
+from .saved import Saved
 
 
 logger = get_logger(__name__)
@@ -25,7 +27,7 @@ def mean(values: list[float]) -> float:
     return fmean(known) if known else math.nan
 
 
-class AlarmCallback(DivergenceCallback):
+class AlarmCallback(DivergenceCallback, Saved):
     """
     Watches a run of [`OPSDTrainer`], which by itself ends on a divergence that is not finite, and on nothing else.
 
@@ -40,9 +42,9 @@ class AlarmCallback(DivergenceCallback):
     | spike | the divergence is `kl_spike` times its recent median | warning |
 
     Shares and lengths are means over the last 256 rollouts, or the last 128 prompts where these have more, and over as many
-    for the start. When accuracy falls, the run names its best checkpoint and keeps it through rotation: of those whose share of correct rollouts was not
-    below the start by the margin, the one with the fewest tokens. A resumed run takes the start, and the checkpoints
-    it had written, from its log.
+    for the start. When accuracy falls, the run names its best checkpoint and keeps it through rotation: of those whose share
+    of correct rollouts was not below the start by the margin, the one with the fewest tokens. What they have seen is in every
+    checkpoint (`alarms.json`). A run that goes on from one without takes it from its log, as well as that says it.
 
     Args:
         trainer ([`OPSDTrainer`]):
@@ -64,6 +66,8 @@ class AlarmCallback(DivergenceCallback):
     >>> trainer.add_callback(AlarmCallback(trainer))
     ```
     """
+
+    file = "alarms.json"
 
     def __init__(
         self,
@@ -90,7 +94,29 @@ class AlarmCallback(DivergenceCallback):
         # Of the probe, where there was one: rollouts of the student before training, and how many were correct
         self.probed: tuple[int, int] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("correct", "lengths", "kls", "kept", "anchored", "probed")},
+            "checkpoints": [[Path(folder).name, *measured] for folder, *measured in self.checkpoints],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        folder = Path(self.trainer.args.output_dir)
+        self.checkpoints = [(str(folder / name), *measured) for name, *measured in state.pop("checkpoints")]
+        vars(self).update(state)
+
+    def load(self, folder: str) -> None:
+        if (Path(folder) / self.file).is_file():
+            super().load(folder)
+
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            return
+        if not self.lengths:
+            self._read_log(args, state)
+        self._add_checkpoint(args, state)  # the one that the run goes on from, which holds what was before it
+
+    def _read_log(self, args, state) -> None:
         last = 0
         for log in state.log_history:
             if "completions/mean_length" in log:
@@ -100,7 +126,7 @@ class AlarmCallback(DivergenceCallback):
                 self.kept.append(log.get("opsd/kept", 1.0))
             if "opsd/kl" in log:
                 self.anchored.append(log.get("opsd/anchored", 0.0))
-        folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step + 1)}
+        folders = {step: Path(args.output_dir) / f"checkpoint-{step}" for step in range(1, state.global_step)}
         self.checkpoints = [self._measured(str(path), step) for step, path in folders.items() if path.is_dir()]
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -180,6 +206,9 @@ class AlarmCallback(DivergenceCallback):
             )
 
     def on_save(self, args, state, control, **kwargs):
+        self._add_checkpoint(args, state)
+
+    def _add_checkpoint(self, args, state) -> None:
         if not self.correct:
             return
         folder = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -742,7 +742,8 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def _saved(self) -> list[Saved]:
         """What a checkpoint has to hold beside the weights."""
-        return self.rollouts.saved + ([] if self.teacher_gate is None else [self.teacher_gate])
+        watching = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Saved)]
+        return self.rollouts.saved + ([] if self.teacher_gate is None else [self.teacher_gate]) + watching
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -47,7 +47,8 @@ class RLVRTrainer(GRPOTrainer):
       `rlvr/generation_rounds` and `rlvr/groups_without_variance`, the share that is left after the last round, say what
       was done, and `num_tokens` counts every round.
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
-    - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]).
+    - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]), and leaves the
+      table of the last step's completions as it is where it makes no other.
     - A step whose gradient is not finite is not taken, and its rollouts are written down ([`LeftOut`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
@@ -190,6 +191,11 @@ class RLVRTrainer(GRPOTrainer):
             seed=theirs.seed,
             current_state=lambda: self.state,
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # A run that goes on after its last step has written nothing, and an empty table would take that step's place
+        self.log_completions = self.args.log_completions and len(self._logs["prompt"]) > 0
+        super().log(logs, start_time)
 
     def _generate_single_turn(self, *args, **kwargs):
         with finished_rows_dropped(self.model):
