@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
@@ -29,6 +30,7 @@ def fake_vllm(
     for name in names[1:]:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, modules[name])
+    modules["vllm"].__spec__ = ModuleSpec("vllm", None)  # there, by what looks for it without an import
     layers, platform = modules[names[-1]], SimpleNamespace(is_cpu=lambda: on_cpu)
     layers.dispatch_cpu_unquantized_gemm = dispatch
     modules["vllm.platforms"].current_platform = platform

@@ -261,6 +261,9 @@ def test_the_recipe_makes_the_chain_of_the_readme(monkeypatch):
     assert [stage.name for stage in plan_stages(without_rl)] == ["base", "prompt-only", "opsd", "opsd"]
     smoke = CompressConfig(**{**config, "smoke": True})
     assert smoke.output_dir == "runs/tiny-smoke" and plan_stages(smoke)[2].arguments["max_steps"] == 2
+    # The time left that its first line says
+    whole = sum(stage.minutes for stage in plan_stages(CompressConfig(**config)))
+    assert whole == pytest.approx(8.5) and sum(stage.minutes for stage in plan_stages(smoke)) == pytest.approx(1.4)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every field of a configuration is explained where people look: in the docstring, and on the command line."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -38,7 +39,7 @@ def own_fields(config):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_field_is_in_the_docstring_and_has_help(config):
     own = own_fields(config)
-    assert sorted(re.findall(r"^ {8}(\w+) \(`", config.__doc__, re.MULTILINE)) == sorted(own)
+    assert sorted(re.findall(r"^ {4}(\w+) \(`", inspect.getdoc(config), re.MULTILINE)) == sorted(own)
     assert [name for name, field in own.items() if not field.metadata.get("help")] == []
 
 
@@ -46,7 +47,7 @@ def test_every_field_is_in_the_docstring_and_has_help(config):
 def test_defaults_in_the_docstring_are_the_defaults(config):
     own = own_fields(config)
     for name, text in re.findall(
-        r"^ {8}(\w+) \(.*, \*optional\*, defaults to `(.*)`\):", config.__doc__, re.MULTILINE
+        r"^ {4}(\w+) \(.*, \*optional\*, defaults to `(.*)`\):", inspect.getdoc(config), re.MULTILINE
     ):
         field = own[name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

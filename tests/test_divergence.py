@@ -1,5 +1,6 @@
 import math
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,6 @@ from divergence_reference import (
     reference_logits,
     reference_metrics,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_opsd.opsd import divergence as module
@@ -26,21 +25,10 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 CLIPS = [None, 1.0, 0.05, 1e-3, 1e-6]
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# (path, dtype of the inputs): (absolute error of values, error of gradients relative to their largest entry). Inputs are
-# rounded before the definition sees them, so what is left is arithmetic: float32 for all but Liger, which keeps logits
-# in the dtype of the inputs, and the rounding of the gradient to the dtype of the inputs.
-TOLERANCES = {
-    ("divergence", F64): (1e-12, 1e-10),
-    ("divergence", F32): (1e-5, 1e-4),
-    ("divergence", BF16): (1e-5, 8e-3),
-    ("fused", F64): (1e-12, 1e-10),
-    ("fused", F32): (1e-5, 1e-4),
-    ("fused", BF16): (1e-5, 8e-3),
-    ("chunked", F32): (1e-5, 1e-4),
-    ("chunked", BF16): (1e-5, 8e-3),
-    ("liger", F32): (1e-5, 1e-4),
-    ("liger", BF16): (2e-1, 2e-1),
-}
+# Absolute error of values, and error of gradients relative to their largest entry, by the dtype of the inputs. Those are
+# rounded before the definition sees them, so what is left is float32 arithmetic, and the rounding of the gradient to that
+# dtype.
+TOLERANCES = {F64: (1e-12, 1e-10), F32: (1e-5, 1e-4), BF16: (1e-5, 8e-3)}
 
 
 def assert_close(actual, expected, tolerance, relative=False):
@@ -117,7 +105,9 @@ class Problem:
         return reference_metrics(*logits, **self.objective)
 
     def check(self, backend="fused"):
-        value_tolerance, gradient_tolerance = TOLERANCES[backend, self.dtype]
+        value_tolerance, gradient_tolerance = TOLERANCES[self.dtype]
+        if backend == "liger" and self.dtype == BF16:
+            value_tolerance = gradient_tolerance = 2e-1  # its logits are in the dtype of the inputs
         output, expected = self.linear(backend), self.expected()
         if backend == "liger":
             assert self.uniform
@@ -199,7 +189,7 @@ class TestDivergence:
         value, expected = divergence(student, teacher, **options), reference_divergence(student, teacher, **options)
         (value * weight).sum().backward()
         (wanted,) = torch.autograd.grad((expected * weight).sum(), student)
-        value_tolerance, gradient_tolerance = TOLERANCES["divergence", dtype]
+        value_tolerance, gradient_tolerance = TOLERANCES[dtype]
         assert value.dtype == (F64 if dtype == F64 else F32)
         assert_close(value, expected, value_tolerance)
         assert_close(student.grad, wanted, gradient_tolerance, relative=True)
@@ -481,16 +471,13 @@ class TestEdges:
 
 
 class TestClip:
-    @settings(max_examples=150, deadline=None)
-    @given(
-        seed=st.integers(0, 2**31),
-        vocabulary=st.integers(1, 200),
-        spread=st.floats(1e-3, 1e3),
-        beta=st.sampled_from(BETAS) | st.floats(0, 1),
-        log_clip=st.floats(-20, 5),
-        dtype=st.sampled_from([F32, F64]),
-    )
-    def test_between_zero_and_the_unclipped(self, seed, vocabulary, spread, beta, log_clip, dtype):
+    # Drawn by the standard library, because TRL's tests have no hypothesis
+    @pytest.mark.parametrize("seed", range(150))
+    def test_between_zero_and_the_unclipped(self, seed):
+        drawn = random.Random(seed)
+        vocabulary, spread = drawn.choice([1, 2, drawn.randint(3, 200)]), 10 ** drawn.uniform(-3, 3)
+        beta, log_clip = drawn.choice([*BETAS, drawn.random()]), drawn.uniform(-20, 5)
+        dtype = drawn.choice([F32, F64])
         generator = torch.Generator().manual_seed(seed)
         student = torch.randn(4, vocabulary, generator=generator, dtype=dtype) * spread
         teacher = torch.randn(4, vocabulary, generator=generator, dtype=dtype) * spread

@@ -322,7 +322,7 @@ class TestCommandLine:
             (["--concurrency", "0"], "`concurrency` must list numbers of at least 1"),
             (
                 ["--backend", "server"],
-                "`backend: server` without `server_url` starts vLLM's server: run `pip install vllm`",
+                "`backend: server` without `server_url` starts a server of vLLM: run `pip install vllm`",
             ),
             (["--backend", "server", "--server_api", "chat"], "`server_api: chat` is for a server that runs"),
             (["--backend", "server", "--server_model", "x"], "`server_model` is for a server that runs"),

