@@ -14,8 +14,8 @@ is there so far).
 """
 
 import argparse
-import importlib
 import errno
+import importlib
 import json
 import math
 import os
