@@ -6,6 +6,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from trl_opsd.cli import UserError
 from trl_opsd.data import check_fit, positions_of
+from trl_opsd.opsd import OPSDConfig
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
@@ -69,3 +70,8 @@ def test_the_row_that_cannot_be_written_is_named(tokenizer, monkeypatch):
     )
     with pytest.raises(UserError, match="row 7: .* cannot write this `prompt` .*no x"):
         check_fit(chats(*["3" * 10] * 6, "x" * 10, "3"), "d", tokenizer, 30, 10)
+
+
+def test_opsd_says_that_it_needs_a_limit(tmp_path):
+    with pytest.raises(ValueError, match="`max_completion_length` is None"):
+        OPSDConfig(str(tmp_path), max_completion_length=None, use_cpu=True)
