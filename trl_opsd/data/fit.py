@@ -1,6 +1,7 @@
 """Whether a model can be asked the prompts: what its tokenizer and its configuration say of them, before it is loaded."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -8,6 +9,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from trl import DistillationConfig, GRPOConfig
 
 from ..cli import UserError
+
+
+# Prompts that are written at once
+_AT_ONCE = 1000
 
 
 def load_tokenizer(
@@ -42,8 +47,13 @@ def load_tokenizer(
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """Returns how many positions a model has, or `None` where nothing limits them, as of state space models and ALiBi."""
+    config = config.get_text_config()
     # An attribute and not a key, because configurations have it under other names too (`n_positions`)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if positions is None or "factor" not in rope:
+        return positions
+    # What is scaled is as long as it says: some configurations keep the number that there were before, and others the product
+    return max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
 
 
 def positions_in_training(config: PreTrainedConfig, args: GRPOConfig | DistillationConfig) -> int | None:
@@ -97,7 +107,30 @@ def check_fit(
             "checkpoint, or use prompts that are plain strings."
         )
     writes_all = _can_write(tokenizer, "\N{SNOWMAN}")
-    orders, too_long = set(), {}
+    orders, suspects, too_long = set(), [], {}
+
+    def refuse(number: int, error: Exception) -> None:
+        raise UserError(
+            f"`{name}`, row {number}: the tokenizer of `{model}` cannot write this `prompt` "
+            f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
+        ) from None
+
+    def look() -> None:
+        numbers, prompts = zip(*suspects, strict=True)
+        try:
+            lengths = list(map(len, write_all(tokenizer, prompts, chat_template_kwargs)))
+        except Exception:  # of one of them: a template raises what it likes, and tokenizers an Exception and no more
+            lengths = []
+            for number, prompt in suspects:
+                try:
+                    lengths.append(len(write(tokenizer, prompt, chat_template_kwargs)))
+                except Exception as error:
+                    refuse(number, error)
+        too_long.update(
+            (number, length) for number, length in zip(numbers, lengths, strict=True) if room and length > room
+        )
+        suspects.clear()
+
     for number, prompt in enumerate(dataset["prompt"], start=1):
         is_text = isinstance(prompt, str)
         order = "text" if is_text else tuple(message["role"] for message in prompt)
@@ -107,21 +140,21 @@ def check_fit(
         if order in orders and writes_all and not may_be_too_long:
             continue
         orders.add(order)
-        try:
-            # Of megabytes the beginning says enough
-            if may_be_too_long and (length := len(tokenizer(text=text[: 64 * room])["input_ids"])) > room:
+        if room is not None and len(text) > 64 * room:  # of megabytes the beginning says enough
+            try:
+                length = len(tokenizer(text=text[: 64 * room])["input_ids"])
+            except Exception as error:
+                refuse(number, error)
+            if length > room:
                 too_long[number] = length
                 continue
-            length = len(write(tokenizer, prompt, chat_template_kwargs))
-        except Exception as error:  # a template raises what it likes, and tokenizers an Exception and no more
-            raise UserError(
-                f"`{name}`, row {number}: the tokenizer of `{model}` cannot write this `prompt` "
-                f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
-            ) from None
-        if room is not None and length > room:
-            too_long[number] = length
+        suspects.append((number, prompt))
+        if len(suspects) == _AT_ONCE:
+            look()
+    if suspects:
+        look()
     if too_long:
-        number, length = next(iter(too_long.items()))
+        number, length = min(too_long.items())
         raise UserError(
             f"`{name}`: in {len(too_long)} of {len(dataset)} rows `prompt` is longer than the {room} tokens that "
             f"`max_completion_length={max_completion_length}` leaves of {positions} (row {number} has {length} or more): filter such "
@@ -141,8 +174,15 @@ def write(
     tokenizer: PreTrainedTokenizerBase, prompt: list[dict] | str, chat_template_kwargs: dict | None = None
 ) -> list[int]:
     """Token ids of a prompt, up to where its completion begins."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
+    return write_all(tokenizer, [prompt], chat_template_kwargs)[0]
+
+
+def write_all(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict] | str], chat_template_kwargs: dict | None = None
+) -> list[list[int]]:
+    """Token ids of several prompts, which a fast tokenizer divides among the cores."""
+    if isinstance(prompts[0], str):
+        return tokenizer(text=list(prompts))["input_ids"]
     return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
     )["input_ids"]

@@ -317,6 +317,10 @@ class OPSDConfig(DistillationConfig):
     def __post_init__(self):
         super().__post_init__()
 
+        if self.max_completion_length is None:
+            raise ValueError(
+                "`max_completion_length` is None, and what the teacher may see is counted from it: give a number."
+            )
         if self.teacher_weights is not None and self.teacher_weights not in TEACHER_WEIGHTS:
             raise ValueError(f"`teacher_weights` must be one of {TEACHER_WEIGHTS}, and is {self.teacher_weights!r}.")
         if self.teacher_weights not in (None, "external") and self.teacher_model_name_or_path is not None:

@@ -96,7 +96,7 @@ class LeftOut:
         with open(self.file, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         logger.warning(
-            f"The gradient of step {step} is not finite: the step is not taken. {len(lines)} rollouts that may be why are in "
+            f"The gradient of step {step} is not finite: the step is not taken. {len(lines)} rollouts of this process may be why: "
             f"`{self.file}`.",
             main_process_only=False,
         )

@@ -1,0 +1,77 @@
+"""What the check of the prompts must not refuse, and what it may cost. What it does refuse is in `test_bad_input`."""
+
+import pytest
+from datasets import Dataset
+from transformers import LlamaConfig, Qwen2Config
+
+from trl_opsd.cli import UserError
+from trl_opsd.data import check_fit, positions_of
+from trl_opsd.opsd import OPSDConfig
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 5e5,
+}
+
+
+@pytest.mark.parametrize(
+    "config, positions",
+    [
+        (Qwen2Config(max_position_embeddings=32768), 32768),
+        # As the cards of Qwen say it, and as gpt-oss has it
+        (Qwen2Config(max_position_embeddings=32768, rope_parameters=YARN), 131072),
+        (Qwen2Config(max_position_embeddings=131072, rope_parameters=YARN), 131072),
+        (LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8192),
+        (LlamaConfig(max_position_embeddings=131072, rope_parameters=LLAMA3), 131072),
+    ],
+)  # fmt: skip
+def test_scaled_positions_count(config, positions):
+    assert positions_of(config) == positions
+
+
+def chats(*contents):
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": content}] for content in contents]})
+
+
+def test_what_the_template_leaves_out_takes_no_room(tokenizer, monkeypatch):
+    # As the thoughts of earlier turns, which templates of reasoners drop
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}{{ m.content.split('=')[-1] }}{% endfor %}"
+    )
+    check_fit(chats("3" * 40 + "=3"), "d", tokenizer, 20, 10)
+    with pytest.raises(UserError, match="in 1 of 2 rows .*row 2 has 11 or more"):
+        check_fit(chats("3", "3=" + "3" * 11), "d", tokenizer, 20, 10)
+
+
+def test_prompts_are_written_many_at_once(tokenizer, monkeypatch):
+    calls, write = [], tokenizer.apply_chat_template
+
+    def counted(prompts, **kwargs):
+        calls.append(len(prompts))
+        return write(prompts, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    with pytest.raises(UserError, match=r"in 1 of 2500 rows .*row 2300 has \d+"):
+        check_fit(chats(*["3" * 10] * 2299, "3" * 30, *["3" * 10] * 200), "d", tokenizer, 30, 10)
+    assert sum(calls) == 2500 and len(calls) == 3
+
+
+def test_the_row_that_cannot_be_written_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        ("{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}{{ messages[0].content }}"),
+    )
+    with pytest.raises(UserError, match="row 7: .* cannot write this `prompt` .*no x"):
+        check_fit(chats(*["3" * 10] * 6, "x" * 10, "3"), "d", tokenizer, 30, 10)
+
+
+def test_opsd_says_that_it_needs_a_limit(tmp_path):
+    with pytest.raises(ValueError, match="`max_completion_length` is None"):
+        OPSDConfig(str(tmp_path), max_completion_length=None, use_cpu=True)
