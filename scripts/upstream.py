@@ -1322,9 +1322,9 @@ def extract_logprobs(''',
                     ("class AlarmCallback(DivergenceCallback, Saved):", "class AlarmCallback(DivergenceCallback):"),
                     ('    file = "alarms.json"\n\n', ""),
                     (
-                        "What they have seen is in every checkpoint\n"
-                        "    (`alarms.json`). A run that goes on from one without takes it from its log, as well as that says it.\n",
-                        "A resumed run takes the start, and the checkpoints\n    it had written, from its log.\n",
+                        "What they have seen is in every\n"
+                        "    checkpoint (`alarms.json`). A run that goes on from one without takes it from its log, as well as that says it.\n",
+                        "A resumed run takes the start, and the\n    checkpoints it had written, from its log.\n",
                     ),
                 ),
             ),

@@ -709,7 +709,7 @@ def test_prompts_are_completed_by_the_model(recipe, rows, tokenizer, small_model
         ),
         ({"target_ratio": None, "num_layers": 5}, "`num_layers` is 5, and the model has only 4"),
         ({"target_ratio": None, "hidden_size": 33}, "`hidden_size` is 33, and the model has only 32"),
-        ({"target_ratio": None, "intermediate_size": 0}, "`intermediate_size` must be at least 1"),
+        ({"target_ratio": None, "intermediate_size": 0}, "recipe.yaml must be at least 1, and is 0"),
         ({"target_ratio": None, "num_attention_heads": 1}, "groups of 2 that share a key-value head"),
         ({"layer_importance": "los"}, "which is none of its values"),
         ({"calibration_dataset": None}, "`calibration_dataset` is missing"),

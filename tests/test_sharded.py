@@ -356,9 +356,9 @@ def test_a_probe_is_refused_before_a_model_is_loaded(models, tmp_path, monkeypat
     monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")  # as accelerate launch says it
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     data = tmp_path / "train.jsonl"
-    data.write_text('{"prompt": "1+1", "answer": "2"}\n' * 8)
+    data.write_text('{"prompt": "1 a:+1", "answer": "2"}\n' * 8)
     options = {"model_name_or_path": models / "student", "dataset_name": data, "output_dir": tmp_path / "out"}
-    options |= {"teacher_context": "concise", "gate": "all", "bf16": "false", "report_to": "none"}
+    options |= {"teacher_prompt_template": "{prompt} concise", "gate": "all", "bf16": "false", "report_to": "none"}
     if kind == "FSDP":
         options |= {"use_cpu": "true"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

@@ -156,13 +156,12 @@ def _check_roles(roles: list[str], where: str) -> None:
         raise UserError(
             f"{where}: `prompt` has the role {unknown[0]!r}, which is none of {', '.join(_ROLES)}: correct the row."
         )
-    wrong = None
-    if any(role in _ROLES[:2] for role in roles[1:]):
-        wrong = "a system message comes first"
-    elif roles[-1] not in ("user", "tool"):
-        wrong = "the last message is what is to be answered, by `user` or `tool`"
-    if wrong is not None:
-        raise UserError(f"{where}: the roles of `prompt` are {', '.join(roles)}, and {wrong}: correct the row.")
+    # A system message may come later too: whether a template writes one there is the template's to say
+    if roles[-1] not in ("user", "tool"):
+        raise UserError(
+            f"{where}: the roles of `prompt` are {', '.join(roles)}, and the last message is what is to be answered, by `user` "
+            "or `tool`: correct the row."
+        )
 
 
 def _is_prompt(value: Any) -> bool:
