@@ -358,7 +358,13 @@ def test_a_probe_is_refused_before_a_model_is_loaded(models, tmp_path, monkeypat
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "1 a:+1", "answer": "2"}\n' * 8)
     options = {"model_name_or_path": models / "student", "dataset_name": data, "output_dir": tmp_path / "out"}
-    options |= {"teacher_prompt_template": "{prompt} concise", "gate": "all", "bf16": "false", "report_to": "none"}
+    options |= {
+        "teacher_prompt_template": "{prompt} concise",
+        "gate": "all",
+        "bf16": "false",
+        "report_to": "none",
+        "max_completion_length": 64,
+    }
     if kind == "FSDP":
         options |= {"use_cpu": "true"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
