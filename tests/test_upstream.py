@@ -160,7 +160,7 @@ def test_the_tests_import_what_those_of_trl_have(kit):
     required = {re.match(r"[\w-]+", line)[0].lower() for line in importlib.metadata.requires("trl")}
     own = (
         {name.replace("-", "_") for name in required}
-        | {"trl", "torch", "numpy", "tokenizers"}
+        | {"trl", "torch", "numpy", "tokenizers", "safetensors"}
         | sys.stdlib_module_names
     )
     for path in (kit[0] / "branch" / "tests").rglob("*.py"):

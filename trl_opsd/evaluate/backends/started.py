@@ -27,6 +27,7 @@ _SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 _MODEL = "model"
 _CAUSE = re.compile(r"\b\w*(Error|Exception): .+")
 _PATIENCE = 3600  # seconds to load weights and compile
+_LAST_WORDS = 5  # seconds from a lost connection to the end of the process that it was to
 
 
 class StartedServer(ServerEngine):
@@ -65,9 +66,11 @@ class StartedServer(ServerEngine):
     def _once(self, *args: Any, **extra: Any) -> list[int]:
         try:
             return super()._once(*args, **extra)
-        except UserError:
-            if self.process.poll() is None:
-                raise
+        except UserError as error:
+            try:
+                self.process.wait(_LAST_WORDS)
+            except subprocess.TimeoutExpired:
+                raise error from None
             raise UserError(f"vLLM's server has ended ({self._reason()}): run the same again.") from None
 
     def _wait(self, url: str) -> None:
