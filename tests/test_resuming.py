@@ -443,3 +443,15 @@ def test_only_the_main_process_reads_a_checkpoint(tmp_path, monkeypatch):
         resuming.agreed_checkpoint(args)
     assert str(heard.value) == str(told.value)
     assert resuming.agreed_checkpoint(args) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_file_that_the_main_process_cannot_read_ends_all_of_them(monkeypatch):
+    def denied(*args):
+        raise PermissionError("Permission denied: 'optimizer.pt'")
+
+    sent = []
+    monkeypatch.setattr(resuming, "find_checkpoint", denied)
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda objects: sent.append(list(objects)))
+    with pytest.raises(ValueError, match=r"optimizer\.pt"):
+        resuming.agreed_checkpoint(SimpleNamespace(process_index=0, resume_from_checkpoint=True, output_dir="out"))
+    assert sent == [[None, "Permission denied: 'optimizer.pt'"]]

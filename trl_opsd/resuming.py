@@ -152,13 +152,13 @@ def agreed_checkpoint(training_args: "TrainingArguments") -> str | None:
         `str` or `None`: As of [`find_checkpoint`].
 
     Raises:
-        ValueError: As of [`find_checkpoint`], on every process.
+        ValueError: As of [`find_checkpoint`], or if it cannot read a file, on every process.
     """
     found = [None, None]
     if training_args.process_index == 0:
         try:
             found[0] = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a file that cannot be read, too: the others wait for an answer
             found[1] = str(error)
     broadcast_object_list(found)
     if found[1] is not None:
