@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
+    DynamicCache,
     GenerationMixin,
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -400,3 +401,11 @@ def test_training_and_evaluation_use_it(small_model, tokenizer, rows, tmp_path, 
         : next((i for i, size in enumerate(counted.sizes) if i and size > counted.sizes[i - 1]), None)
     ]
     assert first[-1] < first[0]
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_found_by_either_name(name):
+    """Without it every batch is computed to its longest row, and nothing says so."""
+    cache = DynamicCache()
+    assert decoding._cache_of({"attention_mask": torch.ones(1, 1), name: cache}) is cache
+    assert decoding._cache_of({"attention_mask": torch.ones(1, 1)}) is None
