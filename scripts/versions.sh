@@ -19,7 +19,7 @@ venv=.venv-$end
 want=$(cat pyproject.toml scripts/versions.sh | sha256sum)
 if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$want" ]; then
     [ -x .venv-uv/bin/uv ] || { python3 -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv; }
-    .venv-uv/bin/uv venv --quiet --clear --python "${PYTHON:-$python}" "$venv" || {
+    .venv-uv/bin/uv venv --quiet --clear --seed --python "${PYTHON:-$python}" "$venv" || {
         echo "error: there is no Python ${PYTHON:-$python} here, and none could be fetched: set PYTHON to the path of one." >&2
         exit 2
     }

@@ -175,6 +175,10 @@ class TestRuns:
         names = problem_ids(Dataset.from_list(rows))
         again = problem_ids(Dataset.from_list([rows[2], rows[0], rows[2]]))
         assert again == [names[2], names[0], names[2] + "-2"]
+        # Of a message's keys files have one order, and older versions of datasets another
+        turned = [{**row, "prompt": [dict(reversed(turn.items())) for turn in row["prompt"]]} for row in rows]
+        assert list(turned[0]["prompt"][0]) != list(rows[0]["prompt"][0])
+        assert problem_ids(turned) == problem_ids(rows) == names
 
 
 class TestCache:

@@ -111,7 +111,7 @@ def test_a_rollout_that_is_not_finite_is_left_out(
     tokens = [len(ids) for ids in completions]
     share = (sum(tokens) - tokens[0]) / sum(tokens)
     for name, change in without.items():
-        close = {"rtol": 0.05, "atol": 1e-3 * max(x.abs().max() for x in without.values())} if how == "bf16" else {}
+        close = {"rtol": 0.05, "atol": 3e-3 * max(x.abs().max() for x in without.values())} if how == "bf16" else {}
         torch.testing.assert_close(left_out[name], share * change, **{"rtol": 1e-4, "atol": 1e-6} | close)
     assert any(change.abs().max() > 1e-4 for change in without.values())
     lines = [json.loads(line) for line in (tmp_path / "spoiled" / "out" / "left_out.jsonl").read_text().splitlines()]

@@ -308,7 +308,14 @@ def problem_ids(dataset: Dataset) -> list[str]:
     """
     seen, names = Counter(), []
     for row in dataset:
-        parts = [row["prompt"], row.get("answer"), row.get("tests"), row.get("instructions"), row.get("metadata")]
+        prompt = row["prompt"]
+        if not isinstance(
+            prompt, str
+        ):  # keys are in the order of the file, or with datasets 4 in that of the alphabet
+            prompt = [
+                {"role": turn["role"], "content": turn["content"]} | dict(sorted(turn.items())) for turn in prompt
+            ]
+        parts = [prompt, row.get("answer"), row.get("tests"), row.get("instructions"), row.get("metadata")]
         name = hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:12]
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")

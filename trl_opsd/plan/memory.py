@@ -97,18 +97,31 @@ def attention(module, query, key, value, attention_mask, softcap=None, **kwargs)
     return eager_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **kwargs)
 
 
+def attention_of_a_gpu(module, query, key, value, attention_mask, softcap=None, **kwargs):
+    """
+    The same, and where heads share keys and values by the kernel that keeps no scores, as a GPU's does. torch comes to it by
+    itself on these tensors, which are a CPU's, but the lowest that is taken (2.8) would keep the scores.
+    """
+    if softcap is not None or key.shape[1] == query.shape[1] or value.shape[-1] != query.shape[-1]:
+        return attention(module, query, key, value, attention_mask, softcap=softcap, **kwargs)
+    output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
 # The trainer's forward makes no mask, and transformers would make one here, because these tensors have no data to look at
-UNMASKED = "opsd_plan"
-AttentionInterface.register(UNMASKED, attention)
-AttentionMaskInterface.register(UNMASKED, lambda *args, **kwargs: None)
+UNMASKED = {"cpu": "opsd_plan", "cuda": "opsd_plan_of_a_gpu"}
+AttentionInterface.register(UNMASKED["cpu"], attention)
+AttentionInterface.register(UNMASKED["cuda"], attention_of_a_gpu)
+for name in UNMASKED.values():
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
 
 def empty_model(
-    config: PreTrainedConfig, dtype: torch.dtype, peft_config: PeftConfig | None = None
+    config: PreTrainedConfig, dtype: torch.dtype, peft_config: PeftConfig | None = None, device: str = "cpu"
 ) -> PreTrainedModel:
-    """A model without data, with its adapter."""
+    """A model without data, with its adapter, that attends as one on a CPU or on a GPU."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=UNMASKED)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=UNMASKED[device])
         return model if peft_config is None else get_peft_model(model, copy.deepcopy(peft_config))
 
 
@@ -122,7 +135,7 @@ def saved_bytes(training: Training, layers: int, rows: int) -> int:
     dtype, autocast = training.dtype, training.autocast
     if training.sharding != "ddp":
         dtype, autocast = torch.bfloat16, False
-    model = empty_model(config, dtype, training.peft_config).train()
+    model = empty_model(config, dtype, training.peft_config, training.device).train()
     if training.peft_config is not None:
         model = model.get_base_model()
     body = model.get_decoder()
