@@ -104,6 +104,7 @@ def attention_of_a_gpu(module, query, key, value, attention_mask, softcap=None, 
     """
     if softcap is not None or key.shape[1] == query.shape[1] or value.shape[-1] != query.shape[-1]:
         return attention(module, query, key, value, attention_mask, softcap=softcap, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as autocast would, for which this has no name
     output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)[0]
     return output.transpose(1, 2).contiguous(), None
 
