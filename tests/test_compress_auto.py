@@ -386,7 +386,9 @@ class TestTime:
             return measure(name, model, part, context)
 
         def undecided(before, after, *rest):
-            return Conclusion([compare_measurements(*(measure(Path(file).stem, "", "") for file in (before, after)), 0)])
+            return Conclusion(
+                [compare_measurements(*(measure(Path(file).stem, "", "") for file in (before, after)), 0)]
+            )
 
         monkeypatch.setattr(runner, "measure", counted)
         monkeypatch.setattr("trl_opsd.compress.auto.verdict.decide", undecided)
