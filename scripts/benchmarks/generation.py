@@ -49,7 +49,7 @@ WAYS = {
 }
 NO_VLLM = "vLLM is not installed in this environment (bash scripts/setup.sh vllm makes one that has it)"
 # Rollouts of a batch, and tokens of one at most
-SIZES = {"tiny": (96, 128), "smollm2": (8, 192)}
+SIZES = {"tiny": (96, 128), "smollm2": (8, 128)}
 
 
 def prompts(model: str, number: int, seed: int) -> list:
@@ -74,6 +74,7 @@ def start(way: str, checkpoint: str, rows: list, length: int, seed: int) -> floa
     args = OPSDConfig(
         output_dir=tempfile.mkdtemp(),
         teacher_prompt_template="{prompt} concise",
+        teacher_weights="live",  # it is not asked here, and would be a second copy in memory
         per_device_train_batch_size=len(rows),
         max_completion_length=length,
         vllm_max_model_length=512,
@@ -198,19 +199,20 @@ def measure(model: str, checkpoint: Path, args: argparse.Namespace) -> list[dict
     number, length = SIZES[model]
     rows = prompts(model, number, args.seed)
     ways = [way for way in args.ways if not WAYS[way].get("use_vllm") or is_vllm_available()]
-    with ExitStack() as stack:
-        calls = {way: stack.enter_context(process()) for way in ways}
-        with ThreadPoolExecutor() as pool:  # they start together, and only then take turns
-            futures = {
-                way: pool.submit(call, start, way, str(checkpoint), rows, length, args.seed)
-                for way, call in calls.items()
-            }
-        starts = {way: future.result() for way, future in futures.items()}
-        batches, syncs = {way: [] for way in calls}, {way: [] for way in calls}
-        for _ in range(args.repeats):
-            for way, call in calls.items():
-                syncs[way].append(call(sync))
-                batches[way].append(call(write, way, rows))
+    starts, batches, syncs = {}, {way: [] for way in ways}, {way: [] for way in ways}
+    for group in (ways[first : first + args.at_once] for first in range(0, len(ways), args.at_once)):
+        with ExitStack() as stack:
+            calls = {way: stack.enter_context(process()) for way in group}
+            with ThreadPoolExecutor() as pool:  # they start together, and only then take turns
+                futures = {
+                    way: pool.submit(call, start, way, str(checkpoint), rows, length, args.seed)
+                    for way, call in calls.items()
+                }
+            starts |= {way: future.result() for way, future in futures.items()}
+            for _ in range(args.repeats):
+                for way, call in calls.items():
+                    syncs[way].append(call(sync))
+                    batches[way].append(call(write, way, rows))
     measured = []
     for way in args.ways:
         if way in ways:
@@ -228,6 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", type=Path, help="checkpoint of the tiny reasoner; made if not given")
     parser.add_argument("--smollm2", type=Path, help="checkpoint of SmolLM2; made if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs/generation"), help="where what is made is kept")
+    parser.add_argument(
+        "--at_once", type=int, default=len(WAYS), help="ways that are in memory at a time, and take turns"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="batches that each way writes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "generation", help="folder of the results")
@@ -243,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             subprocess.run(command, check=True, cwd=ROOT)
     if not is_vllm_available() and any(WAYS[way].get("use_vllm") for way in args.ways):
         print(f"Not measured: vLLM, because {NO_VLLM}.")
-    config = {"ways": args.ways, "repeats": args.repeats, "seed": args.seed}
+    config = {"ways": args.ways, "at_once": args.at_once, "repeats": args.repeats, "seed": args.seed}
     for model in args.models:
         sizes = dict(zip(("rollouts", "max_completion_length"), SIZES[model], strict=True))
         rows = measure(model, checkpoints[model], args)
