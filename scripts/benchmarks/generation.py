@@ -15,6 +15,7 @@ not given. Results go to recipes/results/generation, a file for each model.
 """
 
 import argparse
+import importlib.metadata
 import os
 import random
 import statistics
@@ -248,7 +249,10 @@ def main(argv: list[str] | None = None) -> None:
             subprocess.run(command, check=True, cwd=ROOT)
     if not is_vllm_available() and any(WAYS[way].get("use_vllm") for way in args.ways):
         print(f"Not measured: vLLM, because {NO_VLLM}.")
-    config = {"ways": args.ways, "at_once": args.at_once, "repeats": args.repeats, "seed": args.seed}
+    # It is named otherwise where it is the one for CPUs
+    names = importlib.metadata.packages_distributions().get("vllm", [])
+    engine = {name: importlib.metadata.version(name) for name in sorted(set(names))}
+    config = {"engine": engine, "ways": args.ways, "at_once": args.at_once, "repeats": args.repeats, "seed": args.seed}
     for model in args.models:
         sizes = dict(zip(("rollouts", "max_completion_length"), SIZES[model], strict=True))
         rows = measure(model, checkpoints[model], args)
