@@ -13,6 +13,7 @@ from functools import partial
 from scripts.benchmarks import (
     attention_mask,
     divergence,
+    generation,
     gpu,
     memory_plan,
     sandbox,
@@ -218,6 +219,7 @@ BLOCKS = {
     "divergence": divergence.table,
     "step": step.table,
     "decoding": decoding_table,
+    "generation": generation.table,
     "goal": partial(time_to_goal.summary, "short"),
     "goal, long traces": partial(time_to_goal.summary, "long"),
     "scaling, time": scaling.step_table,

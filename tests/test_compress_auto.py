@@ -18,7 +18,7 @@ from trl_opsd.compress.__main__ import main
 from trl_opsd.compress.auto.compaction import Promise, choose, train
 from trl_opsd.compress.auto.export import export
 from trl_opsd.compress.auto.plan import Plan, learning_rate, recovery_rates
-from trl_opsd.compress.auto.run import compress
+from trl_opsd.compress.auto.run import compress, tell_time
 from trl_opsd.compress.auto.runner import Runner
 from trl_opsd.compress.auto.size import shrink
 from trl_opsd.compress.auto.verdict import conclude, upload
@@ -375,6 +375,48 @@ class TestSize:
             assert cards == [(taken, "base")]
 
 
+class TestTime:
+    def test_the_longest_run_has_as_many_stages_as_planned(self, told, monkeypatch):
+        rounds = {f"round-{number}": (0.98, 1 - number / 10) for number in (1, 2, 3)}
+        students = {f"small-{percent}": (0.98, 0.5) for percent in (25, 50, 75, 90)}
+        runner = told({"base": (0.98, 1.0), **CONTEXTS, **rounds, **students}, ratio="auto", max_rounds=3)
+        measured, measure = [], runner.measure
+
+        def counted(name, model, part, context=None):
+            measured.append(f"{name}-{part}")
+            return measure(name, model, part, context)
+
+        def undecided(before, after, *rest):
+            return Conclusion(
+                [compare_measurements(*(measure(Path(file).stem, "", "") for file in (before, after)), 0)]
+            )
+
+        monkeypatch.setattr(runner, "measure", counted)
+        monkeypatch.setattr("trl_opsd.compress.auto.verdict.decide", undecided)
+        monkeypatch.setattr("trl_opsd.compress.auto.verdict.merged", lambda folder, merged: folder)
+        for name in ("write_card", "report", "place"):
+            monkeypatch.setattr(f"trl_opsd.compress.auto.verdict.{name}", lambda *told: None)
+        assert compress(runner) == Answer.UNDECIDED.status
+        ran = [*measured, *(stage.name for stage, _ in runner.stages)]
+        assert ran[0] == "base-guard" and {"round-3-final", "small-25-final", "base-final", "bank"} <= set(ran)
+        assert len(ran) == len(set(ran)) == 1 + runner.plan.stages
+        assert told({}, export_formats=["w8a8"]).plan.stages == told({}).plan.stages + 2  # with a bank of its own
+
+    def test_what_a_stage_takes_beside_its_tokens_is_in_the_time(self, told):
+        runner = told({}, contexts=["{prompt} concise"], ratio="0.5", samples=2, max_rounds=2)
+        base = measurement(share(0.9, 100), PLAIN_TOKENS[:100])
+        base.row = dataclasses.replace(base.row, generation_s=5.0)
+        for seconds in (5.0, 25.0):
+            tell_time(runner, base, seconds)
+        alone, whole = (entry["because"] for entry in runner.decisions())
+        assert (alone["start_s"], whole["start_s"]) == (0.0, 20.0)
+        # A context, two rounds and their looks, the bank, the four of a student, and the verdict on start, student and round
+        assert whole["stages"] == 1 + 4 + 1 + 4 + 3
+        assert whole["seconds_at_most"] == pytest.approx(alone["seconds_at_most"] + 13 * 20)
+        tell_time(runner, base, 0.1)  # they were there already, so that nothing is known of this machine
+        assert len(runner.decisions()) == 2
+
+
 @pytest.mark.parametrize(("answer", "names"), [(Answer.AS_GOOD, ["me/short"]), (Answer.UNDECIDED, [])])
 def test_what_is_as_good_is_uploaded(told, monkeypatch, answer, names):
     pushed = []
@@ -621,6 +663,8 @@ def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
     out = capsys.readouterr().out
     assert "3. the verdict, on 100 problems" in out
     assert "GiB" in out
+    # Base and two contexts, six rounds with their looks, and the verdict on the start and what is left
+    assert "time: at most 17 stages" in out
 
 
 def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):

@@ -296,3 +296,56 @@ def test_growth_and_gaps_of_a_soak():
     assert soak.gaps([*log[:2], *log[3:], {"train_runtime": 1.0, "step": 5}], 5) == ["step 3 is there 0 times"]
     assert soak.gaps([*log, log[-1]], 5) == ["step 5 is there 2 times"]
     assert soak.gaps([*log[:4], {**log[4], "loss": float("nan")}], 5) == ["the loss of step 5 is not finite"]
+
+
+class TestGeneration:
+    """Tokens per second of generation in training: the arithmetic of its rows, and what is not there."""
+
+    BATCHES = [
+        {"lengths": [100, 192], "seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "extra_mib": 7.0}
+        for seconds, cpu, peak in ((10.0, 4.0, 900.0), (20.0, 2.0, 905.4), (40.0, 1.0, 901.0))
+    ]
+
+    def test_medians_of_the_processor_and_of_the_clock(self):
+        from scripts.benchmarks import generation
+
+        syncs = [{"seconds": 0.5, "cpu_seconds": 0.1}, {"seconds": 0.1, "cpu_seconds": 0.1}]
+        row = generation.summary("smollm2", "vLLM, float32", self.BATCHES, [*syncs, syncs[0]], 12.34)
+        assert (row["tokens_per_cpu_second"], row["lowest"], row["highest"]) == (146.0, 73.0, 292.0)
+        assert (row["tokens_per_second"], row["cpu_seconds"], row["seconds"]) == (14.6, 2.0, 20.0)
+        assert (row["mean_length"], row["longest"], row["at_limit"]) == (146.0, 192, 0.5)
+        assert (row["sync_seconds"], row["sync_cpu_seconds"], row["peak_mib"]) == (0.5, 0.1, 905)
+        before = generation.summary("smollm2", generation.BEFORE, self.BATCHES[:1], [None], 1.0)
+        first, second = generation.table([before, row]).splitlines()[2:]
+        assert "| 73 (73 to 73) | 1.00 |" in first and "| none |" in first
+        assert "| 146 (73 to 292) | 2.00 | 15 | 2.0 (20.0) | 146, 192 | 0.10 (0.50) |" in second
+
+    def test_where_there_is_no_vllm_it_is_said_and_not_left_out(self, tmp_path, monkeypatch, capsys):
+        from scripts.benchmarks import generation
+
+        turns = []
+
+        @contextlib.contextmanager
+        def told():
+            def call(function, way=None, *args):
+                turns.append((function.__name__, way))
+                return {"start": 1.0, "sync": None, "write": self.BATCHES[0]}[function.__name__]
+
+            yield call
+
+        monkeypatch.setattr(generation, "process", told)
+        monkeypatch.setattr(generation, "is_vllm_available", lambda: False)
+        generation.main(
+            ["--models", "tiny", "--tiny", "somewhere", "--repeats", "2", "--output", str(tmp_path), "--ways", *WAYS]
+        )
+        rows = json.loads((tmp_path / "tiny.json").read_text())["rows"]
+        assert [row["way"] for row in rows] == list(generation.WAYS) == WAYS
+        assert ["not_measured" in row for row in rows] == [False, False, True, True]
+        # Two starts, then in turns
+        assert [way for name, way in turns if name == "write"] == WAYS[:2] * 2
+        out = capsys.readouterr().out
+        assert "Not measured: vLLM, because vLLM is not installed" in out
+        assert "| tiny | vLLM, float32 | not measured: vLLM is not installed" in out
+
+
+WAYS = ["transformers, before", "transformers, finished rows dropped", "vLLM, float32", "vLLM, bfloat16"]

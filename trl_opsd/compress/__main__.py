@@ -5,6 +5,8 @@ Interrupted and run again, it goes on with the first stage that is not finished.
 ends in a sweep of smaller students (`recipes/tiny/size.yaml`).
 """
 
+import time
+
 from ..cli import parse, silence, user_errors
 
 
@@ -12,6 +14,7 @@ ARGUMENTS = ("trl_opsd.compress.config.CompressConfig", "trl_opsd.compress.auto_
 
 
 def main(args: list[str] | None = None) -> None:
+    began = time.monotonic()  # before what takes seconds is imported
     with user_errors():
         config, arguments = parse(ARGUMENTS, args, prog="trl_opsd.compress")
         if not config.is_automatic:
@@ -19,7 +22,7 @@ def main(args: list[str] | None = None) -> None:
     if config.is_automatic:
         from .auto.run import run as run_automatic
 
-        run_automatic(config, arguments)
+        run_automatic(config, arguments, began)
         return
     from .run import run
 

@@ -150,15 +150,40 @@ class Plan:
         return min(self.sizes["train"], self.recovery_updates * self.arguments.rollouts)
 
     @property
+    def candidates(self) -> int:
+        """Models that the verdict is given on at most: the students, and what length has left."""
+        return 1 + len(self.ratios)
+
+    @property
     def measured(self) -> int:
-        """Completions that are measured at most; an export writes each of the last problems once."""
+        """
+        Completions that are measured at most: of the verdict's problems those of the start and of each candidate, and of
+        both again and more while it is undecided. An export writes each of them once.
+        """
         sizes = self.sizes
-        looks = (1 + len(self.contexts) + self.arguments.max_rounds) * sizes["guard"] + 2 * sizes["final"]
-        looks += len(self.ratios) * (sizes["guard"] + sizes["final"])
+        looks = (1 + len(self.contexts) + self.arguments.max_rounds + len(self.ratios)) * sizes["guard"]
+        looks += (1 + self.candidates * (1 + 2 * self.arguments.decide)) * sizes["final"]
         return looks * self.arguments.samples + len(self.artefacts) * sizes["final"]
 
-    def describe(self) -> str:
-        """The plan in words, and what it takes, from the sizes alone."""
+    @property
+    def stages(self) -> int:
+        """Stages that follow the first measurement at most. Each is a process that starts anew."""
+        count = len(self.contexts) + 2 * self.arguments.max_rounds  # a round is trained, and looked at
+        if self.ratios:
+            count += 1 + 4 * len(self.ratios)  # the bank; pruned, recovered twice and looked at
+        count += 1 + self.candidates  # the start, on the verdict's problems, and each candidate
+        if self.artefacts:
+            count += 1 + any(artefact.is_calibrated for artefact in self.artefacts)
+        return count
+
+    def describe(self, start: float) -> str:
+        """
+        The plan in words, and what it takes, from the sizes alone.
+
+        Args:
+            start (`float`):
+                Seconds that a stage takes to start: those that this process took to come here, which imports what they do.
+        """
         arguments, fit, sizes, processes = self.arguments, self.fit, self.sizes, self.launch.processes
         devices = ("GPU" if processes == 1 else "GPUs") if fit.has_gpu else "CPU process" + "es" * (processes > 1)
         how = "all weights"
@@ -189,7 +214,7 @@ class Plan:
             f"{self.config.model_name_or_path}: {fit.parameters / 1e6:,.1f}M parameters, on "
             f"{processes} {devices} of {fit.capacity:.0f} GiB",
             *(f"{number}. {step}" for number, step in enumerate(steps, start=1)),
-            *self._describe_cost(),
+            *self._describe_cost(start),
         ]
         return "\n".join(lines)
 
@@ -206,8 +231,8 @@ class Plan:
             "and stop at the first that is no longer as good"
         )
 
-    def _describe_cost(self) -> list[str]:
-        """Memory, disk and rollouts."""
+    def _describe_cost(self, start: float) -> list[str]:
+        """Memory, disk, time and rollouts."""
         arguments, fit = self.arguments, self.fit
         memory = ", ".join(f"{name} {value:.2f}" for name, value in fit.memory.items() if value > 0.005)
         # Of a round the model, and a checkpoint with the moments; at the end the model again
@@ -224,11 +249,13 @@ class Plan:
         return [
             f"memory of training: {sum(fit.memory.values()):.2f} GiB ({memory})",
             f"disk: about {disk / GIB:.2g} GiB at most",
-            f"rollouts: at most {written:,} to train on and {self.measured:,} to measure; "
-            "how long that takes is said when the first are written",
+            f"rollouts: at most {written:,} to train on and {self.measured:,} to measure",
+            f"time: at most {1 + self.stages} stages, each of them a process that starts anew, at {start:.0f} s, which this "
+            f"one took: {(1 + self.stages) * start / 60:.0f} minutes; how long the rollouts take is said when the first are "
+            "written",
         ]
 
-    def seconds_left(self, speed: float, length: float) -> float:
+    def seconds_left(self, speed: float, length: float, start: float) -> float:
         """
         How long the run takes at most from when the base is measured.
 
@@ -237,9 +264,11 @@ class Plan:
                 Tokens that are written in a second.
             length (`float`):
                 Tokens of a reply.
+            start (`float`):
+                Seconds that a stage takes beside what it writes: its imports, its model, its verdicts.
         """
         # Training an update takes about as long as writing its rollouts
         rollouts = self.recovery_updates * self.arguments.rollouts
         trained = 2 * rollouts + (self.banked + 3 * len(self.ratios) * rollouts) * bool(self.ratios)
         measured = self.measured - self.sizes["guard"] * self.arguments.samples
-        return (measured + trained) * length / speed
+        return (measured + trained) * length / speed + self.stages * start

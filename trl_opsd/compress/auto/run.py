@@ -19,7 +19,7 @@ from .size import shrink
 from .verdict import conclude, leave_nothing
 
 
-def run(config: CompressConfig, arguments: AutoConfig) -> None:
+def run(config: CompressConfig, arguments: AutoConfig, began: float) -> None:
     """
     Plans, and unless it is a dry run does it.
 
@@ -28,10 +28,12 @@ def run(config: CompressConfig, arguments: AutoConfig) -> None:
             Checkpoint, prompts, folder, launcher and seed.
         arguments ([`~trl_opsd.compress.auto_config.AutoConfig`]):
             The rest.
+        began (`float`):
+            When the command began, before its imports, by `time.monotonic`.
     """
     with user_errors():
         runner = Runner(Plan(config, arguments))
-        runner.say(runner.plan.describe())
+        runner.say(runner.plan.describe(time.monotonic() - began))
         if arguments.dry_run:
             return
         try:
@@ -71,16 +73,20 @@ def compress(runner: Runner) -> int:
 
 
 def tell_time(runner: Runner, base: Measurement, seconds: float) -> None:
-    """Says how long the rest will take, from the tokens that were just written, in so many `seconds` with the start."""
+    """Says how long the rest will take, from the stage that has just ended, of so many `seconds`, and the tokens it wrote."""
     row = base.row
     if row.generation_s is None or seconds < row.generation_s:  # they were there already
         return
     speed = row.n * runner.plan.arguments.samples * row.mean_tokens / max(row.generation_s, 1e-3)
-    left = runner.plan.seconds_left(speed, row.mean_tokens)
+    start = seconds - row.generation_s
+    left = runner.plan.seconds_left(speed, row.mean_tokens, start)
     runner.decide(
         "time",
-        f"{speed:,.0f} tokens a second: at most {left / 60:.0f} minutes from here, if replies stay as long as they are",
+        f"{speed:,.0f} tokens a second, and {start:.0f} s of a stage beside them: at most {left / 60:.0f} minutes from here "
+        f"in {runner.plan.stages} stages, if replies stay as long as they are",
         tokens_per_s=speed,
+        start_s=start,
+        stages=runner.plan.stages,
         seconds_at_most=left,
         first_s=seconds,
     )
