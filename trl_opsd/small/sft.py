@@ -148,6 +148,7 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
     train(trainer, resume_from)
 
     results = [entry for entry in trainer.state.log_history if "phase" in entry]
+    set_seed(args.seed)  # so that the sampled ones are those of a run that went on after its last step, too
     for sample in (False, True):
         for result in measure_families(model, tokenizer, tasks, TEMPLATES, sample):
             results.append({"phase": "final", "step": trainer.state.global_step, **result})
