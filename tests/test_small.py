@@ -200,6 +200,7 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
     options = {**SMALL, "max_steps": 4, "save_steps": 2, "accuracy_steps": 2, "per_device_train_batch_size": 2}
     options |= {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 1}', "disable_tqdm": "true"}
+    options |= {"logging_steps": 1}
     drawn_from, answer = [], sft.answer
 
     def watched(model, tokenizer, tasks, mode, max_new_tokens, sample=False):
@@ -224,6 +225,12 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     out = capsys.readouterr().out
     assert "step 2: " not in out and "step 4: " in out and "leg_counting" in out  # it has not begun anew
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    logs = [
+        json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        for name in ("whole", "again")
+    ]
+    tokens = [[entry["num_tokens"] for entry in log if "num_tokens" in entry] for log in logs]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 4 and tokens[0][0] < tokens[0][3]
     # After the last step there is nothing to go through on the way, and what is sampled is the same
     run("last", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
     assert len(drawn_from) == 3 * len(TEMPLATES) and len(set(drawn_from)) == len(TEMPLATES)
