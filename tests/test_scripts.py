@@ -242,6 +242,7 @@ def test_what_is_killed_is_told_and_left_as_it_was():
         ("opsd.json", lambda run: run["opsd.json"]["rows"].pop(0)),
         ("checkpoint-6/pass_rates.json", lambda run: run["checkpoint-6/pass_rates.json"].update(position=4)),
         (None, lambda run: run["opsd.json"]["rows"][0].update(step_time=9.0)),  # what no run repeats
+        (None, lambda run: run["opsd.json"].update(resume_from_checkpoint="checkpoint-3")),
         (None, lambda run: run["checkpoint-5/optimizer.pt"]["state"][0].add_(1)),  # of a step on the way
     ],
 )

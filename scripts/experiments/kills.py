@@ -66,6 +66,8 @@ TIMES = (
 TIMES += ("train_loss",)
 # And how much of an evaluation an earlier run had generated
 TIMES += ("cached",)
+# And where and how it was run, of which a chain gives the stage that it goes on with the checkpoint
+HOW = ("environment", "commit", "logging_dir", "resume_from_checkpoint")
 
 TRAINING = {
     "per_device_train_batch_size": 4,
@@ -523,7 +525,7 @@ def timeless(value: Any, out: Path) -> Any:
         return {
             name: timeless(part, out)
             for name, part in value.items()
-            if not any(time in name for time in TIMES) and name not in ("environment", "commit", "logging_dir")
+            if not any(time in name for time in TIMES) and name not in HOW
         }
     if isinstance(value, list):
         return [timeless(part, out) for part in value]
