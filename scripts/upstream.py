@@ -772,9 +772,8 @@ _TESTS_OF_GATE = """
 """
 _TEACHER_OF_TRL = (
     (
-        "positions = self.teacher.config.get_text_config().max_position_embeddings",
-        "teacher = self.accelerator.unwrap_model(self.teacher_model)\n"
-        "        positions = teacher.config.get_text_config().max_position_embeddings",
+        "positions = positions_of(self.teacher.config)",
+        "positions = positions_of(self.accelerator.unwrap_model(self.teacher_model).config)",
     ),
     (
         """        teacher_hidden, teacher_head = self.teacher.forward(
@@ -1146,7 +1145,11 @@ def extract_logprobs(''',
     ),
     Step(
         "context",
-        parts=(_ours("context"), _test("test_teacher_context")),
+        parts=(
+            _ours("context"),
+            Part("trl_opsd/positions.py", f"{PACKAGE}/positions.py"),
+            _test("test_teacher_context"),
+        ),
         series="context",
     ),
     Step(
@@ -1194,7 +1197,7 @@ def extract_logprobs(''',
             TeacherContext TeacherPrompts TEACHER_PROMPT_TEMPLATES teacher_context teacher_prompt_template max_teacher_prompt_length build_teacher_context build_teacher_contexts context contexts
             teacher_prompts
             teacher_chat_template_kwargs own_kwargs own_template_kwargs _chat_template_kwargs _tokenize_for_teacher padded
-            _apply_chat_template _max_teacher_prompt _tokenize_teacher_prompts teacher_prompt_ids teacher_prompt_mask
+            _apply_chat_template _max_teacher_prompt positions_of _tokenize_teacher_prompts teacher_prompt_ids teacher_prompt_mask
             _VALID_DICT_FIELDS check_text_only sibling siblings sibling_fallback takes_sibling shortest_siblings
             build_sibling_fallback uses_sibling fallbacks
         """,
@@ -1278,7 +1281,7 @@ def extract_logprobs(''',
     Step(
         "faults",
         parts=(
-            _ours("faults"),
+            Part("trl_opsd/faults.py", f"{PACKAGE}/faults.py"),
             _ours("metrics"),
             _ours("verify"),
             _ours("trainer", target="opsd_trainer", edits=_OF_TRAINER),
@@ -1353,6 +1356,8 @@ def extract_logprobs(''',
 
 # Modules that TRL names after their trainer
 _RENAMED = {"config": "opsd_config", "trainer": "opsd_trainer"}
+# And those beside our stages that go with the trainer
+_BESIDE = "faults|positions"
 
 
 def at_home_in_trl(text: str, target: str) -> str:
@@ -1371,6 +1376,7 @@ def at_home_in_trl(text: str, target: str) -> str:
     for ours, theirs in _RENAMED.items():
         text = re.sub(rf"\bfrom \.{ours} import", f"from .{theirs} import", text)
         text = re.sub(rf"\btrl_opsd\.opsd\.{ours}\b", f"trl_opsd.opsd.{theirs}", text)
+    text = re.sub(rf"\bfrom \.\.({_BESIDE}) import", r"from .\1 import", text)
     text = text.replace("[`~trl_opsd.opsd.", "[`~experimental.opsd.")
     text = re.sub(r"\btrl_opsd\.opsd\b|\btrl_opsd(?= import)", "trl.experimental.opsd", text)
     if target.startswith("tests/"):

@@ -1,4 +1,7 @@
-"""One generation of `RLVRTrainer` on fixed rollouts in however many processes; each writes what it would train on."""
+"""
+Generations of `RLVRTrainer` on fixed rollouts in however many processes, each of which writes what it would train on, and three
+steps: in the first a rollout is not finite, in the second a gradient.
+"""
 
 import argparse
 from pathlib import Path
@@ -6,6 +9,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_opsd import RLVRConfig, RLVRTrainer
@@ -72,6 +76,67 @@ def make_trainer(folder: Path, rows: list[dict], **options) -> RLVRTrainer:
     )
 
 
+class Spoil(torch.autograd.Function):
+    """Something whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+class Weights(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.found.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+WRONG = tokenizer(reply(1, 2))["input_ids"] + [tokenizer.eos_token_id]
+logps = GRPOTrainer._get_per_token_logps_and_entropies
+
+
+def spoiled(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    """What one rollout has in the first step is not finite where its tokens count, nor the gradient of the last process in the second."""
+    found, *more = logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+    if torch.is_grad_enabled() and self.state.global_step == 0:
+        counting = [
+            ids[-logits_to_keep:][mask[-logits_to_keep:].bool()].tolist()
+            for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        poison = torch.tensor([[torch.nan if ids == WRONG else 1.0] for ids in counting])
+        found = found * poison
+    if torch.is_grad_enabled() and self.state.global_step == 1 and self.accelerator.is_last_process:
+        found = Spoil.apply(found)
+    return found, *more
+
+
+def faulty(folder: Path, per_device: int) -> dict:
+    """Three steps, and what is known of each."""
+    options = {"per_device_train_batch_size": per_device, "max_steps": 3, "logging_steps": 1, "optim": "sgd"}
+    trainer = make_trainer(folder, examples, **options, learning_rate=1.0, lr_scheduler_type="constant")
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    weights = Weights()
+    trainer.add_callback(weights)
+    with (
+        mock.patch.object(GRPOTrainer, "_generate_single_turn", generate),
+        mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spoiled),
+    ):
+        trainer.train()
+    return {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "weights": [start, *weights.found],
+        "norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
+        "entropy": [log["entropy"] for log in trainer.state.log_history if "entropy" in log],
+    }
+
+
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)
@@ -98,6 +163,7 @@ def main(args: list[str] | None = None) -> None:
             }
         )
         process = trainer.accelerator.process_index
+    results.append(faulty(args.output / "faulty", args.per_device))
     torch.save(results, args.output / f"process-{process}.pt")
 
 

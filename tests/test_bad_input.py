@@ -511,6 +511,7 @@ FILES = [
     ("opsd", bad(**chat(("user", "3"), ("tool", "3"))), "", "A teacher context needs prompts that end in a user turn"),
     ("rlvr", bad(**chat(("user", "3 a:-4"), ("assistant", "6"))), "", FOURTH + "the roles of `prompt` are user, assistant"),
     ("rlvr", bad(**chat(("bot", "3 a:-4"))), "", FOURTH + "`prompt` has the role 'bot'"),
+    ("rlvr", bad(**chat(("user", "3 a:-4"), ("ipython", "6"), ("assistant", "6"))), "", FOURTH + "the roles of `prompt` are user, ipython"),
     ("evaluate", bad(**chat(("assistant", "3 a:-4"))), "", FOURTH + "the roles of `prompt` are assistant"),
     ("prune", bad(**chat(("user", "3"), ("system", "3"))), "", FOURTH + "the roles of `prompt` are user, system"),
     ("opsd", bad(**chat(("user", "3 a:-4<|im_end|>"))), "", "In 1 of 8 rows the last message of `prompt` spells a special token"),

@@ -2,11 +2,12 @@
 
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig, Qwen2Config
+from transformers import BloomConfig, LlamaConfig, MambaConfig, MptConfig, Qwen2Config
 
 from trl_opsd.cli import UserError
-from trl_opsd.data import check_fit, positions_of
+from trl_opsd.data import check_fit
 from trl_opsd.opsd import OPSDConfig
+from trl_opsd.positions import positions_of
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
@@ -29,6 +30,9 @@ LLAMA3 = {
         (Qwen2Config(max_position_embeddings=131072, rope_parameters=YARN), 131072),
         (LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8192),
         (LlamaConfig(max_position_embeddings=131072, rope_parameters=LLAMA3), 131072),
+        (BloomConfig(), None),
+        (MptConfig(), None),
+        (MambaConfig(), None),
     ],
 )  # fmt: skip
 def test_scaled_positions_count(config, positions):
@@ -70,6 +74,33 @@ def test_the_row_that_cannot_be_written_is_named(tokenizer, monkeypatch):
     )
     with pytest.raises(UserError, match="row 7: .* cannot write this `prompt` .*no x"):
         check_fit(chats(*["3" * 10] * 6, "x" * 10, "3"), "d", tokenizer, 30, 10)
+
+
+KNOWS_TWO = "{% for m in messages %}{% if m.role in ['user', 'ipython'] %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+def test_a_role_that_the_template_leaves_out_is_named(tokenizer, monkeypatch):
+    """Llama 3.1 says `ipython` of what a tool has answered; others say nothing at all where it stands."""
+    monkeypatch.setattr(tokenizer, "chat_template", KNOWS_TWO)
+    rows = [
+        [{"role": "user", "content": "3"}, {"role": role, "content": "4"}] for role in ("ipython", "ipython", "tool")
+    ]
+    check_fit(Dataset.from_dict({"prompt": rows[:2]}), "d", tokenizer, 20, 10)
+    with pytest.raises(UserError, match="row 3: the chat template of .* leaves out what the role 'tool' says"):
+        check_fit(Dataset.from_dict({"prompt": rows}), "d", tokenizer, 20, 10)
+
+
+def test_what_is_far_too_long_is_known_by_its_beginning(tokenizer, monkeypatch):
+    seen, write = [], tokenizer.apply_chat_template
+
+    def watched(prompts, **kwargs):
+        seen.extend(prompts)
+        return write(prompts, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", watched)
+    with pytest.raises(UserError, match="in 1 of 3 rows .*row 2 has 1280 or more"):
+        check_fit(chats("3", "3" * 100_000, "3"), "d", tokenizer, 30, 10)
+    assert [prompt[0]["content"] for prompt in seen] == ["3", "3"]
 
 
 def test_opsd_says_that_it_needs_a_limit(tmp_path):

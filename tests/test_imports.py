@@ -20,6 +20,8 @@ ORDER = [
     "resuming",
     "decoding",
     "sampling",
+    "positions",
+    "faults",
     "data",
     "rewards",
     "tiny",

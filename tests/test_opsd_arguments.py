@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_opsd_trainer import NoModel, same_rollouts, settings
+from transformers import BloomConfig, BloomForCausalLM
 from trl import DistillationConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
@@ -108,6 +109,27 @@ def test_a_problem_that_does_not_fit_is_found_before_training(tmp_path, small_mo
 def test_a_completion_has_positions(tmp_path, small_model, tokenizer, rows):
     with pytest.raises(ValueError, match="leaves no room for a prompt in the 512 positions"):
         build(tmp_path, small_model(0), tokenizer, rows, max_completion_length=512)
+
+
+def test_scaled_positions_are_the_teachers_too(tmp_path, small_model, tokenizer, rows):
+    student = small_model(0)
+    student.config.rope_parameters = {
+        **student.config.rope_parameters,
+        **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    }
+    trainer = build(tmp_path, student, tokenizer, rows, max_completion_length=512)
+    assert trainer._max_teacher_prompt(512) == 4 * 512 - 512
+
+
+def test_a_model_without_positions_has_no_limit(tmp_path, tokenizer, rows):
+    """Also where the teacher's prompt is long: there is nothing that it has to be cut to."""
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2, eos_token_id=tokenizer.eos_token_id
+    )
+    trainer = build(tmp_path, BloomForCausalLM(config), tokenizer, rows, gate="all", max_steps=1)
+    assert trainer._max_teacher_prompt(12) is None
+    trainer.train()
+    assert trainer.state.log_history[0]["opsd/privileged_cut"] == 0
 
 
 def test_a_budget_below_one_rollout_is_said(tmp_path, small_model, tokenizer, rows, caplog):

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig
 from test_opsd_trainer import Recorder, reward_by_length, same_rollouts, settings
 
-from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd import faults, verify
+from trl_opsd import OPSDConfig, OPSDTrainer, faults
+from trl_opsd.opsd import verify
 from trl_opsd.opsd.metrics import OPSDAlarm
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -212,19 +212,65 @@ def test_a_step_without_memory_is_made_again_in_halves(
     tmp_path, small_model, tokenizer, rows, completions, backward, caplog
 ):
     weights, kl = [], []
+    attempts, accumulate, under = [], OPSDTrainer._accumulate, OPSDTrainer._accumulate_under
+
+    def counted(self, *args):
+        attempts[-1] += 1
+        return accumulate(self, *args)
+
+    def attempted(self, *args):
+        attempts.append(0)
+        return under(self, *args)
+
     for limit in (10**9, 150):
         trainer = build(
             tmp_path, small_model, tokenizer, rows, reward_by_length(0), max_tokens_per_microbatch=250, max_steps=1
         )
-        with same_rollouts(completions), NoMemory(trainer, limit, backward) as device:
+        entropies, log = [], trainer.log
+        trainer.log = lambda *args, log=log, trainer=trainer, entropies=entropies: (
+            entropies.append(len(trainer._metrics["train"]["entropy"])),
+            log(*args),
+        )
+        with (
+            same_rollouts(completions),
+            NoMemory(trainer, limit, backward) as device,
+            mock.patch.object(OPSDTrainer, "_accumulate", counted),
+            mock.patch.object(OPSDTrainer, "_accumulate_under", attempted),
+        ):
             trainer.train()
+        # Of the attempt that counts, and of nothing before it
+        assert entropies[0] == attempts[-1] and len(trainer._metrics["train"]["opsd/kl"]) == 0
         weights.append(trainer.model.state_dict())
         kl.append(recorder(trainer).logs[0]["opsd/kl"])
+    assert len(attempts) == 3  # in the backward pass something has been measured when there is no memory
     assert "Out of memory in step 1, in a micro-batch of" in caplog.text and "made again" in caplog.text
     assert max(height * width for height, width in device.forwards) > 150
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
     assert kl[1] == pytest.approx(kl[0], rel=1e-5)
+
+
+def test_what_is_left_out_of_a_step_that_is_made_again_is_written_once(
+    tmp_path, small_model, tokenizer, rows, completions
+):
+    trainer = build(
+        tmp_path, small_model, tokenizer, rows, reward_by_length(0), max_tokens_per_microbatch=250, max_steps=1
+    )
+    attempts = []
+
+    def fails_at_first(self, model, batch, budget):
+        attempts.append(budget)
+        self._at_work = (2, 200)
+        self.faults.add(batch, torch.arange(len(batch["prompt_ids"])) != 3)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(())
+
+    with same_rollouts(completions), mock.patch.object(OPSDTrainer, "_accumulate_under", fails_at_first):
+        trainer.train()
+    assert attempts == [250, 100]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert [line["completion_ids"] for line in lines] == [completions[3]]
 
 
 @pytest.mark.parametrize(

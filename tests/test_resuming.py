@@ -456,3 +456,23 @@ def test_a_file_that_the_main_process_cannot_read_ends_all_of_them(monkeypatch):
     with pytest.raises(ValueError, match=r"optimizer\.pt"):
         resuming.agreed_checkpoint(SimpleNamespace(process_index=0, resume_from_checkpoint=True, output_dir="out"))
     assert sent == [[None, "Permission denied: 'optimizer.pt'"]]
+
+
+def test_what_the_main_process_finds_is_looked_for_by_no_other(monkeypatch):
+    sent = []
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda objects: sent.append(list(objects)))
+    assert resuming.agreed(SimpleNamespace(process_index=0), lambda: [3]) == [3]
+
+    def refused():
+        raise ValueError("row 3")
+
+    with pytest.raises(ValueError, match="^row 3$"):
+        resuming.agreed(SimpleNamespace(process_index=0), refused)
+
+    def receive(objects):
+        objects[:] = sent.pop(0)
+
+    monkeypatch.setattr(resuming, "broadcast_object_list", receive)
+    assert resuming.agreed(SimpleNamespace(process_index=1), lambda: pytest.fail("it looked itself")) == [3]
+    with pytest.raises(ValueError, match="^row 3$"):
+        resuming.agreed(SimpleNamespace(process_index=1), lambda: pytest.fail("it looked itself"))

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -148,7 +149,7 @@ def test_groups_without_variance_are_replaced_by_fresh_ones(runs, tokenizer, cas
 
 
 def test_the_metrics_are_those_of_the_first_round(runs):
-    _, ((once, twice, often),), _ = runs
+    _, ((once, twice, often, _),), _ = runs
     own = {"num_tokens", "rlvr/generation_rounds", "rlvr/groups_without_variance"}
     for result in (twice, often):
         assert {k: v for k, v in result["metrics"].items() if k not in own} == {
@@ -175,6 +176,31 @@ def test_two_processes_train_on_what_one_does(runs, tokenizer, case):
         assert result[case]["metrics"].keys() == one[case]["metrics"].keys()
         for name, values in one[case]["metrics"].items():
             assert result[case]["metrics"][name] == pytest.approx(values), name
+
+
+def test_what_is_not_finite_is_left_out_by_two_processes_as_by_one(runs, tokenizer):
+    """A rollout of the second process in the first step, and its gradient in the second."""
+    folder, (one,), two = runs
+    one, two = one[-1], [result[-1] for result in two]
+    assert {result["wrapper"] for result in two} == {"DistributedDataParallel"}
+    for step, weights in enumerate(one["weights"]):
+        for name, value in weights.items():
+            assert torch.equal(two[0]["weights"][step][name], two[1]["weights"][step][name]), (step, name)
+            torch.testing.assert_close(two[0]["weights"][step][name], value, rtol=1e-4, atol=1e-5)
+    for result in (one, *two):
+        moved = [
+            any(not torch.equal(before[name], after[name]) for name in before)
+            for before, after in zip(result["weights"], result["weights"][1:], strict=False)
+        ]
+        assert moved == [True, False, True] and result["norms"][1] == 0
+        # What an abandoned forward pass had measured would not be finite
+        assert len(result["entropy"]) == 3 and all(map(math.isfinite, result["entropy"]))
+    for name in ("one", "two"):
+        lines = [json.loads(line) for line in (folder / name / "faulty" / "left_out.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1] + [2] * 12
+        assert tokenizer.decode(lines[0]["completion_ids"], skip_special_tokens=True) == reply(1, 2)
+        assert examples[1]["prompt"][0]["content"] in lines[0]["prompt"] and "log-probability" in lines[0]["why"]
+        assert "gradient" in lines[1]["why"] and len({line["prompt"] for line in lines[1:]}) == 3
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

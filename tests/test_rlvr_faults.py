@@ -1,4 +1,4 @@
-"""What must not cost an RLVR run: a gradient that is not finite. GRPO's own trainer follows it, and its weights are NaN."""
+"""What must not cost an RLVR run: a rollout that is not finite. GRPO's own trainer follows it, and its weights are NaN."""
 
 import json
 import math
@@ -10,7 +10,8 @@ import yaml
 from test_rlvr import OPTIONS
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_opsd.rlvr import RLVRConfig, RLVRTrainer, faults
+from trl_opsd import faults
+from trl_opsd.rlvr import RLVRConfig, RLVRTrainer
 from trl_opsd.rlvr.__main__ import main
 
 
@@ -19,17 +20,32 @@ def by_length(completions, **kwargs):
     return [-float(len(completion[0]["content"]) % 3) for completion in completions]
 
 
-def spoiling(steps, poison=math.nan):
-    """A model whose log-probabilities of the first rollout of a micro-batch are not finite in some steps, from 0."""
+def spoiling(steps, poison=math.nan, rows=1):
+    """A model whose log-probabilities of the first rollouts of a micro-batch are not finite in some steps, from 0, where they count."""
     logps = GRPOTrainer._get_per_token_logps_and_entropies
 
-    def spoiled(self, *args, **kwargs):
-        found, *more = logps(self, *args, **kwargs)
+    def spoiled(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        found, *more = logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         if torch.is_grad_enabled() and self.state.global_step in steps:
-            found = torch.cat([poison * found[:1], found[1:]])
+            counts = attention_mask[:, -logits_to_keep:].any(dim=1, keepdim=True)
+            counts[rows:] = False
+            if counts.any():  # else what is multiplied by 0 would be in the gradient all the same
+                found = torch.where(counts, poison * found, found)
         return found, *more
 
     return mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spoiled)
+
+
+def counting_for_nothing(row):
+    """Micro-batches of which one rollout counts for nothing, and in the divisor of the loss all the same."""
+    loss = GRPOTrainer._compute_loss
+
+    def counted(self, model, inputs):
+        mask = inputs["completion_mask"].clone()
+        mask[row] = 0
+        return loss(self, model, {**inputs, "completion_mask": mask})
+
+    return mock.patch.object(GRPOTrainer, "_compute_loss", counted)
 
 
 class Recorder:
@@ -56,17 +72,57 @@ def train(trainer_class, config_class, folder, model, tokenizer, rows, **changes
     return trainer, [*recorder.weights, dict(trainer.model.state_dict())]
 
 
-@pytest.mark.parametrize("poison, changes", [(math.nan, {}), (math.inf, {"max_grad_norm": 0.0, "loss_type": "grpo"})])
-def test_a_step_that_is_not_finite_is_not_taken(tmp_path, small_model, tokenizer, rows, poison, changes):
-    with spoiling({1}, poison):
+@pytest.mark.parametrize(
+    "poison, changes",
+    [(math.nan, {}), (math.inf, {"max_grad_norm": 0.0, "loss_type": "grpo"})],
+)
+def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokenizer, rows, poison, changes):
+    """The step is that of a rollout of which no token counts."""
+    changes = {"optim": "sgd", "learning_rate": 1.0, **changes}
+    with spoiling({0}, poison):
         # In a third step it would end in the middle of `generate`
         _, theirs = train(
-            GRPOTrainer, GRPOConfig, tmp_path / "trl", small_model(), tokenizer, rows, **{"max_steps": 2, **changes}
+            GRPOTrainer, GRPOConfig, tmp_path / "trl", small_model(), tokenizer, rows, **{**changes, "max_steps": 1}
         )
-        trainer, (first, second, third, last) = train(
-            RLVRTrainer, RLVRConfig, tmp_path, small_model(), tokenizer, rows, **changes
+        trainer, weights = train(
+            RLVRTrainer, RLVRConfig, tmp_path, small_model(), tokenizer, rows, **{**changes, "max_steps": 2}
         )
     assert not all(value.isfinite().all() for value in theirs[-1].values())  # or there would be nothing to mend
+    with counting_for_nothing(0):
+        reference = train(
+            RLVRTrainer, RLVRConfig, tmp_path / "r", small_model(), tokenizer, rows, **{**changes, "max_steps": 1}
+        )
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name, value in reference[1][-1].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
+    assert all(value.isfinite().all() for value in weights[-1].values())
+    lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 and lines[0]["step"] == 1 and "a:" in lines[0]["prompt"] and lines[0]["completion_ids"]
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    # What an abandoned forward pass has measured would be there twice, and is not finite
+    assert all(math.isfinite(log["entropy"]) and math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in logs)
+
+
+def test_a_gradient_that_is_not_finite_is_not_followed(tmp_path, small_model, tokenizer, rows):
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.inf
+
+    logps = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spoiled(self, *args, **kwargs):
+        found, *more = logps(self, *args, **kwargs)
+        return Spoil.apply(found) if self.state.global_step == 1 else found, *more
+
+    with mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spoiled):
+        trainer, (first, second, third, last) = train(
+            RLVRTrainer, RLVRConfig, tmp_path, small_model(), tokenizer, rows
+        )
     moved = [
         any(not torch.equal(a[name], b[name]) for name in a)
         for a, b in ((first, second), (second, third), (third, last))
@@ -74,14 +130,13 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, small_model, tokenizer
     assert moved == [True, False, True]
     assert all(value.isfinite().all() for value in last.values())
     lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
-    assert len(lines) == 8 and {line["step"] for line in lines} == {2}
-    assert all("a:" in line["prompt"] and line["completion_ids"] for line in lines)
+    assert len(lines) == 8 and {line["step"] for line in lines} == {2} and "gradient" in lines[0]["why"]
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
     assert norms[1] == 0 and norms[0] > 0 and norms[2] > 0
 
 
-def test_the_micro_batch_that_is_not_finite_is_written_down(tmp_path, small_model, tokenizer, rows):
-    calls = []
+def test_a_micro_batch_of_which_nothing_is_finite_is_left_out(tmp_path, small_model, tokenizer, rows):
+    calls, logps = [], GRPOTrainer._get_per_token_logps_and_entropies
 
     def now_and_then(self, *args, **kwargs):
         found, *more = logps(self, *args, **kwargs)
@@ -91,33 +146,32 @@ def test_the_micro_batch_that_is_not_finite_is_written_down(tmp_path, small_mode
                 found = math.nan * found
         return found, *more
 
-    logps = GRPOTrainer._get_per_token_logps_and_entropies
     with mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", now_and_then):
-        train(
-            RLVRTrainer,
-            RLVRConfig,
-            tmp_path,
-            small_model(),
-            tokenizer,
-            rows,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-        )
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+        _, (first, last) = train(RLVRTrainer, RLVRConfig, tmp_path, small_model(), tokenizer, rows, **options)
+    assert len(calls) == 2 and all(value.isfinite().all() for value in last.values())
+    assert any(not torch.equal(first[name], last[name]) for name in first)
     lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {line["step"] for line in lines} == {1}
 
 
-def test_too_many_in_a_row_end_the_command_line_in_a_sentence(tmp_path, checkpoint, rows, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "steps, number, message",
+    [
+        ({0, 2, 3}, 1, "Something was not finite in each of 2 steps in a row, the last of them step 4: see `"),
+        ({1}, 8, "The log-probability of step 2 is nan or infinite on every rollout"),
+    ],
+)
+def test_what_does_not_heal_ends_the_command_line_in_a_sentence(
+    tmp_path, checkpoint, rows, monkeypatch, capsys, steps, number, message
+):
     monkeypatch.setattr(faults, "IN_A_ROW", 2)
     rows.to_json(tmp_path / "train.jsonl")
     options = {**OPTIONS, "max_steps": 5, "model_name_or_path": checkpoint(), "output_dir": str(tmp_path / "out")}
     options |= {"dataset_name": str(tmp_path / "train.jsonl"), "reward_funcs": ["test_rlvr_faults.by_length"]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
-    with spoiling({0, 2, 3}), pytest.raises(SystemExit) as end:
+    with spoiling(steps, rows=number), pytest.raises(SystemExit) as end:
         main(["--config", str(tmp_path / "recipe.yaml")])
     assert end.value.code == 3
-    assert (
-        "error: The gradient of each of 2 steps in a row is not finite, the last of them step 4"
-        in capsys.readouterr().err
-    )
+    assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -242,6 +242,7 @@ def test_what_is_killed_is_told_and_left_as_it_was():
         ("opsd.json", lambda run: run["opsd.json"]["rows"].pop(0)),
         ("checkpoint-6/pass_rates.json", lambda run: run["checkpoint-6/pass_rates.json"].update(position=4)),
         (None, lambda run: run["opsd.json"]["rows"][0].update(step_time=9.0)),  # what no run repeats
+        (None, lambda run: run["opsd.json"].update(resume_from_checkpoint="checkpoint-3")),
         (None, lambda run: run["checkpoint-5/optimizer.pt"]["state"][0].add_(1)),  # of a step on the way
     ],
 )
@@ -273,11 +274,21 @@ def test_what_a_continued_run_lost_is_found(tmp_path, name, change):
 def test_the_table_of_kills_counts_those_that_hit():
     from scripts.experiments import kills
 
-    row = {"case": "rlvr", "activity": "forward", "was_running": True, "lost": []}
-    again = {"activity": "generating", "was_running": True}
-    rows = [row, {**row, "was_running": False}, {**row, "again": again, "lost": ["opsd.json differs"]}]
-    assert "| rlvr | 3 | forward 2, generating 1 | 1 |" in kills.table(rows)
-    assert "| **all** | 3 |  | 1 |" in kills.table(rows)
+    forward, missed, generating = (
+        {"activity": activity, "was_running": was_running}
+        for activity, was_running in (("forward", True), ("forward", False), ("generating", True))
+    )
+    rows = [
+        {"case": "rlvr", "killed": [forward], "lost": []},
+        {"case": "rlvr", "killed": [missed], "lost": []},
+        {"case": "rlvr", "killed": [forward, generating, missed], "lost": ["opsd.json differs"]},
+        {"case": "rlvr, two processes", "killed": [generating], "lost": []},
+        {"case": "tiny", "killed": [generating], "lost": []},
+    ]
+    table = kills.table(rows)
+    assert "| rlvr | 3 | forward 2, generating 1 | 1 |" in table
+    assert "| **rlvr** | 4 |  | 1 |" in table and "| **all** | 5 |  | 1 |" in table
+    assert kills.kills_of_stage(rows, "rlvr") == 4
 
 
 def test_growth_and_gaps_of_a_soak():

@@ -200,6 +200,15 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
     options = {**SMALL, "max_steps": 4, "save_steps": 2, "accuracy_steps": 2, "per_device_train_batch_size": 2}
     options |= {"warmup_steps": 1, "lr_scheduler_kwargs": '{"num_decay_steps": 1}', "disable_tqdm": "true"}
+    options |= {"logging_steps": 1}
+    drawn_from, answer = [], sft.answer
+
+    def watched(model, tokenizer, tasks, mode, max_new_tokens, sample=False):
+        if sample:
+            drawn_from.append(torch.get_rng_state().numpy().tobytes())
+        return answer(model, tokenizer, tasks, mode, max_new_tokens, sample)
+
+    monkeypatch.setattr(sft, "answer", watched)
 
     def run(name, **changes):
         given = {**options, "output_dir": tmp_path / name, **changes}
@@ -216,6 +225,15 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     out = capsys.readouterr().out
     assert "step 2: " not in out and "step 4: " in out and "leg_counting" in out  # it has not begun anew
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    logs = [
+        json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        for name in ("whole", "again")
+    ]
+    tokens = [[entry["num_tokens"] for entry in log if "num_tokens" in entry] for log in logs]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 4 and tokens[0][0] < tokens[0][3]
+    # After the last step there is nothing to go through on the way, and what is sampled is the same
+    run("last", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
+    assert len(drawn_from) == 3 * len(TEMPLATES) and len(set(drawn_from)) == len(TEMPLATES)
     first = AutoModelForCausalLM.from_pretrained(halfway).state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in whole.items())
 
@@ -236,6 +254,9 @@ def test_mistakes_end_before_training(tmp_path):
         SmallConfig(taught_difficulty=4)
     with pytest.raises(ValueError, match="`slip_probability` is 2"):
         SmallConfig(slip_probability=2)
+    for name in ("train_size", "test_size", "accuracy_problems"):
+        with pytest.raises(ValueError, match=f"`{name}` is 20 and must be at least 21"):
+            SmallConfig(**{name: 20})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 

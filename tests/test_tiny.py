@@ -13,11 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from trl_opsd.cli import parse
-from trl_opsd.tiny import TEMPLATES, TinyConfig, make_model, problems, row, sft_rows, warm_start
+from trl_opsd.tiny import TEMPLATES, TinyConfig, make_model, problems, row, sft, sft_rows, warm_start
 from trl_opsd.tiny.__main__ import main
 from trl_opsd.tiny.sft import StopAtAccuracy, encode, measure, train
 from trl_opsd.tiny.tokenizer import make_tokenizer
@@ -104,7 +105,8 @@ def test_short_ways_can_be_taught_on_short_problems_only():
         return {"accuracy": 1.0}
 
     with mock.patch("trl_opsd.tiny.sft.measure", measure):
-        stop.on_step_end(None, SimpleNamespace(global_step=config.accuracy_steps, max_steps=0), SimpleNamespace())
+        state = SimpleNamespace(global_step=config.accuracy_steps, max_steps=0, log_history=[])
+        stop.on_step_end(SimpleNamespace(save_strategy="no"), state, SimpleNamespace(should_save=False))
     assert measured == {"plain": {1, 2, 3, 4, 5, 6}, "concise": {1, 2, 3}}
     with pytest.raises(ValueError, match="`short_ways_max_ops` is 7 and must lie between `min_ops` 1 and `max_ops` 6"):
         replace(CONFIG, short_ways_max_ops=7)
@@ -343,6 +345,65 @@ def test_the_command_line_writes_a_whole_checkpoint(tmp_path, capsys):
     assert end.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
+class Killed(BaseException):
+    """The process goes away: nothing is said or written any more."""
+
+
+def test_an_interrupted_warm_start_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Killed while it learns the chain, between that and the slips, while it learns these, and at the very end."""
+    config = TinyConfig(
+        **SMALL,
+        max_ops=2,
+        target_accuracy=0.0,
+        accuracy_steps=4,
+        accuracy_problems=8,
+        slip_steps=4,
+        train_size=8,
+        test_size=8,
+    )
+    steps, take, write = [], AcceleratedOptimizer.step, sft.write_results
+    end = [None]  # steps that are taken before the process is killed
+
+    def step(self, *args, **kwargs):
+        if [len(steps)] == end:
+            raise Killed
+        steps.append(1)
+        return take(self, *args, **kwargs)
+
+    def written(*args):
+        if end == ["written"]:
+            raise Killed
+        write(*args)
+
+    def run(name):
+        steps.clear()
+        warm_start(
+            config,
+            sft_config(tmp_path / name, save_strategy="steps", save_steps=3, resume_from_checkpoint="true"),
+        )
+        rows = json.loads((tmp_path / name / "sft.json").read_text())["rows"]
+        weights = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        return [{key: value for key, value in row.items() if key != "wall_s"} for row in rows], weights
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    monkeypatch.setattr(sft, "write_results", written)
+    rows, weights = run("whole")
+    assert len(steps) == 4 + 4 and rows[0]["step"] == 4
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()) == ["data"]
+
+    # No step is taken again, because the last one of the chain has a checkpoint too
+    taken = []
+    for end[0] in (3, 1, 3, "written"):
+        with pytest.raises(Killed):
+            run("killed")
+        taken.append(len(steps))
+    end[0] = None
+    again, same = run("killed")
+    assert [*taken, len(steps)] == [3, 1, 3, 1, 0]
+    assert again == rows
+    assert weights.keys() == same.keys() and all(torch.equal(value, same[name]) for name, value in weights.items())
+
+
 def test_a_target_that_is_not_reached_leaves_nothing(tmp_path):
     config = TinyConfig(**SMALL, accuracy_problems=20, train_size=64, test_size=64)
     with pytest.raises(RuntimeError, match="raise `max_steps`"):
@@ -361,6 +422,10 @@ def test_a_target_that_is_not_reached_leaves_nothing(tmp_path):
         (["--target_accuracy", "97"], "`target_accuracy` is 97.0 and must be from 0 to 1"),
         (["--max_ops", "1"], "ask for fewer, or raise `max_ops`"),
         (["--max_steps", "-1"], "`max_steps` is missing"),
+        (
+            ["--resume_from_checkpoint", "checkpoint-3"],
+            "goes on from checkpoints of its own, and not from `checkpoint-3`",
+        ),
         (["--config", "nowhere.yaml"], "There is no config file at `nowhere.yaml`"),
     ],
 )

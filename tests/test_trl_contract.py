@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trl.trainer.utils
-from trl import DistillationTrainer, GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 from trl._lazy_module import _LazyModule
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -15,6 +15,11 @@ from trl.trainer import distillation_trainer, grpo_trainer
 
 import trl_opsd
 from trl_opsd.opsd.verify import Verifiers
+
+
+def test_the_tokens_of_sft_are_counted_where_we_go_on_with_them():
+    source = inspect.getsource(SFTTrainer)
+    assert "self._total_train_tokens = 0" in source and "self._total_train_tokens += " in source
 
 
 def test_packages_import_lazily_as_those_of_trl_do():

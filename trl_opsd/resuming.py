@@ -9,10 +9,10 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -154,10 +154,31 @@ def agreed_checkpoint(training_args: "TrainingArguments") -> str | None:
     Raises:
         ValueError: As of [`find_checkpoint`], or if it cannot read a file, on every process.
     """
+    return agreed(
+        training_args, lambda: find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    )
+
+
+def agreed(training_args: "TrainingArguments", find: Callable[[], Any]) -> Any:
+    """
+    What the main process finds, which alone has the work of it, on all of them.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]):
+            Arguments. Called on every process.
+        find (`Callable`):
+            Called on the main process, without arguments.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        ValueError: If it raises one, or cannot read a file, on every process.
+    """
     found = [None, None]
     if training_args.process_index == 0:
         try:
-            found[0] = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+            found[0] = find()
         except (ValueError, OSError) as error:  # a file that cannot be read, too: the others wait for an answer
             found[1] = str(error)
     broadcast_object_list(found)

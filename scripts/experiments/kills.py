@@ -3,19 +3,20 @@ Every stage killed at random moments: does the continued run end as the undistur
 
     OMP_NUM_THREADS=1 python -m scripts.experiments.kills
 
-Each case is a command of the package at a tiny size. It runs once undisturbed. Then, as often as `--kills` says, it is sent
-SIGKILL in a moment that is drawn (an activity of the undisturbed run, one of its occurrences, and how far into it), and is
-given the same command again; every third time that one is killed too, and given once more. What the last one leaves is
-compared with what the undisturbed one left: weights, optimizer, random numbers, the order of prompts and all other files
-bitwise, logs in everything but times. Commands run in copies of one process that has imported what they need, which saves
-nine tenths of the time; processes of `compress` are started by itself.
+Each case is a command of the package at a tiny size. It runs once undisturbed. Then it is sent SIGKILL in a moment that is drawn
+(an activity of the undisturbed run, one of its occurrences, and how far into it), and is given the same command again; that one
+is killed too, and so on for a number of times that is drawn, up to five, as on a machine that is taken away again and again.
+What the last one leaves is compared with what the undisturbed one left: weights, optimizer, random numbers, the order of
+prompts and all other files bitwise, logs in everything but times. Commands run in copies of one process that has imported what
+they need, which saves nine tenths of the time, and so do the stages that `compress` starts.
 
-Writes recipes/results/kills/kills.json and table.md after each of them, one of every case before the second of any.
-Interrupted, the same command goes on with those that are missing (`--seed` for further moments, whose rows are added; `--cases`
-for some of them; `--minutes` to end in time; `--report`: only the table).
+Each stage is killed as often as `--kills` says, its cases taking turns. Writes recipes/results/kills/kills.json and table.md
+after each run. Interrupted, the same command goes on with those that are missing (`--seed` for further moments, whose rows are
+added; `--cases` for some of them; `--minutes` to end in time; `--report`: only the table).
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,6 +66,8 @@ TIMES = (
 TIMES += ("train_loss",)
 # And how much of an evaluation an earlier run had generated
 TIMES += ("cached",)
+# And where and how it was run, of which a chain gives the stage that it goes on with the checkpoint
+HOW = ("environment", "commit", "logging_dir", "resume_from_checkpoint")
 
 TRAINING = {
     "per_device_train_batch_size": 4,
@@ -104,7 +108,7 @@ EVALUATION = {
     "prompt_only": False,
     "reward_funcs": ["math_reward"],
     "decoding": ["greedy", "sampled"],
-    "max_completion_length": 48,
+    "max_completion_length": 20,
     "batch_size": 4,
 }
 
@@ -153,7 +157,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         "tiny",
         {
             **SIZES,
-            "train_size": 64,
+            "max_ops": 2,
+            "train_size": 32,
             "test_size": 32,
             "target_accuracy": 0.0,
             "accuracy_problems": 16,
@@ -346,6 +351,7 @@ def start(case: str, world: Path, out: Path) -> tuple[list[int], int]:
     stage, _, number = CASES[case]
     out.mkdir(parents=True, exist_ok=True)
     line = arguments(case, world, out)
+    gc.freeze()  # a copy that looks for garbage would else get pages of its own of everything
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -376,16 +382,71 @@ def start(case: str, world: Path, out: Path) -> tuple[list[int], int]:
 
 
 def run(stage: str, line: list[str], writer: int | None) -> int:
-    """A command of the package, in this process. Returns its exit status."""
-    from importlib import import_module
+    """A command of the package, in this process, which tells what it does. Returns its exit status."""
+    from trl_opsd.compress import chain
+    from trl_opsd.small import sft as small
 
-    main = import_module(f"trl_opsd.{stage}.__main__").main
-    with told(lambda text: None if writer is None else os.write(writer, f"{text} {time.monotonic()}\n".encode())):
-        try:
-            main(line)
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    def tell(text: str) -> None:
+        if writer is not None:
+            os.write(writer, f"{text} {time.monotonic()}\n".encode())
+
+    shorter = patch.multiple(small, MAX_NEW_TOKENS=16, TOKENIZER_ROWS=300)
+    with shorter, patch.object(chain, "start", Copy), told(tell):
+        return call(stage, line)
+
+
+def call(stage: str, line: list[str]) -> int:
+    """A command of the package. Returns its exit status."""
+    try:
+        import_module(f"trl_opsd.{stage}.__main__").main(line)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)  # as Python does
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0
+
+
+class Copy:
+    """
+    A stage that `compress` starts, in a copy of this process where it would start a new one. It has of
+    [`subprocess.Popen`] what the chain uses.
+
+    Args:
+        command (`list[str]`):
+            Command of the stage, without a launcher.
+        **options:
+            As of [`subprocess.Popen`]; what it prints is always read, as one text.
+    """
+
+    def __init__(self, command: list[str], **options):
+        _, _, module, *line = command
+        out, there = os.pipe()
+        self._process, self._status = os.fork(), None
+        if self._process == 0:
+            status = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(there, stream)
+                os.close(out)
+                status = call(module.removeprefix("trl_opsd."), line)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(there)
+        self.stdout = os.fdopen(out)
+
+    def poll(self) -> int | None:
+        return self._status
+
+    def wait(self) -> int:
+        self._status = wait([self._process])[0]
+        return self._status
+
+    def terminate(self) -> None:
+        os.kill(self._process, signal.SIGTERM)
 
 
 def wait(processes: list[int]) -> list[int]:
@@ -429,9 +490,9 @@ def kill(processes: list[int]) -> None:
 
 
 def interrupted(
-    case: str, world: Path, out: Path, total: float, seconds: dict[str, list[float]], draw: random.Random
-) -> dict[str, Any]:
-    """Starts a case and kills it. Returns in what, how far into it, and after how long."""
+    case: str, world: Path, out: Path, total: float, seconds: dict[str, list[float]], draw: random.Random, again: bool
+) -> tuple[dict[str, Any], list[int]]:
+    """Starts a case and kills it. Returns in what and after how long, and the exit statuses of its processes."""
     activity = draw.choice([*sorted(seconds), "anything"])
     begin = time.monotonic()
     processes, reader = start(case, world, out)
@@ -439,7 +500,8 @@ def interrupted(
         if activity == "anything":
             time.sleep(draw.random() * total)
         else:
-            occurrence = draw.randrange(len(seconds[activity]))
+            # One that goes on from a checkpoint has fewer of each before it
+            occurrence = draw.randrange(min(len(seconds[activity]), 2 if again else len(seconds[activity])))
             delay, seen = draw.random() * seconds[activity][occurrence], 0
             for text in told_by:
                 seen += text.startswith(f"+{activity} ")
@@ -449,7 +511,7 @@ def interrupted(
         kill(processes)
         after = time.monotonic() - begin
     statuses = wait(processes)
-    return {"activity": activity, "after_s": round(after, 3), "was_running": statuses[0] == -signal.SIGKILL}
+    return {"activity": activity, "after_s": round(after, 3), "was_running": statuses[0] == -signal.SIGKILL}, statuses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,7 +525,7 @@ def timeless(value: Any, out: Path) -> Any:
         return {
             name: timeless(part, out)
             for name, part in value.items()
-            if not any(time in name for time in TIMES) and name not in ("environment", "commit", "logging_dir")
+            if not any(time in name for time in TIMES) and name not in HOW
         }
     if isinstance(value, list):
         return [timeless(part, out) for part in value]
@@ -541,19 +603,31 @@ class Case:
         print(f"{name}: {self.total:.1f} s alone, {counts}", flush=True)
 
     def kill(self, seed: int, number: int) -> dict[str, Any]:
-        """Kills it, once or twice, lets it go on to its end, and compares. Returns what came of it."""
+        """Kills it, up to five times, lets it go on to its end, and compares. Returns what came of it."""
         draw, out = random.Random(f"{seed} {self.name} {number}"), self.folder / f"kill-{number}"
-        result = interrupted(self.name, self.world, out, self.total, self.seconds, draw)
-        if number % 3 == 2:
-            result["again"] = interrupted(self.name, self.world, out, self.total, self.seconds, draw)
+        killed, statuses = [], [-signal.SIGKILL]
+        for again in range(draw.randint(1, 5)):
+            one, statuses = interrupted(self.name, self.world, out, self.total, self.seconds, draw, again=again > 0)
+            killed.append(one)
+            if not one["was_running"]:  # it had come to its end
+                break
         went_on = sorted(int(path.name.rpartition("-")[2]) for path in (out / "out").glob("checkpoint-*"))
-        processes, reader = start(self.name, self.world, out)
-        with os.fdopen(reader) as told_by:
-            told_by.read()
-        statuses = wait(processes)
-        is_done = done(self.name, statuses)
-        lost = differences(self.folder / "alone", out) if is_done else [f"ended with {statuses}"]
-        result |= {"case": self.name, "seed": seed, "number": number, "checkpoints": went_on, "lost": lost}
+        if killed[-1]["was_running"]:
+            processes, reader = start(self.name, self.world, out)
+            with os.fdopen(reader) as told_by:
+                told_by.read()
+            statuses = wait(processes)
+        lost = [f"ended with {statuses}"]
+        if done(self.name, statuses):
+            lost = differences(self.folder / "alone", out)
+        result = {
+            "case": self.name,
+            "seed": seed,
+            "number": number,
+            "killed": killed,
+            "checkpoints": went_on,
+            "lost": lost,
+        }
         print(json.dumps(result), flush=True)
         if not lost:
             shutil.rmtree(out)  # what differs stays, to be looked at
@@ -562,7 +636,12 @@ class Case:
 
 def kills_of(row: dict[str, Any]) -> list[str]:
     """The activities in which a run was killed. None where it had ended before."""
-    return [one["activity"] for one in (row, row.get("again")) if one is not None and one["was_running"]]
+    return [one["activity"] for one in row["killed"] if one["was_running"]]
+
+
+def kills_of_stage(rows: list[dict[str, Any]], stage: str) -> int:
+    """How often a stage has been killed."""
+    return sum(len(kills_of(row)) for row in rows if CASES[row["case"]][0] == stage)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -575,15 +654,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(activities.items()))
             lost = sum(bool(one["lost"]) for one in own)
             lines.append([case, str(activities.total()), counts, str(lost)])
-    total = sum(int(line[1]) for line in lines)
-    lost = sum(int(line[3]) for line in lines)
-    lines.append(["**all**", str(total), "", str(lost)])
+    for stage in (*dict.fromkeys(stage for stage, _, _ in CASES.values()), "all"):
+        of_it = [line for line in lines if line[0] in CASES and stage in (CASES[line[0]][0], "all")]
+        if of_it:
+            sums = [str(sum(int(line[column]) for line in of_it)) for column in (1, 3)]
+            lines.append([f"**{stage}**", sums[0], "", sums[1]])
     return markdown(["case", "kills", "killed while", "continued runs that ended otherwise"], lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how often each case is killed")
+    parser.add_argument("--kills", type=int, default=20, help="how often each stage is killed")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="which of them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="none is begun after so many")
@@ -594,21 +675,23 @@ def main(argv: list[str] | None = None) -> None:
     file = Path(args.output_dir) / "kills.json"
     rows = read(file) if file.is_file() else []
     if not args.report:
-        from importlib import import_module
-
-        for stage in sorted({CASES[case][0] for case in args.cases} - {"compress"}):
+        for stage in sorted({stage for stage, _, _ in CASES.values()}):
             import_module(f"trl_opsd.{stage}.{'sft' if stage in ('tiny', 'small') else 'run'}")
         end = time.monotonic() + 60 * args.minutes
         cases: dict[str, Case] = {}
-        there = {(one["case"], one["seed"], one["number"]) for one in rows}
-        for number, name in itertools.product(range(args.kills), args.cases):
-            if (name, args.seed, number) in there or time.monotonic() > end:
-                continue
-            if name not in cases:
-                cases[name] = Case(name, Path(args.runs))
-            rows.append(cases[name].kill(args.seed, number))
-            write_results(file, rows, {"kills": args.kills, "seed": args.seed})
-            write_text(file.with_name("table.md"), table(rows))
+        for number in itertools.count():
+            for name in args.cases:
+                is_there = (name, args.seed, number) in {(one["case"], one["seed"], one["number"]) for one in rows}
+                if is_there or kills_of_stage(rows, CASES[name][0]) >= args.kills or time.monotonic() > end:
+                    continue
+                if name not in cases:
+                    cases[name] = Case(name, Path(args.runs))
+                rows.append(cases[name].kill(args.seed, number))
+                write_results(file, rows, {"kills": args.kills, "seed": args.seed})
+                write_text(file.with_name("table.md"), table(rows))
+            stages = {CASES[name][0] for name in args.cases}
+            if time.monotonic() > end or all(kills_of_stage(rows, stage) >= args.kills for stage in stages):
+                break
     write_text(Path(args.output_dir) / "table.md", table(rows))
     print(table(rows))
 

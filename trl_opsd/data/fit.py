@@ -1,7 +1,7 @@
 """Whether a model can be asked the prompts: what its tokenizer and its configuration say of them, before it is loaded."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from trl import DistillationConfig, GRPOConfig
 
 from ..cli import UserError
+from ..positions import positions_of
 
 
 # Prompts that are written at once
@@ -43,17 +44,6 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"`{name_or_path}` has no tokenizer that can be loaded ({reason}).") from None
-
-
-def positions_of(config: PreTrainedConfig) -> int | None:
-    """Returns how many positions a model has, or `None` where nothing limits them, as of state space models and ALiBi."""
-    config = config.get_text_config()
-    # An attribute and not a key, because configurations have it under other names too (`n_positions`)
-    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
-    if positions is None or "factor" not in rope:
-        return positions
-    # What is scaled is as long as it says: some configurations keep the number that there were before, and others the product
-    return max(positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions)))
 
 
 def positions_in_training(config: PreTrainedConfig, args: GRPOConfig | DistillationConfig) -> int | None:
@@ -91,8 +81,8 @@ def check_fit(
             Keyword arguments for the chat template.
 
     Raises:
-        UserError: If the prompts are conversations and there is no chat template, if a prompt cannot be written, or if one
-            does not fit.
+        UserError: If the prompts are conversations and there is no chat template, if a prompt cannot be written, if the
+            template leaves a role out, or if a prompt does not fit.
     """
     model = tokenizer.name_or_path
     room = None if positions is None else positions - max_completion_length
@@ -106,59 +96,100 @@ def check_fit(
             f"The prompts of `{name}` are conversations, and the tokenizer of `{model}` has no chat template: add one to the "
             "checkpoint, or use prompts that are plain strings."
         )
-    writes_all = _can_write(tokenizer, "\N{SNOWMAN}")
-    orders, suspects, too_long = set(), [], {}
-
-    def refuse(number: int, error: Exception) -> None:
-        raise UserError(
-            f"`{name}`, row {number}: the tokenizer of `{model}` cannot write this `prompt` "
-            f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
-        ) from None
-
-    def look() -> None:
-        numbers, prompts = zip(*suspects, strict=True)
-        try:
-            lengths = list(map(len, write_all(tokenizer, prompts, chat_template_kwargs)))
-        except Exception:  # of one of them: a template raises what it likes, and tokenizers an Exception and no more
-            lengths = []
-            for number, prompt in suspects:
-                try:
-                    lengths.append(len(write(tokenizer, prompt, chat_template_kwargs)))
-                except Exception as error:
-                    refuse(number, error)
-        too_long.update(
-            (number, length) for number, length in zip(numbers, lengths, strict=True) if room and length > room
-        )
-        suspects.clear()
-
-    for number, prompt in enumerate(dataset["prompt"], start=1):
-        is_text = isinstance(prompt, str)
-        order = "text" if is_text else tuple(message["role"] for message in prompt)
-        text = prompt if is_text else "".join(message["content"] for message in prompt)
-        # No more tokens than bytes, and what a template adds is small beside them
-        may_be_too_long = room is not None and 2 * len(text.encode("utf-8", "replace")) > room
-        if order in orders and writes_all and not may_be_too_long:
-            continue
-        orders.add(order)
-        if room is not None and len(text) > 64 * room:  # of megabytes the beginning says enough
-            try:
-                length = len(tokenizer(text=text[: 64 * room])["input_ids"])
-            except Exception as error:
-                refuse(number, error)
-            if length > room:
-                too_long[number] = length
-                continue
-        suspects.append((number, prompt))
-        if len(suspects) == _AT_ONCE:
-            look()
-    if suspects:
-        look()
+    lengths = _Lengths(name, tokenizer, room, chat_template_kwargs)
+    too_long = {
+        number: length
+        for number, length in lengths.of_suspects(dataset["prompt"])
+        if room is not None and length > room
+    }
     if too_long:
         number, length = min(too_long.items())
         raise UserError(
             f"`{name}`: in {len(too_long)} of {len(dataset)} rows `prompt` is longer than the {room} tokens that "
             f"`max_completion_length={max_completion_length}` leaves of {positions} (row {number} has {length} or more): filter such "
             "rows out, or lower it."
+        )
+
+
+class _Lengths:
+    """Tokens of those prompts of a data set that have to be written to know that they can be, and are not too long."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, room: int | None, kwargs: dict | None):
+        self._name, self._tokenizer, self._room, self._kwargs = name, tokenizer, room, kwargs
+
+    def of_suspects(self, prompts: Iterable[list[dict] | str]) -> Iterator[tuple[int, int]]:
+        """Number and tokens of each, from 1. Of what is far too long, the tokens of its beginning."""
+        suspects = []
+        for number, prompt, text in self._suspects(prompts):
+            if self._room is not None and len(text) > 64 * self._room:  # of megabytes the beginning says enough
+                try:
+                    length = len(self._tokenizer(text=text[: 64 * self._room])["input_ids"])
+                except Exception as error:
+                    raise self._refusal(number, error) from None
+                if length > self._room:
+                    yield number, length
+                    continue
+            suspects.append((number, prompt))
+            if len(suspects) == _AT_ONCE:
+                yield from self._written(suspects)
+                suspects = []
+        yield from self._written(suspects)
+
+    def _suspects(self, prompts: Iterable[list[dict] | str]) -> Iterator[tuple[int, list[dict] | str, str]]:
+        """Number, prompt and text of each, the first of each order of roles among them, which is checked for what is left out."""
+        orders, writes_all = set(), _can_write(self._tokenizer, "\N{SNOWMAN}")
+        for number, prompt in enumerate(prompts, start=1):
+            is_text = isinstance(prompt, str)
+            order = "text" if is_text else tuple(message["role"] for message in prompt)
+            text = prompt if is_text else "".join(message["content"] for message in prompt)
+            # No more tokens than bytes, and what a template adds is small beside them
+            may_be_too_long = self._room is not None and 2 * len(text.encode("utf-8", "replace")) > self._room
+            if order in orders and writes_all and not may_be_too_long:
+                continue
+            if order not in orders and not is_text:
+                self._check_roles(number, prompt)
+            orders.add(order)
+            yield number, prompt, text
+
+    def _check_roles(self, number: int, prompt: list[dict]) -> None:
+        """Some templates know roles that others leave out without a word, and the message with them."""
+        for role in dict.fromkeys(message["role"] for message in prompt):
+            if role in ("system", "user", "assistant"):
+                continue
+            ways = [
+                [{**message, "content": content} if message["role"] == role else message for message in prompt]
+                for content in ("3", "4 4")
+            ]
+            try:
+                written = write_all(self._tokenizer, ways, self._kwargs)
+            except Exception:  # with the row itself it says why
+                continue
+            if written[0] == written[1]:
+                raise UserError(
+                    f"`{self._name}`, row {number}: the chat template of `{self._tokenizer.name_or_path}` leaves out what the "
+                    f"role {role!r} says: give these messages a role that it writes, or take another model."
+                )
+
+    def _written(self, suspects: list[tuple[int, list[dict] | str]]) -> Iterator[tuple[int, int]]:
+        if not suspects:
+            return
+        try:
+            written = write_all(self._tokenizer, [prompt for _, prompt in suspects], self._kwargs)
+        except Exception:  # of one of them: a template raises what it likes, and tokenizers an Exception and no more
+            for number, prompt in suspects:
+                try:
+                    length = len(write(self._tokenizer, prompt, self._kwargs))
+                except Exception as error:
+                    raise self._refusal(number, error) from None
+                yield number, length
+            return
+        for (number, _), ids in zip(suspects, written, strict=True):
+            yield number, len(ids)
+
+    def _refusal(self, number: int, error: Exception) -> UserError:
+        return UserError(
+            f"`{self._name}`, row {number}: the tokenizer of `{self._tokenizer.name_or_path}` cannot write this `prompt` "
+            f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
         )
 
 

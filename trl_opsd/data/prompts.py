@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip")
-# The first two for what comes before a conversation
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+# What a tool has answered: Llama 3.1 calls it `ipython`, and Granite `tool_response`
+_TOOLS = ("tool", "ipython", "function", "tool_response")
+# The first two for what comes before a conversation. Whether a template knows one, a tokenizer can say: `check_fit`
+_ROLES = ("system", "developer", "user", "assistant", *_TOOLS)
 
 
 class NoSplit(UserError):
@@ -157,7 +159,7 @@ def _check_roles(roles: list[str], where: str) -> None:
             f"{where}: `prompt` has the role {unknown[0]!r}, which is none of {', '.join(_ROLES)}: correct the row."
         )
     # A system message may come later too: whether a template writes one there is the template's to say
-    if roles[-1] not in ("user", "tool"):
+    if roles[-1] not in ("user", *_TOOLS):
         raise UserError(
             f"{where}: the roles of `prompt` are {', '.join(roles)}, and the last message is what is to be answered, by `user` "
             "or `tool`: correct the row."

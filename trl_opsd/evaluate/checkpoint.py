@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ..cli import UserError, check_checkpoint
-from ..data import positions_of
+from ..positions import positions_of
 from .config import EvaluateConfig
 
 

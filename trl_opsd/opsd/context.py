@@ -281,7 +281,7 @@ class TeacherPrompts:
         rows: list[dict[str, Any]],
         contexts: list[TeacherContext | None],
         siblings: list[str | None],
-        max_length: int,
+        max_length: int | None,
     ) -> tuple[list[list[int]], int]:
         """
         Token ids of the prompts of a batch. In one that is too long the privileged text is cut, never the problem.
@@ -293,8 +293,8 @@ class TeacherPrompts:
                 Context of each, `None` for the plain prompt.
             siblings (`list[str | None]`):
                 Shortest correct rollout of the same prompt, for each of them.
-            max_length (`int`):
-                Most tokens of a prompt.
+            max_length (`int`, *optional*):
+                Most tokens of a prompt. `None` for no limit.
 
         Returns:
             `tuple[list[list[int]], int]`: Ids of each prompt, and how many were cut.
@@ -304,7 +304,7 @@ class TeacherPrompts:
         """
         parts = list(zip(rows, contexts, siblings, strict=True))
         prompt_ids = self.render([self.prompt(*part) for part in parts])
-        if not self.contexts:
+        if not self.contexts or max_length is None:
             return prompt_ids, 0
         too_long = [index for index, ids in enumerate(prompt_ids) if len(ids) > max_length]
         for index in too_long:
@@ -341,19 +341,22 @@ class TeacherPrompts:
                 too_many = middle
         return prompt_ids(fits)
 
-    def check_lengths(self, dataset: Dataset, max_length: int) -> None:
+    def check_lengths(self, dataset: Dataset, max_length: int | None) -> None:
         """
         Checks that every problem fits, before training finds the one that does not.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 Training data.
-            max_length (`int`):
-                Most tokens of the teacher's prompt beside the longest completion that there may be.
+            max_length (`int`, *optional*):
+                Most tokens of the teacher's prompt beside the longest completion that there may be. `None` for no limit.
 
         Raises:
             ValueError: If the prompt of a row is longer, even without its privileged text. The message counts such rows.
         """
+
+        if max_length is None:
+            return
 
         def text(prompt) -> str:
             return prompt if isinstance(prompt, str) else "".join(str(turn["content"]) for turn in prompt)

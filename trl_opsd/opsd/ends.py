@@ -4,6 +4,7 @@ from accelerate.logging import get_logger
 from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..positions import positions_of
 from .config import OPSDConfig
 
 
@@ -101,8 +102,8 @@ def check_lengths(args: OPSDConfig, config: PretrainedConfig) -> None:
     Raises:
         ValueError: If it has not.
     """
-    positions = config.get_text_config().max_position_embeddings
-    if args.max_completion_length >= positions:
+    positions = positions_of(config)
+    if positions is not None and args.max_completion_length >= positions:
         raise ValueError(
             f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt in the {positions} positions "
             "of the model: lower it."

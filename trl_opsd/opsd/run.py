@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_pre
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
 from ..data.fit import positions_in_training, write
 from ..results import finish, write_results
-from ..resuming import agreed_checkpoint, claim, train
+from ..resuming import agreed, agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rlvr.bank import prompt_id, read_attempts, read_rollouts
 from ..rlvr.identity import check_vocabulary, hash_weights, read_writer
@@ -460,7 +461,8 @@ def load_datasets(
         for func in reward_funcs:
             check_columns(dataset, required_columns(func), f"The verifier `{func.__name__}`")
         check_rows(dataset, reward_funcs, name)
-        check_fit(
+        fits = partial(
+            check_fit,
             dataset,
             name,
             tokenizer,
@@ -468,6 +470,7 @@ def load_datasets(
             training_args.max_completion_length,
             training_args.chat_template_kwargs,
         )
+        agreed(training_args, fits)  # of many rows it takes its time
     check_templates(datasets[0], training_args, tokenizer)
     return datasets, held_out
 

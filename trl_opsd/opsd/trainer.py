@@ -21,6 +21,8 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped, never_empty
+from ..faults import Faults, finite_rows
+from ..positions import positions_of
 from ..rollout_engine import rollout_engine
 from ..sampling import RepeatSampler
 from .batches import (
@@ -39,10 +41,9 @@ from .config import OPSDConfig, check_arguments, check_text_only
 from .context import TeacherContext, TeacherPrompts
 from .divergence import DivergenceOutput, linear_divergence_with_metrics
 from .ends import check_ends, check_lengths
-from .faults import Faults, finite_rows
 from .gate import Verdicts
 from .head import Head
-from .metrics import DivergenceCallback, EngineMismatch, TokenMetrics
+from .metrics import DivergenceCallback, EngineMismatch, OPSDAlarm, TokenMetrics
 from .rollouts import CollectedRollouts, Rollouts
 from .saved import Saved
 from .teacher import Teacher
@@ -254,7 +255,7 @@ class OPSDTrainer(DistillationTrainer):
             self.vllm_generation.end_at(self.eos_token_ids)
             if has_adapter:
                 self.vllm_generation.sync_within(self.teacher.hidden, FrozenBase(self.model).restored)
-        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator)
+        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator, "divergence", OPSDAlarm)
         self._finite: torch.Tensor | None = None  # whose divergence was, of the last forward pass
         self._at_work: tuple[int, int] | None = None  # rollouts and tokens of the micro-batch at hand
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
@@ -417,9 +418,11 @@ class OPSDTrainer(DistillationTrainer):
         self.rollouts.verifiers.columns.clear()
         return verdicts
 
-    def _max_teacher_prompt(self, completion_length: int) -> int:
-        positions = self.teacher.config.get_text_config().max_position_embeddings
-        return self.args.max_teacher_prompt_length or positions - completion_length
+    def _max_teacher_prompt(self, completion_length: int) -> int | None:
+        positions = positions_of(self.teacher.config)
+        if self.args.max_teacher_prompt_length is not None or positions is None:
+            return self.args.max_teacher_prompt_length
+        return positions - completion_length
 
     def _tokenize_teacher_prompts(
         self,
@@ -472,6 +475,7 @@ class OPSDTrainer(DistillationTrainer):
         """As `_accumulate_under`; where memory does not suffice, once more in micro-batches of half of the one at hand."""
         measured = copy.deepcopy(self.token_metrics["train"])
         mismatch = copy.deepcopy(self.engine_mismatch["train"])
+        num_entropies = len(self._metrics["train"]["entropy"])
         try:
             return self._accumulate_under(model, batch, budget)
         except torch.OutOfMemoryError as error:
@@ -484,6 +488,8 @@ class OPSDTrainer(DistillationTrainer):
         logger.warning(f"{explained} This step is made again in micro-batches of half of that.")
         self.token_metrics["train"] = measured
         self.engine_mismatch["train"] = mismatch
+        del self._metrics["train"]["entropy"][num_entropies:]
+        self.faults.start_step()
         model.zero_grad()
         release_memory()
         try:
@@ -557,7 +563,7 @@ class OPSDTrainer(DistillationTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:
             finite = self._finite
-            any_left_out = self.faults.add(inputs, finite, self.state.global_step + 1)
+            any_left_out = self.faults.add(inputs, finite)
             if self.is_deepspeed_enabled:  # which steps in the backward
                 self.faults.check_any(self.state.global_step + 1)
             if any_left_out:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -11,13 +12,12 @@ from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_pre
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
 from ..data.fit import positions_in_training
 from ..results import finish
-from ..resuming import agreed_checkpoint, claim, train
+from ..resuming import agreed, agreed_checkpoint, claim, train
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from ..rollout_engine import check_engine
 from .config import RLVRConfig
-from .faults import NotFinite
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights, read_writer
-from .trainer import RLVRTrainer
+from .trainer import NotFinite, RLVRTrainer
 
 
 @dataclass
@@ -74,7 +74,8 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
             check_rows(dataset, reward_funcs, script_args.dataset_name)
-            check_fit(
+            fits = partial(
+                check_fit,
                 dataset,
                 script_args.dataset_name,
                 tokenizer,
@@ -82,6 +83,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
                 training_args.max_completion_length or 0,
                 training_args.chat_template_kwargs,
             )
+            agreed(training_args, fits)  # of many rows it takes its time
         datasets[0], held_out, counts = hold_out(datasets[0], as_list(script_args.held_out), resume_from)
         if training_args.process_index == 0:
             print(counts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -20,16 +20,55 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped, never_empty
+from ..faults import Faults, finite_rows
 from ..rollout_engine import rollout_engine
 from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
 from .config import RLVRConfig
-from .faults import LeftOut
 from .identity import Writer, check_writer, hash_vocabulary, hash_weights
 
 
 # Reward from which on a rollout is correct, as OPSD's gate has it
 CORRECT = 1.0
+
+
+class NotFinite(RuntimeError):
+    """Nothing can be learned any more: the message is one sentence that says since when."""
+
+
+class _LeftOut(Exception):
+    """Rollouts of a micro-batch are not finite, of this process (`finite` says which) or of another."""
+
+    def __init__(self, finite: torch.Tensor):
+        super().__init__()
+        self.finite = finite
+
+
+def without(batch: dict[str, Any], finite: torch.Tensor) -> dict[str, Any]:
+    """
+    A micro-batch of the same shape in which some rollouts count for nothing.
+
+    Args:
+        batch (`dict[str, Any]`):
+            Micro-batch of `B` rollouts.
+        finite (`torch.Tensor`):
+            Which of them stay, `bool`, of shape `(B,)`. What is not finite would be in the gradient of the weights even where
+            its own is zero, so another rollout is read in its place.
+
+    Returns:
+        `dict[str, Any]`: Micro-batch, in which no token of the others counts. Where none stays, or images belong to them, they
+        are read themselves.
+    """
+    rows = torch.arange(len(finite), device=finite.device)
+    if finite.any() and "pixel_values" not in batch:
+        rows[~finite] = finite.nonzero()[0]
+    taken = {
+        name: value[rows]
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(finite)
+    }
+    mask = taken["completion_mask"]
+    return {**batch, **taken, "completion_mask": mask * finite.unsqueeze(1).to(mask.dtype)}
 
 
 class RLVRTrainer(GRPOTrainer):
@@ -49,7 +88,8 @@ class RLVRTrainer(GRPOTrainer):
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
     - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]), and leaves the
       table of the last step's completions as it is where it makes no other.
-    - A step whose gradient is not finite is not taken, and its rollouts are written down ([`LeftOut`]).
+    - A rollout whose log-probabilities are not finite is left out of its step, and counts in the divisor of the loss; a step
+      whose gradient is not finite all the same is not taken. Either is written down ([`~trl_opsd.faults.Faults`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
 
@@ -61,6 +101,8 @@ class RLVRTrainer(GRPOTrainer):
         ValueError: If the bank, or a further round, is asked for and rollouts are more than text (tools, environments,
             images), or if a further round is asked for and the training set can't be indexed. Before a model is loaded.
             If the bank in `output_dir` is another model's.
+        NotFinite: In training, if the log-probabilities of no rollout of a step are finite, or if something was not finite in
+            each of ten steps in a row.
     """
 
     _tag_names = ["trl", "rlvr"]
@@ -163,19 +205,40 @@ class RLVRTrainer(GRPOTrainer):
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
-        self.left_out = LeftOut(args.output_dir, self._tokenizer, self.accelerator)
+        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator, "log-probability", NotFinite)
+        self._looked_at: dict[str, torch.Tensor] | None = None  # micro-batch whose log-probabilities are to be finite
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            self.left_out.add(inputs, loss.detach())
-        return loss
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._looked_at = inputs
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except _LeftOut as error:  # before anything else was measured
+            finite = error.finite
+        finally:
+            self._looked_at = None
+        if self.is_deepspeed_enabled:  # which steps in the backward
+            self.faults.check_any(self.state.global_step + 1)
+        if not finite.any() and self.accelerator.distributed_type == DistributedType.NO:
+            return torch.zeros((), device=finite.device, requires_grad=True)
+        # Here, where the error holds no activations any more
+        return super().compute_loss(model, without(inputs, finite), return_outputs, num_items_in_batch)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._looked_at is not None:
+            valid = self._looked_at["completion_mask"].bool()
+            finite = finite_rows(found[0].detach()[valid], valid)
+            if self.faults.add(self._looked_at, finite):  # on any process, as each of them makes another forward pass
+                raise _LeftOut(finite)
+        return found
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has taken the step by now, and a scaler looks at the gradient itself
         is_others = self.is_deepspeed_enabled or self.accelerator.scaler is not None
-        if self.left_out.end_step(None if is_others else norm, self.state.global_step + 1):
+        if self.faults.end_step(None if is_others else norm, self.state.global_step + 1):
             self.accelerator.sync_gradients = False
             return 0.0
         return norm

@@ -18,7 +18,7 @@ from ..cli import save_final
 from ..results import write_results, write_text
 from ..resuming import agreed_checkpoint, claim, train
 from ..tiny.model import make_model
-from ..tiny.sft import answer, encode, summary
+from ..tiny.sft import CountTokens, answer, encode, summary
 from .families import FAMILIES
 from .task import TEMPLATES, Problem, SmallConfig, problems, row, sft_rows
 from .tokenizer import make_tokenizer
@@ -144,10 +144,12 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
         train_dataset=dataset,
         processing_class=tokenizer,
     )
+    trainer.add_callback(CountTokens(trainer))
     trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
     train(trainer, resume_from)
 
     results = [entry for entry in trainer.state.log_history if "phase" in entry]
+    set_seed(args.seed)  # so that the sampled ones are those of a run that went on after its last step, too
     for sample in (False, True):
         for result in measure_families(model, tokenizer, tasks, TEMPLATES, sample):
             results.append({"phase": "final", "step": trainer.state.global_step, **result})

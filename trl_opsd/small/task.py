@@ -152,6 +152,10 @@ class SmallConfig:
             Optimizer steps between two measurements of greedy accuracy.
         accuracy_problems (`int`, *optional*, defaults to `168`):
             Number of validation problems of one measurement.
+
+    Raises:
+        ValueError: If a value is out of its range. The least of all numbers of problems is 21, one for each difficulty of
+            each family.
     """
 
     taught: list[str] = field(
@@ -208,6 +212,12 @@ class SmallConfig:
         for name in ("slip_probability", "notice_probability", "drill_share", "terseness"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
+        fewest = 3 * len(FAMILIES)
+        for name in ("train_size", "test_size", "accuracy_problems"):
+            if (value := getattr(self, name)) < fewest:
+                raise ValueError(
+                    f"`{name}` is {value} and must be at least {fewest}, one problem for each difficulty of each family."
+                )
 
 
 def _near(right: int, rng: random.Random) -> int:

@@ -19,12 +19,21 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from .. import resuming
 from ..decoding import generate
 from ..results import write_results, write_text
-from ..resuming import claim
+from ..resuming import claim, find_checkpoint
 from .model import make_model
 from .task import TEMPLATES, Problem, TinyConfig, problems, row, sft_rows
 from .tokenizer import make_tokenizer
@@ -127,7 +136,7 @@ def summary(mode: str, sample: bool, right: list[bool], lengths: list[int]) -> d
 class StopAtAccuracy(TrainerCallback):
     """
     Ends training when greedy accuracy on validation problems reaches a target, in plain replies and, on those that they are
-    taught on, in concise ones alike.
+    taught on, in concise ones alike. Where checkpoints are written, the last step has one.
 
     Args:
         config ([`TinyConfig`]):
@@ -147,7 +156,13 @@ class StopAtAccuracy(TrainerCallback):
 
     @property
     def reached(self) -> bool:
-        return min(result["accuracy"] for result in self.results[-2:]) >= self.config.target_accuracy
+        last = [result["accuracy"] for result in self.results[-2:]]
+        return len(last) > 0 and min(last) >= self.config.target_accuracy
+
+    def load(self, checkpoint: str) -> None:
+        """Takes up what had been measured when a checkpoint was written."""
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        self.results = [entry for entry in state.log_history if "phase" in entry]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.config.accuracy_steps == 0 or state.global_step == state.max_steps:
@@ -155,16 +170,45 @@ class StopAtAccuracy(TrainerCallback):
                 tasks = [task for task in self.tasks if self.config.teaches(mode, len(task.ops))]
                 result = measure(model, self.tokenizer, tasks, mode, self.max_new_tokens)
                 self.results.append({"phase": "chain", "step": state.global_step, **result})
+                state.log_history.append(self.results[-1])  # kept with the checkpoint
             control.should_training_stop = self.reached
+            control.should_save |= self.reached and args.save_strategy != "no"
         return control
 
 
-def train(model, tokenizer, rows: Iterator[dict], args: SFTConfig, callbacks: list | None = None) -> SFTTrainer:
-    """At most `args.max_steps` optimizer steps of [`~trl.SFTTrainer`], none of which sees a row again."""
+class CountTokens(TrainerCallback):
+    """
+    Keeps with a checkpoint how many tokens have been trained on. TRL's trainer counts those of a resumed run from its beginning.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+    """
+
+    def __init__(self, trainer: SFTTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._total_train_tokens = state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.num_input_tokens_seen = self._trainer._total_train_tokens
+
+
+def train(
+    model,
+    tokenizer,
+    rows: Iterator[dict],
+    args: SFTConfig,
+    callbacks: list | None = None,
+    resume_from: str | None = None,
+) -> SFTTrainer:
+    """At most `args.max_steps` optimizer steps of [`~trl.SFTTrainer`], none of which sees a row again, in all that are resumed."""
     rows = list(islice(rows, args.max_steps * args.train_batch_size * args.gradient_accumulation_steps))
     dataset = encode(rows, tokenizer)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
-    trainer.train()
+    trainer.add_callback(CountTokens(trainer))
+    resuming.train(trainer, resume_from)
     return trainer
 
 
@@ -174,12 +218,17 @@ def check(config: TinyConfig, args: SFTConfig) -> None:
 
     Raises:
         ValueError: If `max_steps` is missing, the output folder exists or cannot be written, another run is writing there,
-            there is more than one process, or there are not enough problems.
+            there is more than one process, a checkpoint is named, or there are not enough problems.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the most steps that learning the chain may take.")
     if Path(args.output_dir).exists():
         raise ValueError(f"`output_dir`: `{args.output_dir}` exists already: remove it, or choose another folder.")
+    if str(args.resume_from_checkpoint).lower() not in ("none", "true", "false"):
+        raise ValueError(
+            f"`resume_from_checkpoint`: the warm start goes on from checkpoints of its own, and not from "
+            f"`{args.resume_from_checkpoint}`: give `true`."
+        )
     if args.world_size > 1:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     claim(replace(args, output_dir=str(work_dir_of(args))))
@@ -202,7 +251,8 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
 
     The folder holds an ordinary checkpoint with its tokenizer, `data/train.jsonl` and `data/test.jsonl` in the data
     contract, and `sft.json` with what was measured. It appears whole or not at all. The seed decides the weights and
-    the training rows; the test rows are the same for every seed.
+    the training rows; the test rows are the same for every seed. Interrupted, it goes on from its last whole checkpoint under
+    `args.resume_from_checkpoint`, where there is one, and begins anew else.
 
     Args:
         config ([`TinyConfig`]):
@@ -217,19 +267,35 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
     Raises:
         ValueError: If [`check`] finds a mistake.
         RuntimeError: If the target accuracy is not reached within `max_steps`.
+        SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
     """
     check(config, args)
     start = time.perf_counter()
     output_dir, work_dir = Path(args.output_dir), work_dir_of(args)
+    goes_on = str(args.resume_from_checkpoint).lower() == "true"
+    phases = {name: str(work_dir / name) for name in ("chain", "slips")}
     for left in work_dir.iterdir():  # of a run that was interrupted
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    args = replace(args, output_dir=str(work_dir))
+        if not goes_on or left.name not in phases:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     set_seed(args.seed)
     tokenizer = make_tokenizer(max(8, config.max_ops))  # 8, so that small worlds have one vocabulary
     model = make_model(config, tokenizer, args.seed)
 
     stop = StopAtAccuracy(config, tokenizer, args.seed)
-    trainer = train(model, tokenizer, sft_rows(config, args.seed), args, [stop])
+    resume_from = find_checkpoint(goes_on, phases["chain"])
+    if resume_from is not None:
+        stop.load(resume_from)
+    if stop.reached:
+        model = AutoModelForCausalLM.from_pretrained(resume_from)
+    else:
+        train(
+            model,
+            tokenizer,
+            sft_rows(config, args.seed),
+            replace(args, output_dir=phases["chain"]),
+            [stop],
+            resume_from,
+        )
     if not stop.reached:
         plain, concise = (result["accuracy"] for result in stop.results[-2:])
         raise RuntimeError(
@@ -239,8 +305,15 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
         )
     if config.slip_steps:
         # The rate goes to zero, so that what was learned is whole again at the end
-        args = replace(args, max_steps=config.slip_steps, lr_scheduler_type="linear", warmup_steps=0)
-        trainer = train(model, tokenizer, sft_rows(config, args.seed + 1, config.slip_probability), args)
+        args = replace(
+            args,
+            max_steps=config.slip_steps,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            output_dir=phases["slips"],
+        )
+        rows = sft_rows(config, args.seed + 1, config.slip_probability)
+        train(model, tokenizer, rows, args, resume_from=find_checkpoint(goes_on, phases["slips"]))
 
     rows = stop.results
     wall_s = time.perf_counter() - start
@@ -250,11 +323,14 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
             result = measure(model, tokenizer, stop.tasks, mode, stop.max_new_tokens, sample=decoding == "sampled")
             rows.append({"phase": "final", "step": rows[-1]["step"], **result, "wall_s": wall_s})
 
-    trainer.save_model(str(work_dir))
+    model.save_pretrained(work_dir)
+    tokenizer.save_pretrained(work_dir)
     for split, size in (("train", config.train_size), ("test", config.test_size)):
         seed = args.seed if split == "train" else 0
         tasks = problems(config, split, size, seed)
         write_text(work_dir / "data" / f"{split}.jsonl", "".join(json.dumps(row(task)) + "\n" for task in tasks))
-    write_results(work_dir / "sft.json", rows, {**asdict(config), **args.to_dict()})
+    write_results(work_dir / "sft.json", rows, {**asdict(config), **args.to_dict(), "output_dir": str(output_dir)})
+    for folder in phases.values():
+        shutil.rmtree(folder, ignore_errors=True)
     os.replace(work_dir, output_dir)
     return rows

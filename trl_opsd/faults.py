@@ -1,16 +1,12 @@
-"""Rollouts that nothing can be learned from, because their loss or their gradient is not finite."""
+"""Rollouts that nothing can be learned from, because what is measured of them, or their gradient, is not finite."""
 
 import json
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
-
-from .batches import unpadded
-from .metrics import OPSDAlarm
 
 
 logger = get_logger(__name__)
@@ -31,41 +27,51 @@ class Faults:
             Tokenizer.
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator.
+        measured (`str`):
+            What is measured of a rollout and has to be finite, for the messages.
+        error (`type[RuntimeError]`):
+            What is raised where nothing can be learned any more.
     """
 
-    def __init__(self, folder: str, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator):
+    def __init__(
+        self,
+        folder: str,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        measured: str,
+        error: type[RuntimeError],
+    ):
         self.file = os.path.join(folder, "left_out.jsonl")
-        self._tokenizer, self._accelerator = tokenizer, accelerator
+        self._tokenizer, self._accelerator, self._measured, self._error = tokenizer, accelerator, measured, error
         self._in_a_row = 0
-        self._start_step()
+        self.start_step()
 
-    def _start_step(self) -> None:
-        self._batches: list[dict[str, torch.Tensor]] = []
+    def start_step(self) -> None:
+        """Forgets what the step at hand has added, of which nothing is written before it ends."""
+        self._batches: list[tuple[dict[str, torch.Tensor], list[bool]]] = []  # and which rollouts are finite
         self._any_finite = self._any_left_out = False
 
-    def add(self, batch: dict[str, torch.Tensor], finite: torch.Tensor, step: int) -> bool:
+    def add(self, batch: dict[str, torch.Tensor], finite: torch.Tensor) -> bool:
         """
         Takes up a micro-batch. Called on every process, all of which know afterwards what any of them has left out.
 
         Args:
             batch (`dict[str, torch.Tensor]`):
-                Micro-batch, of `B` rollouts.
+                Micro-batch, of `B` rollouts: `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids` and
+                `completion_mask` of shape `(B, C)`.
             finite (`torch.Tensor`):
-                Whose divergence is finite, `bool`, of shape `(B,)`.
-            step (`int`):
-                Number of the optimizer step.
+                Which of them are finite, `bool`, of shape `(B,)`.
 
         Returns:
-            `bool`: Whether the divergence of a rollout is not finite, of any process.
+            `bool`: Whether a rollout is not finite, of any process.
         """
-        self._batches.append({name: batch[name] for name in batch if name.startswith(("prompt_", "completion_"))})
+        batch = {name: batch[name] for name in batch if name.startswith(("prompt_", "completion_"))}
+        self._batches.append((batch, finite.tolist()))
         counts = batch["completion_mask"].any(dim=1)
         flags = torch.stack([(finite & counts).any(), ~finite.all()])
         any_finite, any_left_out = self._accelerator.gather(flags[None]).any(dim=0).tolist()
         self._any_finite |= any_finite
         self._any_left_out |= any_left_out
-        if any_left_out and not finite.all():
-            self._write(self._batches[-1], (~finite).tolist(), step, "its divergence is not finite")
         return any_left_out
 
     def check_any(self, step: int) -> None:
@@ -77,20 +83,21 @@ class Faults:
                 Number of the optimizer step, for the message.
 
         Raises:
-            OPSDAlarm: If the divergence of none that there was in the step is finite, on every process alike.
+            `error`: If none that there was in the step is finite, on every process alike.
         """
         if self._any_left_out and not self._any_finite:
-            raise OPSDAlarm(
-                f"The divergence of step {step} is nan or infinite on every rollout: the weights of the teacher or of the "
-                "student are not finite, or their logits overflow. Nothing was updated in this step."
+            self._write_left_out(step)
+            raise self._error(
+                f"The {self._measured} of step {step} is nan or infinite on every rollout: the weights of a model are not "
+                "finite, or its logits overflow. Nothing was updated in this step."
             )
 
-    def end_step(self, norm: float | None, step: int) -> bool:
+    def end_step(self, norm: float | torch.Tensor | None, step: int) -> bool:
         """
         Called when all gradients of a step are there, on every process.
 
         Args:
-            norm (`float`, *optional*):
+            norm (`float` or `torch.Tensor`, *optional*):
                 Norm of the gradient, over all processes, unless it is for another to look at it.
             step (`int`):
                 Number of the optimizer step.
@@ -99,33 +106,38 @@ class Faults:
             `bool`: Whether the step is left out.
 
         Raises:
-            OPSDAlarm: If there was no rollout to learn from, or if something has been left out of too many steps in a row.
+            `error`: If there was no rollout to learn from, or if something has been left out of too many steps in a row.
         """
         self.check_any(step)
+        self._write_left_out(step)
         is_finite = norm is None or bool(torch.as_tensor(norm).isfinite())
         if not is_finite:
             logger.warning(f"The gradient of step {step} is not finite: the step is not taken.")
             if not self._any_left_out:
-                for batch in self._batches:
-                    rows = [True] * len(batch["prompt_ids"])
-                    self._write(batch, rows, step, "the gradient of its step is not finite")
+                for batch, finite in self._batches:
+                    self._write(batch, finite, step, "the gradient of its step is not finite")
         self._in_a_row = self._in_a_row + 1 if self._any_left_out or not is_finite else 0
-        self._start_step()
+        self.start_step()
         if self._in_a_row >= IN_A_ROW:
-            raise OPSDAlarm(
+            raise self._error(
                 f"Something was not finite in each of {IN_A_ROW} steps in a row, the last of them step {step}: see "
                 f"`{self.file}`, lower `learning_rate`, or go back to a checkpoint before."
             )
         return not is_finite
 
+    def _write_left_out(self, step: int) -> None:
+        for batch, finite in self._batches:
+            self._write(batch, [not is_finite for is_finite in finite], step, f"its {self._measured} is not finite")
+
     def _write(self, batch: dict[str, torch.Tensor], rows: list[bool], step: int, why: str) -> None:
-        prompts = unpadded(batch["prompt_ids"], batch["prompt_mask"])
-        completions = unpadded(batch["completion_ids"], batch["completion_mask"])
-        lines: list[dict[str, Any]] = [
-            {"step": step, "why": why, "prompt": self._tokenizer.decode(prompt), "completion_ids": completion}
-            for prompt, completion, is_chosen in zip(prompts, completions, rows, strict=True)
-            if is_chosen
-        ]
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        lines = []
+        for prompt, seen, completion, counts, is_chosen in zip(*(batch[name] for name in names), rows, strict=True):
+            if is_chosen:
+                prompt, ids = self._tokenizer.decode(prompt[seen.bool()]), completion[counts.bool()].tolist()
+                lines.append({"step": step, "why": why, "prompt": prompt, "completion_ids": ids})
+        if not lines:
+            return
         os.makedirs(os.path.dirname(self.file) or ".", exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -136,13 +148,13 @@ class Faults:
         )
 
 
-def finite_rows(divergence: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def finite_rows(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
-    Which rollouts have a divergence that is finite.
+    Which rollouts are finite.
 
     Args:
-        divergence (`torch.Tensor`):
-            Divergence of each token that counts, of shape `(N,)`, or one number for all of them.
+        values (`torch.Tensor`):
+            What is measured of each token that counts, of shape `(N,)`, or one number for all of them.
         valid (`torch.Tensor`):
             Which positions of the completions those are, `bool`, of shape `(B, C)`.
 
@@ -150,5 +162,5 @@ def finite_rows(divergence: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: `bool`, of shape `(B,)`. One number that is not finite speaks for all of them.
     """
     wrong = torch.zeros_like(valid)
-    wrong[valid] = ~divergence.isfinite().expand(int(valid.sum()))
+    wrong[valid] = ~values.isfinite().expand(int(valid.sum()))
     return ~wrong.any(dim=1)
