@@ -23,7 +23,8 @@ if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$want" ]; then
         echo "error: there is no Python ${PYTHON:-$python} here, and none could be fetched: set PYTHON to the path of one." >&2
         exit 2
     }
-    .venv-uv/bin/uv pip install --quiet --python "$venv/bin/python" "${options[@]}" --editable '.[dev]'
+    # Compiled as pip does it, so that what Python says of a package's source is not printed by the first command
+    .venv-uv/bin/uv pip install --quiet --compile-bytecode --python "$venv/bin/python" "${options[@]}" --editable '.[dev]'
     echo "$want" >"$venv/.installed"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
