@@ -547,10 +547,10 @@ class TestIsolation:
             finally:
                 os._exit(0)
         deadline = time.monotonic() + 20
-        number = 2 if backend == "bubblewrap" else 3  # its own processes have the name, and not those inside
-        while len(running(sandbox.local.JAIL)) < number and time.monotonic() < deadline:
+        processes = 2 if backend == "bubblewrap" else 3  # its own have the name, and not those inside
+        while len(running(sandbox.local.JAIL)) < processes and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(running(sandbox.local.JAIL)) >= number
+        assert len(running(sandbox.local.JAIL)) >= processes
         time.sleep(0.5)
         os.kill(trainer, number)
         os.waitpid(trainer, 0)
