@@ -30,6 +30,7 @@ LLAMA3 = {
         (Qwen2Config(max_position_embeddings=131072, rope_parameters=YARN), 131072),
         (LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8192),
         (LlamaConfig(max_position_embeddings=131072, rope_parameters=LLAMA3), 131072),
+        (LlamaConfig(max_position_embeddings=131072, rope_parameters={**LLAMA3, "factor": 32.0}), 131072),
         (BloomConfig(), None),
         (MptConfig(), None),
         (MambaConfig(), None),

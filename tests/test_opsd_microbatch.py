@@ -9,7 +9,8 @@ import torch
 from test_opsd_trainer import reward_by_length, same_rollouts, settings, train
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd.batches import balanced_length, token_budget_batches
+from trl_opsd.opsd import trainer as opsd_trainer
+from trl_opsd.opsd.batches import balanced_length, micro_batches, token_budget_batches
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -160,7 +161,10 @@ def test_without_a_verifier_all_rollouts_are_dealt_out(tmp_path, small_model, to
     for max_tokens in (None, 60):
         model = small_model(0).eval()  # as `from_pretrained` leaves it
         config = OPSDConfig(**settings(tmp_path, max_steps=1), max_tokens_per_microbatch=max_tokens)
-        with same_rollouts(completions):
+        with (
+            same_rollouts(completions),
+            mock.patch.object(opsd_trainer, "micro_batches", wraps=micro_batches) as dealing,
+        ):
             _, recorder = train(
                 OPSDTrainer,
                 config,
@@ -171,6 +175,8 @@ def test_without_a_verifier_all_rollouts_are_dealt_out(tmp_path, small_model, to
             )
         losses.append(recorder.logs[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # By what the attention of the model costs, too, which no number that is trained on shows
+    assert dealing.call_args.args[1:] == (60, 1, 0, balanced_length(model.config))
 
 
 def test_a_fixed_shape_and_a_budget_exclude_each_other(tmp_path):

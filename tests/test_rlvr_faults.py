@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd import faults
 from trl_opsd.rlvr import RLVRConfig, RLVRTrainer
+from trl_opsd.rlvr import trainer as rlvr_trainer
 from trl_opsd.rlvr.__main__ import main
 
 
@@ -101,6 +103,51 @@ def test_a_rollout_that_is_not_finite_is_left_out(tmp_path, small_model, tokeniz
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     # What an abandoned forward pass has measured would be there twice, and is not finite
     assert all(math.isfinite(log["entropy"]) and math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.1}, {"num_iterations": 2, "mask_truncated_completions": True}])
+def test_what_the_log_probabilities_are_compared_with_has_to_be_finite_too(
+    tmp_path, checkpoint, tokenizer, rows, changes
+):
+    """The reference model's, and those of the policy that wrote the rollouts, where its tokens count or do not."""
+    logps = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spoiled(self, *args, **kwargs):
+        found, *more = logps(self, *args, **kwargs)
+        if not torch.is_grad_enabled() and self.state.global_step == 0:
+            found[0] = math.nan
+        return found, *more
+
+    options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "weight_decay": 0.0, **changes}
+    with mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spoiled):
+        trainer, weights = train(RLVRTrainer, RLVRConfig, tmp_path, checkpoint(), tokenizer, rows, **options)
+    lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, changes.get("num_iterations", 1) + 1))
+    assert all("log-probability" in line["why"] for line in lines)
+    assert all(value.isfinite().all() for value in weights[-1].values())
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert all(math.isfinite(norm) for norm in norms)
+    if "beta" in changes:
+        assert min(norms) > 0 and any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_process_that_has_nothing_left_costs_the_others_nothing(tmp_path, small_model, tokenizer, rows, monkeypatch):
+    """All rollouts of a prompt that is not finite, read as they are, would take the step from all."""
+    monkeypatch.setattr(rlvr_trainer, "DistributedType", SimpleNamespace(NO=None))  # others wait for a backward
+    seen, model = [], small_model()
+
+    def spoil(module, args, output):
+        if torch.is_grad_enabled():
+            seen.append(args[0])
+            if any(torch.equal(args[0], ids) for ids in seen[1:2]):  # the second of two, whatever counts of it
+                return output * math.nan
+
+    model.get_input_embeddings().register_forward_hook(spoil)
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer, (first, last) = train(RLVRTrainer, RLVRConfig, tmp_path, model, tokenizer, rows, **options)
+    assert len(seen) == 3 and all(value.isfinite().all() for value in last.values())
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log) > 0
 
 
 def test_a_gradient_that_is_not_finite_is_not_followed(tmp_path, small_model, tokenizer, rows):

@@ -49,7 +49,7 @@ class Faults:
     def start_step(self) -> None:
         """Forgets what the step at hand has added, of which nothing is written before it ends."""
         self._batches: list[tuple[dict[str, torch.Tensor], list[bool]]] = []  # and which rollouts are finite
-        self._any_finite = self._any_left_out = False
+        self._any_finite = self._any_missing = self._any_left_out = False
 
     def add(self, batch: dict[str, torch.Tensor], finite: torch.Tensor) -> bool:
         """
@@ -68,9 +68,10 @@ class Faults:
         batch = {name: batch[name] for name in batch if name.startswith(("prompt_", "completion_"))}
         self._batches.append((batch, finite.tolist()))
         counts = batch["completion_mask"].any(dim=1)
-        flags = torch.stack([(finite & counts).any(), ~finite.all()])
-        any_finite, any_left_out = self._accelerator.gather(flags[None]).any(dim=0).tolist()
+        flags = torch.stack([(finite & counts).any(), (~finite & counts).any(), ~finite.all()])
+        any_finite, any_missing, any_left_out = self._accelerator.gather(flags[None]).any(dim=0).tolist()
         self._any_finite |= any_finite
+        self._any_missing |= any_missing
         self._any_left_out |= any_left_out
         return any_left_out
 
@@ -85,7 +86,7 @@ class Faults:
         Raises:
             `error`: If none that there was in the step is finite, on every process alike.
         """
-        if self._any_left_out and not self._any_finite:
+        if self._any_missing and not self._any_finite:
             self._write_left_out(step)
             raise self._error(
                 f"The {self._measured} of step {step} is nan or infinite on every rollout: the weights of a model are not "

@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters import FrozenBase
 from ..decoding import finished_rows_dropped, never_empty
-from ..faults import Faults, finite_rows
+from ..faults import Faults
 from ..rollout_engine import rollout_engine
 from ..sampling import RepeatSampler
 from .bank import RolloutBank, prompt_id
@@ -30,6 +30,9 @@ from .identity import Writer, check_writer, hash_vocabulary, hash_weights
 
 # Reward from which on a rollout is correct, as OPSD's gate has it
 CORRECT = 1.0
+# What the loss is finite beside, whatever the policy gives: it compares the policy's log-probabilities with these
+COMPARED = ("old_per_token_logps", "ref_per_token_logps")
+NEUTRAL = {"old_per_token_logps": 0.0, "ref_per_token_logps": -1e4, "importance_sampling_ratio": 1.0}
 
 
 class NotFinite(RuntimeError):
@@ -44,7 +47,7 @@ class _LeftOut(Exception):
         self.finite = finite
 
 
-def without(batch: dict[str, Any], finite: torch.Tensor) -> dict[str, Any]:
+def without(batch: dict[str, Any], finite: torch.Tensor, token_id: int) -> dict[str, Any]:
     """
     A micro-batch of the same shape in which some rollouts count for nothing.
 
@@ -54,10 +57,12 @@ def without(batch: dict[str, Any], finite: torch.Tensor) -> dict[str, Any]:
         finite (`torch.Tensor`):
             Which of them stay, `bool`, of shape `(B,)`. What is not finite would be in the gradient of the weights even where
             its own is zero, so another rollout is read in its place.
+        token_id (`int`):
+            What is read where none stays.
 
     Returns:
-        `dict[str, Any]`: Micro-batch, in which no token of the others counts. Where none stays, or images belong to them, they
-        are read themselves.
+        `dict[str, Any]`: Micro-batch, in which no token of the others counts. Where images belong to them, they are read
+        themselves.
     """
     rows = torch.arange(len(finite), device=finite.device)
     if finite.any() and "pixel_values" not in batch:
@@ -67,6 +72,9 @@ def without(batch: dict[str, Any], finite: torch.Tensor) -> dict[str, Any]:
         for name, value in batch.items()
         if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(finite)
     }
+    if not finite.any() and "pixel_values" not in batch:
+        taken |= {name: torch.full_like(taken[name], value) for name, value in NEUTRAL.items() if name in taken}
+        taken |= {name: torch.full_like(taken[name], token_id) for name in ("prompt_ids", "completion_ids")}
     mask = taken["completion_mask"]
     return {**batch, **taken, "completion_mask": mask * finite.unsqueeze(1).to(mask.dtype)}
 
@@ -88,7 +96,8 @@ class RLVRTrainer(GRPOTrainer):
     - Completions that come close to the limit can be punished (`soft_punish_cache`).
     - A resumed run goes on in the order of the pass that it was in (see [`~trl_opsd.sampling.RepeatSampler`]), and leaves the
       table of the last step's completions as it is where it makes no other.
-    - A rollout whose log-probabilities are not finite is left out of its step, and counts in the divisor of the loss; a step
+    - A rollout whose log-probabilities are not finite, the policy's or those that its loss compares them with, is left out of
+      its step, and counts in the divisor of the loss, but under `loss_type="bnpo"`, which has the tokens that are left; a step
       whose gradient is not finite all the same is not taken. Either is written down ([`~trl_opsd.faults.Faults`]).
     - Correct rollouts are kept, the shortest of each prompt (`bank_rollouts_per_prompt`). Correct is one whose rewards,
       weighted and added up, reach 1; reward models and the punishment don't count.
@@ -223,13 +232,16 @@ class RLVRTrainer(GRPOTrainer):
         if not finite.any() and self.accelerator.distributed_type == DistributedType.NO:
             return torch.zeros((), device=finite.device, requires_grad=True)
         # Here, where the error holds no activations any more
-        return super().compute_loss(model, without(inputs, finite), return_outputs, num_items_in_batch)
+        inputs = without(inputs, finite, self.eos_token_ids[0])
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._looked_at is not None:
-            valid = self._looked_at["completion_mask"].bool()
-            finite = finite_rows(found[0].detach()[valid], valid)
+            # Of all positions: those that do not count the loss multiplies by 0, which NaN stays NaN under
+            compared = (self._looked_at.get(name) for name in COMPARED)
+            logps = [found[0].detach(), *(values for values in compared if values is not None)]
+            finite = torch.stack([values.isfinite().all(dim=1) for values in logps]).all(dim=0)
             if self.faults.add(self._looked_at, finite):  # on any process, as each of them makes another forward pass
                 raise _LeftOut(finite)
         return found
