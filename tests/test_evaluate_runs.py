@@ -179,6 +179,9 @@ class TestRuns:
         turned = [{**row, "prompt": [dict(reversed(turn.items())) for turn in row["prompt"]]} for row in rows]
         assert list(turned[0]["prompt"][0]) != list(rows[0]["prompt"][0])
         assert problem_ids(turned) == problem_ids(rows) == names
+        # Where another row has a key, Arrow gives it to all of them
+        more = [{**row, "prompt": [{**turn, "name": None} for turn in row["prompt"]]} for row in rows]
+        assert problem_ids(more) == names
 
 
 class TestCache:

@@ -309,17 +309,19 @@ def problem_ids(dataset: Dataset) -> list[str]:
     seen, names = Counter(), []
     for row in dataset:
         prompt = row["prompt"]
-        if not isinstance(
-            prompt, str
-        ):  # keys are in the order of the file, or with datasets 4 in that of the alphabet
-            prompt = [
-                {"role": turn["role"], "content": turn["content"]} | dict(sorted(turn.items())) for turn in prompt
-            ]
+        if not isinstance(prompt, str):
+            prompt = [_in_one_order(turn) for turn in prompt]
         parts = [prompt, row.get("answer"), row.get("tests"), row.get("instructions"), row.get("metadata")]
         name = hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:12]
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return names
+
+
+def _in_one_order(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message's keys are in the order of the file, or with datasets 4 of the alphabet, and those of other rows are `None`."""
+    others = {name: value for name, value in sorted(turn.items()) if value is not None}
+    return {"role": turn["role"], "content": turn["content"]} | others
 
 
 def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokenizerBase:
