@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from rlvr_worker import Spoil
 from test_rlvr import OPTIONS
 from trl import GRPOConfig, GRPOTrainer
 
@@ -151,15 +152,6 @@ def test_a_process_that_has_nothing_left_costs_the_others_nothing(tmp_path, smal
 
 
 def test_a_gradient_that_is_not_finite_is_not_followed(tmp_path, small_model, tokenizer, rows):
-    class Spoil(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, values):
-            return values.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * math.inf
-
     logps = GRPOTrainer._get_per_token_logps_and_entropies
 
     def spoiled(self, *args, **kwargs):

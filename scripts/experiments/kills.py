@@ -30,6 +30,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -356,27 +357,19 @@ def start(case: str, world: Path, out: Path) -> tuple[list[int], int]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     reader, writer = os.pipe()
+
+    def command(rank: int) -> int:
+        os.setsid()
+        if number > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        return run(stage, line, writer if rank == 0 else None)
+
     processes = []
     for rank in range(number):
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                os.setsid()
-                log = os.open(out / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                for stream in (1, 2):
-                    os.dup2(log, stream)
-                if number > 1:
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
-                    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-                status = run(stage, line, writer if rank == 0 else None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        processes.append(process)
+        log = os.open(out / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        processes.append(copy(partial(command, rank), log))
+        os.close(log)
     os.close(writer)
     return processes, reader
 
@@ -406,6 +399,24 @@ def call(stage: str, line: list[str]) -> int:
     return 0
 
 
+def copy(command: Callable[[], int], said: int) -> int:
+    """Runs something that returns an exit status in a copy of this process, which speaks into a file. Returns its id."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            for stream in (1, 2):
+                os.dup2(said, stream)
+            status = command()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return process
+
+
 class Copy:
     """
     A stage that `compress` starts, in a copy of this process where it would start a new one. It has of
@@ -421,20 +432,8 @@ class Copy:
     def __init__(self, command: list[str], **options):
         _, _, module, *line = command
         out, there = os.pipe()
-        self._process, self._status = os.fork(), None
-        if self._process == 0:
-            status = 1
-            try:
-                for stream in (1, 2):
-                    os.dup2(there, stream)
-                os.close(out)
-                status = call(module.removeprefix("trl_opsd."), line)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+        self._status = None
+        self._process = copy(partial(call, module.removeprefix("trl_opsd."), line), there)
         os.close(there)
         self.stdout = os.fdopen(out)
 
