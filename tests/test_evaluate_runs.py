@@ -970,7 +970,7 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if FAILS == "late":
-            print("EngineDeadError: out of memory", flush=True)
+            os.write(1, b"EngineDeadError: out of memory\n")  # in one piece: requests come side by side
             os._exit(1)
         choice = {"text": "x", "token_ids": [body["prompt"][-1], 1], "finish_reason": "stop"}
         self.reply("data: " + json.dumps({"choices": [choice]}) + "\n\ndata: [DONE]\n\n", "text/event-stream")
