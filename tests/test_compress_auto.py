@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
 from trl_opsd.compress.auto.compaction import Promise, choose, train
+from trl_opsd.compress.auto.division import divide
 from trl_opsd.compress.auto.export import export
 from trl_opsd.compress.auto.plan import Plan, learning_rate, recovery_rates
 from trl_opsd.compress.auto.run import compress, tell_time
@@ -130,7 +131,7 @@ def problems(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for split, first, count in (("train", 0, 400), ("test", 1000, 100)):
-        rows = [{"prompt": f"{number}?", "answer": str(number)} for number in range(first, first + count)]
+        rows = [{"prompt": f"{number}=", "answer": str(number)} for number in range(first, first + count)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -576,7 +577,7 @@ def test_a_problem_that_is_there_twice_counts_once(told, problems):
     more = [
         *rows[:150],
         *({**row, "prompt": f" {row['prompt']} "} for row in rows[:50]),
-        {"prompt": "1000 ?", "answer": "1"},
+        {"prompt": "1000 =", "answer": "1"},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
     parts = [[prompt.replace(" ", "") for prompt in rows["prompt"]] for rows in told({}).plan.data.values()]
@@ -590,17 +591,19 @@ def test_a_test_split_that_is_damaged_is_not_done_without(told, problems):
         told({})
 
 
-def test_the_verifier_is_that_of_the_source(told, tmp_path):
+def test_the_verifier_is_that_of_the_source(tmp_path):
     examples = [{"input": f"Sort {number}", "target": str(number)} for number in range(300)]
     (tmp_path / "word_sorting.json").write_text(json.dumps({"examples": examples}))
-    runner = told({}, dataset_name=f"bbh:{tmp_path / 'word_sorting.json'}")
-    assert runner.plan.recipe["reward_funcs"] == ["logic_reward"]
-    assert told({}, dataset_name="reasoning-gym:chain_sum").plan.recipe["reward_funcs"] == ["reasoning_gym_reward"]
+    for name, verifier in [
+        (f"bbh:{tmp_path / 'word_sorting.json'}", "logic_reward"),
+        ("reasoning-gym:chain_sum", "reasoning_gym_reward"),
+    ]:
+        assert divide(name, AutoConfig())[1] == [verifier]
 
 
 def test_columns_of_any_type_are_handed_on(told, problems):
     frame = pandas.DataFrame(
-        {"prompt": [f"{n}?" for n in range(300)], "answer": "1", "score": [float("nan"), 1.0] * 150}
+        {"prompt": [f"{n}=" for n in range(300)], "answer": "1", "score": [float("nan"), 1.0] * 150}
     )
     frame["day"] = pandas.Timestamp("2026-11-26")
     Path(problems, "train.jsonl").unlink()
@@ -638,10 +641,16 @@ def test_a_launcher_that_cannot_be_planned_for_is_refused(told, launcher):
         told({}, launcher=launcher)
 
 
+def give_positions(model: str, positions: int) -> str:
+    config = Path(model, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": positions}))
+    return model
+
+
 @pytest.mark.skipif(KEEPS_SCORES, reason="what training keeps is then more than the cache of every rollout")
-def test_rollouts_and_evaluation_are_in_the_memory_there_is(told):
+def test_rollouts_and_evaluation_are_in_the_memory_there_is(told, checkpoint):
     assert told({}).plan.fit.batch_size == 256
-    long = {"max_completion_length": 16000}
+    long = {"model_name_or_path": give_positions(checkpoint(1), 32_000), "max_completion_length": 16_000}
     memory = sum(told({}, rollouts=2, gpu_memory=1e3, **long).plan.fit.memory.values())
     few = told({}, rollouts=2, gpu_memory=1.2 * memory, **long)
     assert 1 <= few.plan.fit.batch_size < 256 and "use_peft" not in few.plan.recipe
@@ -667,6 +676,14 @@ def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
     assert "time: at most 17 stages" in out
 
 
+@pytest.mark.parametrize(("positions", "limit"), [(512, 384), (100_000, 2048)])
+def test_a_reply_has_most_of_the_positions_where_no_limit_is_given(told, checkpoint, positions, limit):
+    model = give_positions(checkpoint(1), positions)
+    plan = told({}, model_name_or_path=model, max_completion_length=None).plan
+    assert plan.recipe["max_completion_length"] == plan.arguments.max_completion_length == limit
+    assert f"in replies of at most {limit:,} tokens" in plan.describe(1.0)
+
+
 def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
     given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, "--dry_run", "true"]
     main([*given, "--ratio", "auto", "--export_formats", "gguf:q8_0", "onnx"])
@@ -686,6 +703,10 @@ def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
         (
             ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--max_accuracy_drop", "2"],
             "`max_accuracy_drop`",
+        ),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--max_completion_length", "100000"],
+            "`max_completion_length=100000` leaves no room for a prompt",
         ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--gpu_memory", "0.00001"], "GiB"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--smoke"], "`smoke`"),

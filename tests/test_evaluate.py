@@ -10,13 +10,15 @@ from evaluation_world import make_model, make_tokenizer, save_checkpoint, sum_ro
 from transformers import Qwen3ForCausalLM
 
 from trl_opsd.cli import parse
+from trl_opsd.data.fit import write_all
 from trl_opsd.evaluate import EvaluateConfig, evaluate
 from trl_opsd.evaluate.__main__ import main
 from trl_opsd.evaluate.backends import Request, Sampling, TransformersEngine
 from trl_opsd.evaluate.estimate import wilson_interval
-from trl_opsd.evaluate.plan import eos_token_ids, expand, tokenize
+from trl_opsd.evaluate.plan import eos_token_ids, expand
 from trl_opsd.evaluate.tasks import TASKS
 from trl_opsd.results import write_results
+from trl_opsd.tiny import make_tokenizer as tiny_tokenizer
 
 
 class Scripted(Qwen3ForCausalLM):
@@ -199,7 +201,7 @@ class TestGeneration:
     def completions(self, model, tokenizer, texts, greedy=True, batch_size=64, seed=42, top_k=0, done=()):
         ends = eos_token_ids(model.generation_config, tokenizer)
         sampling = Sampling(0.0 if greedy else 1.0, 1.0, top_k, 12, tuple(ends))
-        requests = [Request(ids, seed + index) for index, ids in enumerate(tokenize(texts, tokenizer))]
+        requests = [Request(ids, seed + index) for index, ids in enumerate(write_all(tokenizer, texts))]
         engine = TransformersEngine(model, tokenizer.pad_token_id, batch_size)
         found = dict(engine.generate(requests, sampling, done))
         return [found.get(index) for index in range(len(texts))]
@@ -212,7 +214,7 @@ class TestGeneration:
         alone = [self.completions(model, tokenizer, [text])[0] for text in self.texts]
         direct = [
             model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-            for ids in tokenize(self.texts, tokenizer)
+            for ids in write_all(tokenizer, self.texts)
         ]
         assert together == alone == direct == self.completions(model, tokenizer, self.texts, batch_size=2)
         assert len({tuple(ids) for ids in together}) > 1
@@ -380,6 +382,16 @@ class TestCommandLine:
         runs = expand(config)
         assert [run.stage for run in runs[::9]] == ["rlvr", "prompt-only", "opsd"] and len(runs) == 27
         assert {run.task for run in runs} | {"reasoning-gym"} == set(TASKS)
+
+    def test_a_prompt_that_the_tokenizer_cannot_write(self, checkpoint, tmp_path, capsys):
+        rows = [*sum_rows(), {**sum_rows()[0], "prompt": [{"role": "user", "content": "Janet’s ducks lay 16 eggs."}]}]
+        write_rows(tmp_path / "ducks.jsonl", rows)
+        tiny_tokenizer(3).save_pretrained(checkpoint)  # which has no token for what it does not know
+        with pytest.raises(SystemExit):
+            main(["--model_name_or_path", checkpoint, "--dataset_name", str(tmp_path / "ducks.jsonl")])
+        error = capsys.readouterr().err
+        assert f"row {len(rows)}: the tokenizer of `{checkpoint}` cannot write this `prompt`" in error
+        assert error.startswith("error: ") and error.count("\n") == 1
 
     def test_tokenizer_without_a_chat_template(self, checkpoint, problems, capsys):
         Path(checkpoint, "chat_template.jinja").unlink()

@@ -26,8 +26,9 @@ class AutoConfig:
             the data have one.
         reward_funcs (`list[str]`, *optional*):
             Verifiers. Defaults to `math_reward` where the data have an `answer`, and `code_reward` where they have `tests`.
-        max_completion_length (`int`, *optional*, defaults to `2048`):
-            Longest reply, in training and evaluation. One that is cut counts as wrong.
+        max_completion_length (`int`, *optional*):
+            Longest reply, in training and evaluation. One that is cut counts as wrong. Defaults to 2,048, or to three quarters
+            of the model's positions where that is less.
         guard_problems (`int`, *optional*, defaults to `256`):
             Problems, kept out of training, on which contexts are chosen and rounds are watched.
         final_problems (`int`, *optional*, defaults to `1024`):
@@ -73,8 +74,12 @@ class AutoConfig:
         default=None,
         metadata={"help": "Verifiers. Defaults to math_reward, or code_reward where the data have `tests`."},
     )
-    max_completion_length: int = field(
-        default=2048, metadata={"help": "Longest reply, in training and evaluation. One that is cut counts as wrong."}
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest reply, in training and evaluation. One that is cut counts as wrong. Defaults to 2048, or three "
+            "quarters of the model's positions where that is less."
+        },
     )
     guard_problems: int = field(
         default=256,

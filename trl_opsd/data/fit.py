@@ -84,22 +84,16 @@ def check_fit(
         UserError: If the prompts are conversations and there is no chat template, if a prompt cannot be written, if the
             template leaves a role out, or if a prompt does not fit.
     """
-    model = tokenizer.name_or_path
     room = None if positions is None else positions - max_completion_length
     if room is not None and room < 1:
         raise UserError(
             f"`max_completion_length={max_completion_length}` leaves no room for a prompt in the {positions} positions of "
             "the model: lower it."
         )
-    if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
-        raise UserError(
-            f"The prompts of `{name}` are conversations, and the tokenizer of `{model}` has no chat template: add one to the "
-            "checkpoint, or use prompts that are plain strings."
-        )
-    lengths = _Lengths(name, tokenizer, room, chat_template_kwargs)
+    rows = _Rows(name, tokenizer, room, chat_template_kwargs)
     too_long = {
         number: length
-        for number, length in lengths.of_suspects(dataset["prompt"])
+        for number, length in rows.lengths_of_suspects(dataset["prompt"])
         if room is not None and length > room
     }
     if too_long:
@@ -111,14 +105,54 @@ def check_fit(
         )
 
 
-class _Lengths:
-    """Tokens of those prompts of a data set that have to be written to know that they can be, and are not too long."""
+def write_rows(
+    prompts: Sequence[list[dict] | str],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict | None = None,
+) -> list[list[int]]:
+    """
+    Token ids of prompts, up to where their completions begin: those that TRL's trainers roll out from.
+
+    Args:
+        prompts (`Sequence[list[dict]]` or `Sequence[str]`):
+            Prompts, conversational or plain.
+        name (`str`):
+            Name of the data set, for the message.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        chat_template_kwargs (`dict`, *optional*):
+            Keyword arguments for the chat template.
+
+    Returns:
+        `list[list[int]]`: Not padded.
+
+    Raises:
+        UserError: If there is no chat template for conversations, if one cannot be written, or if the template leaves a role
+            out.
+    """
+    rows = _Rows(name, tokenizer, None, chat_template_kwargs)
+    for _ in rows.lengths_of_suspects(prompts):  # which looks at the template and the roles
+        pass
+    return rows.ids(list(enumerate(prompts, start=1)))
+
+
+class _Rows:
+    """The prompts of a data set as a tokenizer writes them, and the sentence on a row that it cannot write."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, room: int | None, kwargs: dict | None):
         self._name, self._tokenizer, self._room, self._kwargs = name, tokenizer, room, kwargs
 
-    def of_suspects(self, prompts: Iterable[list[dict] | str]) -> Iterator[tuple[int, int]]:
-        """Number and tokens of each, from 1. Of what is far too long, the tokens of its beginning."""
+    def lengths_of_suspects(self, prompts: Sequence[list[dict] | str]) -> Iterator[tuple[int, int]]:
+        """
+        Number, from 1, and tokens of each prompt that has to be written to know that it can be, and is not too long. Of
+        what is far too long, the tokens of its beginning.
+        """
+        if not isinstance(prompts[0], str) and self._tokenizer.chat_template is None:
+            raise UserError(
+                f"The prompts of `{self._name}` are conversations, and the tokenizer of `{self._tokenizer.name_or_path}` has no "
+                "chat template: add one to the checkpoint, or use prompts that are plain strings."
+            )
         suspects = []
         for number, prompt, text in self._suspects(prompts):
             if self._room is not None and len(text) > 64 * self._room:  # of megabytes the beginning says enough
@@ -171,20 +205,23 @@ class _Lengths:
                 )
 
     def _written(self, suspects: list[tuple[int, list[dict] | str]]) -> Iterator[tuple[int, int]]:
-        if not suspects:
-            return
-        try:
-            written = write_all(self._tokenizer, [prompt for _, prompt in suspects], self._kwargs)
-        except Exception:  # of one of them: a template raises what it likes, and tokenizers an Exception and no more
-            for number, prompt in suspects:
-                try:
-                    length = len(write(self._tokenizer, prompt, self._kwargs))
-                except Exception as error:
-                    raise self._refusal(number, error) from None
-                yield number, length
-            return
-        for (number, _), ids in zip(suspects, written, strict=True):
+        for (number, _), ids in zip(suspects, self.ids(suspects), strict=True):
             yield number, len(ids)
+
+    def ids(self, numbered: list[tuple[int, list[dict] | str]]) -> list[list[int]]:
+        """Token ids of prompts, each with the number of its row."""
+        if not numbered:
+            return []
+        try:
+            return write_all(self._tokenizer, [prompt for _, prompt in numbered], self._kwargs)
+        except Exception:  # of one of them: a template raises what it likes, and tokenizers an Exception and no more
+            return [self._one(number, prompt) for number, prompt in numbered]
+
+    def _one(self, number: int, prompt: list[dict] | str) -> list[int]:
+        try:
+            return write(self._tokenizer, prompt, self._kwargs)
+        except Exception as error:
+            raise self._refusal(number, error) from None
 
     def _refusal(self, number: int, error: Exception) -> UserError:
         return UserError(

@@ -13,13 +13,13 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli import UserError, check_vllm
-from ..data import check_columns, load_prompts
+from ..data import check_columns, load_prompts, load_tokenizer, write_rows
 from ..rewards import check_rows, load_reward_funcs, required_columns
 from .backends import Sampling, served_model
-from .checkpoint import Checkpoint, base_of, open_checkpoint, wrap_model
+from .checkpoint import Checkpoint, open_checkpoint, wrap_model
 from .config import EvaluateConfig
 from .lm_eval import LM_EVAL, load_lm_eval
 from .tasks import find_task, task_name
@@ -78,7 +78,7 @@ class Job:
         self.eos_ids = tuple(eos_token_ids(self.checkpoint.generation_config, self.tokenizer))
         self.tags = find_tags(self.tokenizer, config.thinking_tags)
         self.prompts = self._prompts()
-        self.prompt_ids = tokenize(self.prompts, self.tokenizer, config.chat_template_kwargs)
+        self.prompt_ids = write_rows(self.prompts, config.dataset_name, self.tokenizer, config.chat_template_kwargs)
         self._fit()
         requests = min(len(self.names), config.serving_requests)
         if config.concurrency and max(config.concurrency) > requests:
@@ -196,7 +196,7 @@ def plan(
     for part in expand(config):
         checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
         dataset, reward_funcs = load_task(part)
-        own = load_tokenizer(part, dataset) if tokenizer is None else tokenizer
+        own = tokenizer or load_tokenizer(part.model_name_or_path, trust_remote_code=part.trust_remote_code)
         jobs.append(Job(part, checkpoint, dataset, reward_funcs, own, served))
     return jobs
 
@@ -322,62 +322,6 @@ def _in_one_order(turn: dict[str, Any]) -> dict[str, Any]:
     """A message's keys are in the order of the file, or with datasets 4 of the alphabet, and those of other rows are `None`."""
     others = {name: value for name, value in sorted(turn.items()) if value is not None}
     return {"role": turn["role"], "content": turn["content"]} | others
-
-
-def load_tokenizer(config: EvaluateConfig, dataset: Dataset) -> PreTrainedTokenizerBase:
-    """
-    Loads the tokenizer of the checkpoint and checks that it can write the prompts.
-
-    Args:
-        config ([`EvaluateConfig`]):
-            Where the checkpoint is.
-        dataset ([`~datasets.Dataset`]):
-            Problems.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`]: Tokenizer.
-
-    Raises:
-        UserError: If there is none, or it has no chat template and the prompts need one.
-    """
-    path = config.model_name_or_path
-    if path and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
-        path = base_of(path)  # an adapter need not have one of its own
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"`{path}` has no tokenizer that can be loaded ({reason}).") from None
-    if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
-        raise UserError(
-            f"The prompts are conversations, and the tokenizer of `{path}` has no chat template: add one to the "
-            "checkpoint, or use prompts that are plain strings."
-        )
-    return tokenizer
-
-
-def tokenize(
-    prompts: list, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[list[int]]:
-    """
-    Returns the token ids of prompts, up to where the completion starts: the same ids that TRL's trainers roll out from.
-
-    Args:
-        prompts (`list[list[dict]]` or `list[str]`):
-            Prompts, conversational or plain.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for the chat template.
-
-    Returns:
-        `list[list[int]]`: Token ids, not padded.
-    """
-    if isinstance(prompts[0], str):
-        return tokenizer(text=list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-    )["input_ids"]
 
 
 def eos_token_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,15 +1,16 @@
 """What is known before anything is loaded: what will be done, why, and what it takes."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from ...cli import UserError, check_checkpoint
+from ...data import check_fit, load_tokenizer
 from ...evaluate.checkpoint import open_checkpoint
 from ...export.formats import parse_formats
 from ...export.origin import check_checkpoint_ends
 from ...opsd.context import TEACHER_PROMPT_TEMPLATES, TeacherContext
-from ...plan.run import GIB
+from ...plan.run import GIB, read_config
+from ...positions import positions_of
 from ..auto_config import AUTO, AutoConfig
 from ..config import CompressConfig
 from .division import divide
@@ -18,6 +19,8 @@ from .fit import LORA, USED, Fit, Launch
 
 # A round that saves less than this share of the tokens of the one before is the last
 LEAST_GAIN = 0.03
+# Longest reply where none is given, and the model has the positions
+_MAX_COMPLETION_LENGTH = 2048
 # Shares of the parameters that `ratio: auto` removes, one after the other until a student is no longer as good
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 
@@ -56,18 +59,24 @@ class Plan:
     """
 
     def __init__(self, config: CompressConfig, arguments: AutoConfig):
-        self.config, self.arguments = config, arguments
         self.root = Path(config.output_dir)
         check_checkpoint(config.model_name_or_path, "model_name_or_path")
         self.launch = Launch.of(config.launcher)
+        tokenizer = load_tokenizer(config.model_name_or_path)
+        positions = positions_of(read_config(config.model_name_or_path, None, False))
+        if arguments.max_completion_length is None:
+            limit = _MAX_COMPLETION_LENGTH if positions is None else min(_MAX_COMPLETION_LENGTH, 3 * positions // 4)
+            arguments = replace(arguments, max_completion_length=limit)
+        self.config, self.arguments = config, arguments
         self.data, self.reward_funcs = divide(config.dataset_name, arguments)
+        for rows in self.data.values():
+            check_fit(rows, config.dataset_name, tokenizer, positions, arguments.max_completion_length)
         self.sizes = {name: len(rows) for name, rows in self.data.items()}
         self.fit = Fit.of(config.model_name_or_path, self.launch, arguments)
         self.ratios = self._ratios()
         self.artefacts = parse_formats(arguments.export_formats) if arguments.export_formats else []
         if self.artefacts:
-            path = config.model_name_or_path
-            check_checkpoint_ends(open_checkpoint(path), AutoTokenizer.from_pretrained(path))
+            check_checkpoint_ends(open_checkpoint(config.model_name_or_path), tokenizer)
         self.contexts = self._contexts()
 
     def part(self, name: str) -> str:
@@ -190,8 +199,9 @@ class Plan:
         if fit.has_adapter:
             how = f"an adapter, because full training takes {sum(fit.full.values()):.1f} GiB"
         steps = [
-            f"measure it on {sizes['guard']} problems kept out of training, plain and in each of {len(self.contexts)} "
-            f"contexts ({', '.join(map(repr, self.contexts))}), and take the one that promises most; below "
+            f"measure it on {sizes['guard']} problems kept out of training, in replies of at most "
+            f"{arguments.max_completion_length:,} tokens, plain and in each of {len(self.contexts)} contexts "
+            f"({', '.join(map(repr, self.contexts))}), and take the one that promises most; below "
             f"{arguments.min_saving:.0%} of the tokens: {'leave the length' if self.ratios else 'end, with nothing lost'}",
             f"train {how}, on {sizes['train']:,} problems, up to {arguments.max_rounds} rounds of {arguments.round_steps} "
             f"updates × {arguments.rollouts} rollouts at a rate of {self.recipe['learning_rate']:.1e}; after each look at the "
