@@ -13,7 +13,9 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, fsdp2_canonicalize_names
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DistillationTrainer
@@ -41,6 +43,17 @@ def let_fsdp_run_on_cpus() -> None:
         original(self, *args, **kwargs)
 
     AcceleratorState.__init__ = init
+
+
+def let_fsdp_average_on_cpus() -> None:
+    """torch 2.8's gloo sums where it is asked for an average, 2.9's does not. Asked for a sum, FSDP2 divides it itself."""
+    original = FSDPParamGroup.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.force_sum_reduction_for_comms = True
+
+    FSDPParamGroup.__init__ = init
 
 
 def let_torch_load_to_indexed_cpus() -> None:
@@ -227,6 +240,8 @@ parser.add_argument("--output", type=Path)
 arguments = parser.parse_args()
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     let_fsdp_run_on_cpus()
+    if Version(torch.__version__) < Version("2.9"):
+        let_fsdp_average_on_cpus()
 let_torch_load_to_indexed_cpus()
 results = {}
 for case in torch.load(arguments.cases):

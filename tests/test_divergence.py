@@ -517,7 +517,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+        for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
         return result

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, whose its output folder is, and what a SIGTERM leaves."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -420,10 +421,38 @@ def test_without_vllm_the_command_says_how_to_get_it(recipe, monkeypatch, capsys
     assert "error: `use_vllm` needs vLLM: run `pip install vllm`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("accelerate", "sharding", "is_adapter", "refused"),
+    [
+        ("1.14.0", "true", True, True),
+        ("1.15.0", "true", True, False),
+        ("1.14.0", "false", True, False),
+        ("1.14.0", "true", False, False),
+    ],
+)
+def test_an_adapter_in_shards_needs_an_accelerate_that_loads_them(
+    whole, tmp_path, monkeypatch, accelerate, sharding, is_adapter, refused
+):
+    """Before 1.15 the first process alone got it back (tests/test_sharded.py has the weights)."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: accelerate)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharding)
+    folder = whole(2)
+    if is_adapter:
+        (folder / "adapter_config.json").write_text("{}")
+    args = SimpleNamespace(
+        process_index=0, resume_from_checkpoint="true", output_dir=str(tmp_path), fsdp_plugin_args=None
+    )
+    with pytest.raises(ValueError, match="install accelerate 1.15 or newer") if refused else contextlib.nullcontext():
+        assert resuming.agreed_checkpoint(args) == str(folder)
+
+
 def test_only_the_main_process_reads_a_checkpoint(tmp_path, monkeypatch):
     """The others take its word, also that the one that was asked for is broken."""
     args = types.SimpleNamespace(
-        process_index=0, resume_from_checkpoint=str(tmp_path / "gone"), output_dir=str(tmp_path)
+        process_index=0,
+        resume_from_checkpoint=str(tmp_path / "gone"),
+        output_dir=str(tmp_path),
+        fsdp_plugin_args=None,
     )
     sent = []
     monkeypatch.setattr(resuming, "broadcast_object_list", lambda objects: sent.append(list(objects)))

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernels import KEEPS_SCORES
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,10 +62,17 @@ def test_the_command_of_a_result_can_be_run(command, monkeypatch):
     assert (ROOT / config).is_file()
 
 
+planned_alike = pytest.mark.skipif(
+    KEEPS_SCORES, reason="a table has plans for torch 2.13, and other torches need more"
+)
+
+
+@planned_alike
 def test_tables_say_what_the_results_say():
     readme_tables.main(["--check"])
 
 
+@planned_alike
 def test_a_table_that_is_wrong_is_found():
     page = (RESULTS / "README.md").read_text()
     assert "| **OPSD** |" in page

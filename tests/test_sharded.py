@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -60,6 +62,9 @@ HALF = {
     for kind in ("full", "lora")
     for run in ("whole", "resumed")
 }
+
+# What transformers then logs is the norm of the shards that a process has: `item` of a tensor in shards is of those
+NORMS_OF_SHARDS = Version(torch.__version__) < Version("2.9")
 
 deepspeed = pytest.mark.deepspeed
 BACKENDS = ["ddp", "fsdp2", pytest.param("zero2", marks=deepspeed), pytest.param("zero3", marks=deepspeed)]
@@ -197,7 +202,7 @@ def assert_same_weights(ours, theirs):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
 
 
-def assert_same_logs(ours, theirs, cut_up):
+def assert_same_logs(ours, theirs, cut_up, backend=None):
     """Every number but those of time; with `cut_up`, but those that the base class averages over pieces of a batch."""
     assert len(ours) == len(theirs)
     for our_log, their_log in zip(ours, theirs, strict=True):
@@ -206,7 +211,7 @@ def assert_same_logs(ours, theirs, cut_up):
             by_piece = name in ("entropy", "eval_loss") and cut_up
             if by_piece or name == "step_time" or name.endswith(("_runtime", "_per_second")):
                 continue
-            if name == "grad_norm" and their_log["opsd/kept"] == 0:
+            if name == "grad_norm" and (their_log["opsd/kept"] == 0 or (backend == "fsdp2" and NORMS_OF_SHARDS)):
                 continue  # DeepSpeed has that of the last step that it took
             assert our_log[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), (name, their_log["step"])
 
@@ -257,7 +262,7 @@ def test_one_process_gives_the_same_in_eight_steps(runs, case):
 def test_two_processes_give_the_same(runs, backend, case):
     one, two = runs["one"][case], runs[backend][case]
     assert_trained(two)
-    assert_same_logs(two["logs"], one["logs"], cut_up=SHAPES[case] != (4, 1) or "eval" in CASES[case])
+    assert_same_logs(two["logs"], one["logs"], SHAPES[case] != (4, 1) or "eval" in CASES[case], backend)
     for ours, theirs in zip(two["steps"], one["steps"], strict=True):
         assert_same_weights(ours, theirs)
     assert_same_weights(two["teacher"], one["teacher"])
@@ -267,12 +272,17 @@ def test_two_processes_give_the_same(runs, backend, case):
 def test_mixed_precision_gives_nearly_the_same(runs, backend):
     # In the first step. After it one process has bfloat16 weights where FSDP2 keeps them in float32
     ours, theirs = (runs[name]["bf16"]["logs"][0] for name in (backend, "one"))
-    for name in ("loss", "grad_norm", "opsd/kl", "opsd/student_entropy", "opsd/teacher_entropy"):
+    norm = [] if backend == "fsdp2" and NORMS_OF_SHARDS else ["grad_norm"]
+    for name in ("loss", *norm, "opsd/kl", "opsd/student_entropy", "opsd/teacher_entropy"):
         assert ours[name] == pytest.approx(theirs[name], rel=0.03), name
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_resumed_run_goes_on_with_its_teacher(runs, backend, kind):
+    if (backend, kind) == ("fsdp2", "lora") and Version(version("accelerate")) < Version("1.15"):
+        pytest.skip(
+            "accelerate gives the adapter back to one process alone, and our command lines refuse to go on with that"
+        )
     whole, resumed = runs[backend][f"{kind}-whole"], runs[backend][f"{kind}-resumed"]
     assert len(resumed["steps"]) == len(whole["steps"]) - 2
     # The adapters of student and teacher, or the student. What is recorded after a step is the teacher of before it, so

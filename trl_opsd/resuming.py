@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,6 +35,8 @@ INTERRUPTED = 143
 CHECKSUMS = "checksums.json"
 # What gloo says where a process waits for another that is no longer there
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# Of accelerate, the first that loads the shards of an adapter on every process
+_LOADS_ADAPTERS = Version("1.15")
 # Output folders of this process, open for as long as it lives, which holds their locks
 _claimed: dict[Path, int] = {}
 
@@ -152,11 +156,21 @@ def agreed_checkpoint(training_args: "TrainingArguments") -> str | None:
         `str` or `None`: As of [`find_checkpoint`].
 
     Raises:
-        ValueError: As of [`find_checkpoint`], or if it cannot read a file, on every process.
+        ValueError: As of [`find_checkpoint`], if it cannot read a file, or if it is an adapter's, in shards of FSDP, and
+            accelerate would load it on one process alone. On every process.
     """
-    return agreed(
+    found = agreed(
         training_args, lambda: find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     )
+    is_fsdp = training_args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if found is not None and is_fsdp and Path(found, "adapter_config.json").is_file():
+        version = importlib.metadata.version("accelerate")
+        if Version(version) < _LOADS_ADAPTERS:
+            raise ValueError(
+                f"`resume_from_checkpoint`: under FSDP accelerate {version} gives an adapter back to the first process alone, "
+                f"and the others go on with a new one: install accelerate {_LOADS_ADAPTERS} or newer."
+            )
+    return found
 
 
 def agreed(training_args: "TrainingArguments", find: Callable[[], Any]) -> Any:

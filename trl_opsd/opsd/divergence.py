@@ -83,6 +83,9 @@ class _Statistics(NamedTuple):
     teacher_log_sum: torch.Tensor
 
 
+_ALL = slice(None)
+
+
 class _Model(NamedTuple):
     # One side of the comparison, and how its logits come about
     hidden: torch.Tensor  # (N, H)
@@ -92,7 +95,7 @@ class _Model(NamedTuple):
     softcap: float | None
     dtype: torch.dtype  # of the matrix products; they accumulate in float32
 
-    def part(self, rows=slice(None), columns=slice(None)):
+    def part(self, rows=_ALL, columns=_ALL):
         bias = None if self.bias is None else self.bias[columns]
         return self._replace(hidden=self.hidden[rows], head=self.head[columns], bias=bias)
 
