@@ -355,6 +355,8 @@ TOGETHER = [
     ("tiny", "--output_dir runs/x --num_heads 4 --num_key_value_heads 3", "`num_heads` is 4 and `num_key_value_heads` is 3"),
     ("small", "--taught sums", "`taught` has `sums`, and the families are"),
     ("small", "--taught_difficulty 9", "`taught_difficulty` is 9 and must be from 0 to 3."),
+    ("small", "--posed sums", "`posed` has `sums`, and the families are"),
+    ("small", "--posed_difficulty 0", "`posed_difficulty` is 0 and must be from 1 to 3."),
     ("small", "--drill_share 2", "`drill_share` is 2.0 and must be from 0 to 1."),
     ("small", "--accuracy_steps 0", "`accuracy_steps` must be at least 1, and is 0."),
     ("small", "--output_dir README.md/x", "`output_dir`: the folder `README.md/x` cannot be written"),

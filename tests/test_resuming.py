@@ -20,9 +20,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_opsd_alarms import build, falling
 from test_opsd_trainer import same_rollouts
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 
 from trl_opsd import resuming
+from trl_opsd.cli import save_final
 from trl_opsd.opsd.__main__ import main as opsd
 from trl_opsd.resuming import CHECKSUMS, INTERRUPTED, StopOnSignal, find_checkpoint, hash_files, train, why_broken
 from trl_opsd.rlvr.__main__ import main as rlvr
@@ -505,3 +506,24 @@ def test_what_the_main_process_finds_is_looked_for_by_no_other(monkeypatch):
     assert resuming.agreed(SimpleNamespace(process_index=1), lambda: pytest.fail("it looked itself")) == [3]
     with pytest.raises(ValueError, match="^row 3$"):
         resuming.agreed(SimpleNamespace(process_index=1), lambda: pytest.fail("it looked itself"))
+
+
+@pytest.mark.parametrize("is_in_processor", [False, True])
+def test_what_is_saved_pads_no_batch(tmp_path, tokenizer, is_in_processor):
+    """A run that went on after its last step has padded none, and leaves the same files."""
+    tokenizer(["1", "1+2="], padding=True, truncation=True, max_length=3)
+    processor = tokenizer
+    if is_in_processor:
+        processor = type("Processor", (ProcessorMixin,), {"__init__": lambda self: None})()
+        processor.tokenizer = tokenizer
+
+    def save_model(folder):
+        tokenizer.save_pretrained(folder)
+        Path(folder, "config.json").write_text("{}")
+
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None, is_main_process=True)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    save_final(SimpleNamespace(args=args, processing_class=processor, save_model=save_model, accelerator=accelerator))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (saved["padding"], saved["truncation"]) == (None, None)
+    assert (tmp_path / "config.json").is_file()

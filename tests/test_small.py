@@ -243,7 +243,9 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
     test, train = (read(folder / "data" / f"{split}.jsonl") for split in ("test", "train"))
     parts = {path.stem: read(path) for path in (folder / "data" / "by_task").iterdir()}
-    assert len(train) == len(test) == 21 and set(parts) == set(FAMILIES)
+    assert len(train) == len(test) == 20 and set(parts) == set(CONFIG.posed) < set(FAMILIES)
+    posed = Counter((row["task"], row["difficulty"]) for row in test)
+    assert posed == {(task, level): 2 for task in CONFIG.posed for level in (1, 2)}
     assert all(part == [row for row in test if row["task"] == task] for task, part in parts.items())
 
 
@@ -254,9 +256,15 @@ def test_mistakes_end_before_training(tmp_path):
         SmallConfig(taught_difficulty=4)
     with pytest.raises(ValueError, match="`slip_probability` is 2"):
         SmallConfig(slip_probability=2)
-    for name in ("train_size", "test_size", "accuracy_problems"):
-        with pytest.raises(ValueError, match=f"`{name}` is 20 and must be at least 21"):
-            SmallConfig(**{name: 20})
+    with pytest.raises(ValueError, match="`posed` has `sums`, and the families are chain_sum"):
+        SmallConfig(posed=["sums"])
+    with pytest.raises(ValueError, match="`posed` is empty"):
+        SmallConfig(posed=[])
+    with pytest.raises(ValueError, match="`posed_difficulty` is 0"):
+        SmallConfig(posed_difficulty=0)
+    for name, fewest in (("train_size", 10), ("test_size", 10), ("accuracy_problems", 21)):
+        with pytest.raises(ValueError, match=f"`{name}` is {fewest - 1} and must be at least {fewest}"):
+            SmallConfig(**{name: fewest - 1})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
@@ -267,6 +275,6 @@ def test_the_recipes_ask_in_the_words_that_were_taught():
         assert recipes[f"opsd_{mode}"]["teacher_prompt_template"] == TEMPLATES[mode]
     assert recipes["compress"]["prompt_only_template"] == TEMPLATES["concise"]
     names = [Path(path).stem for path in recipes["evaluate_by_task"]["tasks"]]
-    assert names == list(FAMILIES)
+    assert names == list(CONFIG.posed)
     config, _ = parse(("trl_opsd.small.task.SmallConfig", "trl.SFTConfig"), ["--config", "recipes/small/sft.yaml"])
     assert config == SmallConfig(accuracy_steps=config.accuracy_steps)

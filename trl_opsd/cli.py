@@ -33,7 +33,7 @@ from .shadows import Unreadable, read_dataclass
 
 # Nothing heavy is imported up here, so that --help and a wrong option answer at once
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, Trainer
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 
 # That of the extra `vllm`, which pip looks at when it installs and nobody afterwards
@@ -477,13 +477,31 @@ def save_final(trainer: "Trainer") -> None:
         trainer ([`~transformers.Trainer`]):
             Trainer after training. Called on every process, because gathering sharded weights takes them all.
     """
+    from transformers import ProcessorMixin
+
     folder = Path(trainer.args.output_dir)
     staging = folder / ".saving"
+    processor = trainer.processing_class
+    forget_batches(processor.tokenizer if isinstance(processor, ProcessorMixin) else processor)
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         publish(staging, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def forget_batches(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """
+    Takes out of a tokenizer how it padded and cut the last batch: it would be written into tokenizer.json, where other
+    readers than transformers take it for what they are to do.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, before it is saved.
+    """
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
 
 
 def publish(staging: Path, folder: Path) -> None:

@@ -25,6 +25,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers.trainer_pt_utils import safe_globals
 
 from scripts.harness.results import RESULTS, ROOT, read, write_results, write_text
@@ -407,6 +409,7 @@ def copy(command: Callable[[], int], said: int) -> int:
         try:
             for stream in (1, 2):
                 os.dup2(said, stream)
+            tqdm.set_lock(threading.RLock())  # its own is shared by all copies, and one is killed with it in its hands
             status = command()
         except BaseException:
             traceback.print_exc()

@@ -3,8 +3,9 @@ The small reasoner, made long-winded by its warm start, accurate by RLVR and sho
 
     OMP_NUM_THREADS=1 python -m scripts.experiments.small --seeds 0 1 2
 
-Five million parameters, seven families of problems; to be concise was taught for three of them only, and there not at the
-highest difficulty. Warm start and RLVR are those of recipes/small. From the RLVR checkpoint each arm makes as many updates of
+Five million parameters; to be concise was taught for some families of problems only. Warm start, RLVR and their problems, of
+five families at two difficulties, are those of recipes/small; with `--hard` all seven at three are asked, of which the warm
+start has not learned enough. From the RLVR checkpoint each arm makes as many updates of
 as many rollouts, by its recipe:
 
 | arm | what is done |
@@ -17,10 +18,10 @@ as many rollouts, by its recipe:
 | GRPO, truncated | recipes/small/rlvr.yaml with half of the tokens that RLVR needs as the limit (https://huggingface.co/papers/2510.15110) |
 | SFT on the shortest | TRL's SFT on the shortest correct rollout of each prompt that RLVR has kept |
 
-A run that the alarm ends is measured as it was then. Accuracy is sampled at temperature 1 on held-out problems, 100 of each
+A run that the alarm ends is measured as it was then. Accuracy is sampled at temperature 1 on held-out problems, 200 of each
 family. The command goes on where it was, with what is in `--runs`. One results file for each seed,
-recipes/results/small/seed-<seed>.json, with the arms that are there, and the table from whatever files there are (`--report`:
-only that).
+recipes/results/small/seed-<seed>.json (with `--hard` in small_hard), with the arms that are there, and the table from whatever
+files there are (`--report`: only that).
 """
 
 import argparse
@@ -52,8 +53,10 @@ ARMS = {
     "GRPO, truncated": ("rlvr", "rlvr", {}),
     "SFT on the shortest": ("sft", "", {}),
 }
-TAUGHT = tuple(SmallConfig().taught)
-GROUPS = {"taught": TAUGHT, "not taught": tuple(family for family in FAMILIES if family not in TAUGHT)}
+CONFIG = SmallConfig()
+#: Families that are asked, and the options of the warm start that say so
+POSED = (tuple(CONFIG.posed), {})
+HARD = (tuple(FAMILIES), {"posed": list(FAMILIES), "posed_difficulty": 3})
 
 
 def name_of(arm: str) -> str:
@@ -74,10 +77,11 @@ def shortest(rlvr: Path, output: Path) -> Path:
     return output
 
 
-def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int) -> Path:
+def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int, problems: tuple) -> Path:
     """The checkpoint of an arm, trained unless it is there."""
     own = {"seed": seed, "resume_from_checkpoint": "true"}
-    sft = train_stage("trl_opsd.small", f"{RECIPES}/sft.yaml", folder / "sft", **own)
+    families, asked = problems
+    sft = train_stage("trl_opsd.small", f"{RECIPES}/sft.yaml", folder / "sft", **own, **asked)
     if arm == "warm start":
         return sft
     data = {"dataset_name": sft / "data"}
@@ -97,25 +101,25 @@ def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int) -> Path:
             **{name: value for name, value in options.items() if value is not None},
         )
     if arm == "OPSD, sibling, second round":
-        options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps)
+        options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps, problems)
     if arm == "GRPO, truncated":
-        lengths = [row["mean_tokens"] for row in measure("RLVR", rlvr, sft, folder)]
+        lengths = [row["mean_tokens"] for row in measure("RLVR", rlvr, sft, folder, families)]
         options["max_completion_length"] = round(statistics.mean(lengths) / 2)
     if stage == "opsd":
         options |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 1}
     return train_arm(f"trl_opsd.{stage}", f"{RECIPES}/{recipe}.yaml", folder / name_of(arm), **options)
 
 
-def measure(arm: str, checkpoint: Path, sft: Path, folder: Path) -> list[dict]:
+def measure(arm: str, checkpoint: Path, sft: Path, folder: Path, families: tuple[str, ...]) -> list[dict]:
     """A row for each family, kept beside the checkpoints."""
     kept = folder / "measured" / f"{name_of(arm)}.json"
     if not kept.is_file():
         rows = []
-        for family in FAMILIES:
+        for family in families:
             options = {"decoding": "sampled", "task": "small", "max_completion_length": 384, "batch_size": 128}
             if arm == PROMPT_ONLY:
                 options["prompt_template"] = CONCISE_TEMPLATE
-            (row,) = evaluate(checkpoint, sft / "data" / "by_task" / f"{family}.jsonl", 42, 100, **options)
+            (row,) = evaluate(checkpoint, sft / "data" / "by_task" / f"{family}.jsonl", 42, 200, **options)
             rows.append({"arm": arm, "family": family, **{field: row[field] for field in MEASURED}})
         write_results(kept, rows, {})
     return read(kept)
@@ -123,9 +127,9 @@ def measure(arm: str, checkpoint: Path, sft: Path, folder: Path) -> list[dict]:
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
     """The rows of an arm, with what its training took."""
-    folder = Path(args.runs) / f"seed-{seed}"
-    checkpoint = checkpoint_of(arm, seed, folder, args.max_steps)
-    rows = measure(arm, checkpoint, folder / "sft", folder)
+    folder, problems = Path(args.runs) / f"seed-{seed}", HARD if args.hard else POSED
+    checkpoint = checkpoint_of(arm, seed, folder, args.max_steps, problems)
+    rows = measure(arm, checkpoint, folder / "sft", folder, problems[0])
     trained = {}
     if ARMS[arm] is not None and ARMS[arm][0] != "sft":
         log = log_of(checkpoint, ARMS[arm][0])
@@ -134,9 +138,11 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
     return [{**row, **trained} for row in rows]
 
 
-def table() -> str:
+def table(folder: str = "small") -> str:
     """Every arm's mean over the seeds, with the lowest and the highest, on the families of each group."""
-    seeds = read_all(RESULTS / "small")
+    seeds = read_all(RESULTS / folder)
+    asked = tuple(dict.fromkeys(row["family"] for row in seeds[0]))
+    groups = (asked, *(tuple(name for name in asked if (name in CONFIG.taught) is taught) for taught in (True, False)))
     lines = []
     for arm in ARMS:
         found = [[row for row in rows if row["arm"] == arm] for rows in seeds]
@@ -144,7 +150,7 @@ def table() -> str:
         if not found:
             continue
         cells = []
-        for families in (tuple(FAMILIES), *GROUPS.values()):
+        for families in groups:
             chosen = [[row for row in rows if row["family"] in families] for rows in found]
             cells.append(spread(100 * statistics.mean(row["accuracy"] for row in rows) for rows in chosen))
             cells.append(spread(statistics.mean(row["mean_tokens"] for row in rows) for rows in chosen))
@@ -155,8 +161,10 @@ def table() -> str:
     heading = ["arm", "seeds", "accuracy %", "tokens", "concise taught: accuracy %", "tokens"]
     heading += ["not taught: accuracy %", "tokens", "updates"]
     return (
-        f"The small reasoner, sampled, on {number} held-out problems of each of its seven families: mean over the seeds, lowest "
-        "and highest. Made by `python -m scripts.experiments.small`.\n\n" + markdown(heading, lines) + "\n"
+        f"The small reasoner, sampled, on {number} held-out problems of each of {len(asked)} families: mean over the seeds, lowest "
+        f"and highest. Made by `python -m scripts.experiments.small{' --hard' if folder.endswith('hard') else ''}`.\n\n"
+        + markdown(heading, lines)
+        + "\n"
     )
 
 
@@ -165,9 +173,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--max_steps", type=int, default=40, help="optimizer steps of an arm")
-    parser.add_argument("--runs", default=str(ROOT / "runs" / "small"), help="folder for the runs")
+    parser.add_argument("--hard", action="store_true", help="ask all families at all difficulties")
+    parser.add_argument("--runs", help="folder for the runs")
     parser.add_argument("--report", action="store_true", help="only make the table")
     args = parser.parse_args(argv)
+    folder = "small_hard" if args.hard else "small"
+    args.runs = args.runs or str(ROOT / "runs" / folder)
     if not args.report:
         for seed in args.seeds:
             rows = []
@@ -177,9 +188,9 @@ def main(argv: list[str] | None = None) -> None:
                 means = (statistics.mean(row[field] for row in found) for field in ("accuracy", "mean_tokens"))
                 print(seed, arm, found[0].get("steps"), *means, flush=True)
                 config = {"seed": seed, "max_steps": args.max_steps}
-                write_results(RESULTS / "small" / f"seed-{seed}.json", rows, config)
-    write_text(RESULTS / "small" / "table.md", table())
-    print(table())
+                write_results(RESULTS / folder / f"seed-{seed}.json", rows, config)
+    write_text(RESULTS / folder / "table.md", table(folder))
+    print(table(folder))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from ..results import write_results, write_text
 from ..resuming import agreed_checkpoint, claim, train
 from ..tiny.model import make_model
 from ..tiny.sft import CountTokens, answer, encode, summary
-from .families import FAMILIES
 from .task import TEMPLATES, Problem, SmallConfig, problems, row, sft_rows
 from .tokenizer import make_tokenizer
 
@@ -125,9 +124,11 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
     start = time.perf_counter()
     output_dir = Path(args.output_dir)
     for split, size in (("train", config.train_size), ("test", config.test_size)):
-        rows = [row(problem) for problem in problems(split, size, args.seed if split == "train" else 0)]
+        seed = args.seed if split == "train" else 0
+        posed = problems(split, size, seed, config.posed, config.posed_difficulty)
+        rows = [row(problem) for problem in posed]
         write_rows(output_dir / "data" / f"{split}.jsonl", rows)
-    for task in FAMILIES:
+    for task in config.posed:
         write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
 
     set_seed(args.seed)

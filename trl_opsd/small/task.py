@@ -20,7 +20,7 @@ they have to carry over: in two of the other families to the same words around t
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..tiny.task import split_of
@@ -122,6 +122,10 @@ class SmallConfig:
             Share of the rows that drill single steps, of the problems before them.
         terseness (`float`, *optional*, defaults to `0.6`):
             Share of the redundancy that is missing in the tersest plain replies. It differs from reply to reply.
+        posed (`list[str]`, *optional*, defaults to five of the seven):
+            Families of the later stages' problems. The warm start does not learn the other two in its time.
+        posed_difficulty (`int`, *optional*, defaults to `2`):
+            Highest difficulty of those problems, of three, as far as the warm start comes.
         train_size (`int`, *optional*, defaults to `1260`):
             Number of rows written for the stages after the warm start.
         test_size (`int`, *optional*, defaults to `1050`):
@@ -154,8 +158,8 @@ class SmallConfig:
             Number of validation problems of one measurement.
 
     Raises:
-        ValueError: If a value is out of its range. The least of all numbers of problems is 21, one for each difficulty of
-            each family.
+        ValueError: If a value is out of its range. The least of all numbers of problems is one for each difficulty of each
+            family.
     """
 
     taught: list[str] = field(
@@ -184,6 +188,16 @@ class SmallConfig:
             "reply."
         },
     )
+    posed: list[str] = field(
+        default_factory=lambda: ["chain_sum", "leg_counting", "gcd", "basic_arithmetic", "simple_equations"],
+        metadata={
+            "help": "Families of the later stages' problems. The warm start does not learn the other two in its time."
+        },
+    )
+    posed_difficulty: int = field(
+        default=2,
+        metadata={"help": "Highest difficulty of those problems, of three, as far as the warm start comes."},
+    )
     train_size: int = field(
         default=1260, metadata={"help": "Number of rows written for the stages after the warm start."}
     )
@@ -204,16 +218,22 @@ class SmallConfig:
     accuracy_problems: int = field(default=168, metadata={"help": "Number of validation problems of one measurement."})
 
     def __post_init__(self):
-        for task in self.taught:
-            if task not in FAMILIES:
-                raise ValueError(f"`taught` has `{task}`, and the families are {', '.join(FAMILIES)}.")
-        if not 0 <= self.taught_difficulty <= 3:
-            raise ValueError(f"`taught_difficulty` is {self.taught_difficulty} and must be from 0 to 3.")
+        for name in ("taught", "posed"):
+            for task in getattr(self, name):
+                if task not in FAMILIES:
+                    raise ValueError(f"`{name}` has `{task}`, and the families are {', '.join(FAMILIES)}.")
+        for name, least in (("taught_difficulty", 0), ("posed_difficulty", 1)):
+            if not least <= (value := getattr(self, name)) <= 3:
+                raise ValueError(f"`{name}` is {value} and must be from {least} to 3.")
         for name in ("slip_probability", "notice_probability", "drill_share", "terseness"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
-        fewest = 3 * len(FAMILIES)
+        if not self.posed:
+            raise ValueError("`posed` is empty: name the families of the later stages' problems.")
         for name in ("train_size", "test_size", "accuracy_problems"):
+            fewest = 3 * len(FAMILIES)
+            if name != "accuracy_problems":
+                fewest = self.posed_difficulty * len(self.posed)
             if (value := getattr(self, name)) < fewest:
                 raise ValueError(
                     f"`{name}` is {value} and must be at least {fewest}, one problem for each difficulty of each family."
@@ -345,7 +365,9 @@ class _Source:
                 return Problem(self.task, self.difficulty, question, entry["answer"], entry["metadata"])
 
 
-def problems(split: str, size: int, seed: int) -> list[Problem]:
+def problems(
+    split: str, size: int, seed: int, families: Sequence[str] = tuple(FAMILIES), difficulties: int = 3
+) -> list[Problem]:
     """
     Draws different problems of one split, equally many of each family and difficulty.
 
@@ -356,6 +378,10 @@ def problems(split: str, size: int, seed: int) -> list[Problem]:
             How many. What does not go up in families and difficulties is left out.
         seed (`int`):
             Seed of the draw.
+        families (`Sequence[str]`, *optional*, defaults to all):
+            Which families.
+        difficulties (`int`, *optional*, defaults to `3`):
+            Highest difficulty.
 
     Returns:
         `list[Problem]`: In random order.
@@ -364,10 +390,10 @@ def problems(split: str, size: int, seed: int) -> list[Problem]:
         ValueError: If there are not that many.
     """
     drawn = []
-    quota = size // (3 * len(FAMILIES))
-    for task in FAMILIES:
+    quota = size // (difficulties * len(families))
+    for task in families:
         found, repeats = {}, 0  # by the question: one difficulty has some of another's
-        for difficulty in (1, 2, 3):
+        for difficulty in range(1, difficulties + 1):
             source = _Source(task, difficulty, split, seed)
             while len(found) < quota * difficulty:
                 problem = next(source)

@@ -31,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from .. import resuming
+from ..cli import forget_batches
 from ..decoding import generate
 from ..results import write_results, write_text
 from ..resuming import claim, find_checkpoint
@@ -324,6 +325,7 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
             rows.append({"phase": "final", "step": rows[-1]["step"], **result, "wall_s": wall_s})
 
     model.save_pretrained(work_dir)
+    forget_batches(tokenizer)
     tokenizer.save_pretrained(work_dir)
     for split, size in (("train", config.train_size), ("test", config.test_size)):
         seed = args.seed if split == "train" else 0
