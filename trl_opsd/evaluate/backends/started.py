@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,7 @@ class StartedServer(ServerEngine):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.log = tempfile.NamedTemporaryFile("w+", prefix="vllm-server-", suffix=".log")
-        self.process = children.start(
+        self.process = children.guarded(
             [*_SERVER, *server_options(config, port)], stdout=self.log, stderr=self.log, start_new_session=True
         )
         try:
@@ -92,13 +90,7 @@ class StartedServer(ServerEngine):
 
     def _end(self) -> None:
         self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        with suppress(ProcessLookupError):  # its workers, where it was ended before it could end them
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.log.close()
 
 
