@@ -242,7 +242,7 @@ FILES = {
     "tiny_recover": recover.table,
     "coverage": coverage.table,
     "levers": levers.table,
-    "small": small.table,
+    **{name: partial(small.table, name) for name in ("small", "small_hard")},
     "time_to_goal": partial(time_to_goal.table, "short"),
     "time_to_goal_long": partial(time_to_goal.table, "long"),
     **{name: partial(ablations.table, name) for name in ablations.TABLES},
