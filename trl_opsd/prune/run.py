@@ -11,7 +11,7 @@ from ..adapters import merged
 from ..cli import UserError, check_checkpoint, publish, user_errors
 from ..data import load_tokenizer
 from ..results import write_results
-from .calibration import check_tokenizer, load_calibration, make_rollouts
+from .calibration import check_rows, choose_rows, load_calibration, make_rollouts
 from .config import PruneConfig
 from .importance import choose_layers, choose_units, collect, measure_nll, only_layers
 from .shapes import ModelShape
@@ -26,14 +26,16 @@ def run(config: PruneConfig) -> None:
         if output.resolve() == Path(source).resolve():
             raise UserError("`output_dir` is the checkpoint that is to be pruned: give another folder.")
         source = merged(source, f"{output}/merged")
-        shape = ModelShape(AutoConfig.from_pretrained(source))
+        model_config = AutoConfig.from_pretrained(source)
+        shape = ModelShape(model_config)
         if config.target_ratio is None:
             sizes = shape.explicit(**config.sizes())
         else:
             sizes = shape.search(config.target_ratio, config.size_multiple)
         dataset = load_calibration(config)
         tokenizer = load_tokenizer(source)
-        check_tokenizer(config, dataset, tokenizer)
+        check_rows(config, dataset, tokenizer, model_config)
+        dataset = choose_rows(config, dataset)
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()
