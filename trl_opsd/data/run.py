@@ -74,6 +74,11 @@ def run(options: DataArguments) -> None:
     for name, count in counts.items():
         print(f"{name.replace('_', ' ')}: {count}")
     if output is not None:
+        with user_errors():
+            if not len(kept):
+                raise UserError(
+                    f"All rows of `{options.train}` are also in `{options.evaluation}`, so there is nothing to write."
+                )
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
         try:
