@@ -5,11 +5,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import check_fit, load_prompts, write_rows
 from ..decoding import generate
-from ..positions import positions_of
 from ..rlvr.bank import read_rollouts
 from ..rlvr.identity import check_vocabulary
 from .config import PruneConfig
@@ -44,11 +43,9 @@ def choose_rows(config: PruneConfig, dataset: Dataset) -> Dataset:
     return dataset.shuffle(seed=config.seed).select(range(min(config.calibration_samples, len(dataset))))
 
 
-def check_rows(
-    config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
-) -> None:
+def check_rows(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Checks that a tokenizer can write the rows, and that prompts leave room for the completions that are to be written.
+    Checks that a tokenizer can write the prompts.
 
     Args:
         config ([`PruneConfig`]):
@@ -57,8 +54,6 @@ def check_rows(
             Rows from [`load_calibration`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
-        model_config ([`~transformers.PreTrainedConfig`]):
-            Configuration of the model.
 
     Raises:
         UserError: As of [`~trl_opsd.data.check_fit`].
@@ -66,9 +61,7 @@ def check_rows(
     """
     if "completion_ids" in dataset.column_names:
         check_vocabulary(config.calibration_dataset, config.model_name_or_path, tokenizer)
-    are_there = {"completion", "completion_ids"} & set(dataset.column_names)
-    positions = None if are_there else positions_of(model_config)
-    check_fit(dataset, config.calibration_dataset, tokenizer, positions, config.max_completion_length)
+    check_fit(dataset, config.calibration_dataset, tokenizer, None, config.max_completion_length)
 
 
 def make_rollouts(

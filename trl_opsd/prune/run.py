@@ -26,15 +26,14 @@ def run(config: PruneConfig) -> None:
         if output.resolve() == Path(source).resolve():
             raise UserError("`output_dir` is the checkpoint that is to be pruned: give another folder.")
         source = merged(source, f"{output}/merged")
-        model_config = AutoConfig.from_pretrained(source)
-        shape = ModelShape(model_config)
+        shape = ModelShape(AutoConfig.from_pretrained(source))
         if config.target_ratio is None:
             sizes = shape.explicit(**config.sizes())
         else:
             sizes = shape.search(config.target_ratio, config.size_multiple)
         dataset = load_calibration(config)
         tokenizer = load_tokenizer(source)
-        check_rows(config, dataset, tokenizer, model_config)
+        check_rows(config, dataset, tokenizer)
         dataset = choose_rows(config, dataset)
 
     start = time.perf_counter()
