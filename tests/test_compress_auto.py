@@ -705,6 +705,14 @@ def test_the_row_that_cannot_be_written_is_that_of_the_file(told, problems):
         told({})
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(problems, checkpoint, capsys):
+    given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, *IN_ITS_WORDS]
+    with pytest.raises(SystemExit) as end:
+        main([*given, "--output_dir", f"{problems}/train.jsonl"])
+    assert end.value.code == 2
+    assert f"error: `output_dir`: the folder `{problems}/train.jsonl` cannot be written" in capsys.readouterr().err
+
+
 def test_a_context_that_cannot_be_written_is_not_left_to_a_stage(told):
     """It said that none promises anything, after a measurement, because the stage of each had failed."""
     with pytest.raises(
@@ -738,7 +746,10 @@ def test_a_context_that_cannot_be_written_is_not_left_to_a_stage(told):
             "`solution`",
         ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "sibling"], "'sibling'"),
-        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"], "`{prompt}`"),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"],
+            "The context 'concis' has no `{prompt}`",
+        ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "1.5"], "`ratio`"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "most"], "`ratio`"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--export_formats", "ggufs"], "`gguf`?"),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters import merged
-from ..cli import UserError, check_checkpoint, publish, user_errors
+from ..cli import UserError, check_checkpoint, make_folder, publish, user_errors
 from ..data import load_tokenizer
 from ..results import write_results
 from .calibration import check_rows, choose_rows, load_calibration, make_rollouts
@@ -35,6 +35,7 @@ def run(config: PruneConfig) -> None:
         tokenizer = load_tokenizer(source)
         check_rows(config, dataset, tokenizer)
         dataset = choose_rows(config, dataset)
+        make_folder(output, "output_dir")
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()

@@ -145,7 +145,12 @@ class Plan:
         given = self.arguments.contexts
         if given is not None:
             for context in given:
-                template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+                try:
+                    template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+                except ValueError as error:
+                    raise UserError(
+                        str(error).replace("`teacher_prompt_template`", f"The context {context!r}")
+                    ) from None
                 if "sibling" in template.fields:
                     raise UserError(
                         f"The context {context!r} is known only when the rollouts are written, and contexts are measured "
