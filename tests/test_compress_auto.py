@@ -697,11 +697,18 @@ def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
     assert "5. export it as gguf-q8_0, onnx-fp32, onnx-int4" in out
 
 
-def test_the_row_that_cannot_be_written_is_that_of_the_file(told, problems):
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("7 ducks", r"row 8: the tokenizer of .* cannot write this `prompt` \("),
+        ("7" * 500, r"in 1 of 401 rows `prompt` is longer than the 448 tokens .* \(row 8 has "),
+    ],
+)
+def test_the_row_that_does_not_fit_is_that_of_the_file(told, problems, prompt, sentence):
     file = Path(problems, "train.jsonl")
     rows = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*rows[:7], json.dumps({"prompt": "7 ducks", "answer": "7"}) + "\n", *rows[7:]]))
-    with pytest.raises(UserError, match="row 8: the tokenizer of .* cannot write this `prompt`"):
+    file.write_text("".join([*rows[:7], json.dumps({"prompt": prompt, "answer": "7"}) + "\n", *rows[7:]]))
+    with pytest.raises(UserError, match=sentence):
         told({})
 
 
