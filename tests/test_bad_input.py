@@ -533,6 +533,8 @@ FILES = [
     ("opsd", bad(), "--output_dir DATA/x", "`output_dir`: the folder `DATA/x` cannot be written"),
     ("rlvr", bad(), "--output_dir DATA", "`output_dir`: the folder `DATA` cannot be written"),
     ("opsd", bad(), "--output_dir /proc/x", "`output_dir`: the folder `/proc/x` cannot be written"),
+    ("prune", bad(), "--output_dir DATA/x", "`output_dir`: the folder `DATA/x` cannot be written"),
+    ("evaluate", bad(), "--output DATA/x.json", "`output`: the folder `DATA` cannot be written"),
     ("prune", bad(), "--output_dir MODEL", "`output_dir` is the checkpoint that is to be pruned"),
     ("prune", bad(), "--num_layers 9", "`num_layers`"),
     ("opsd", bad(), "--reward_funcs mathreward", "Unknown reward function `mathreward`"),
@@ -586,6 +588,28 @@ def test_a_file(sentence, tmp_path, model, stage, rows, line, message):
     args = shlex.split(fill(f"--model_name_or_path MODEL {USUAL[stage]} {line}"))
     found = sentence(stage, args)
     assert found.startswith(fill(message)), found
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("data.__main__", "--train DATA --evaluation DATA --output DATA/x.jsonl"),
+        ("evaluate.__main__", "--report r.json --output_dir DATA"),
+        ("compress.__main__", "--config recipes/tiny/compress.yaml --output_dir DATA"),
+        ("compress.bank", "--model_name_or_path MODEL --dataset_name DATA --max_completion_length 8 --bank DATA --output x.json"),
+        ("compress.bank", "--model_name_or_path MODEL --dataset_name DATA --max_completion_length 8 --bank BANK --output DATA/x"),
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, model, capsys, module, line):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in bad()))
+    for name, value in {"DATA": data, "MODEL": model, "BANK": tmp_path / "bank"}.items():
+        line = line.replace(name, str(value))
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"trl_opsd.{module}").main(shlex.split(line))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert f"the folder `{data}` cannot be written" in error
 
 
 def test_there_are_enough_of_them():

@@ -1,11 +1,12 @@
 import json
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from trl_opsd.rewards import code_reward, extract_program, load_reward_funcs, required_columns
+from trl_opsd.rewards import code, code_reward, extract_program, load_reward_funcs, required_columns
 from trl_opsd.rewards.sandbox import Limits
 
 
@@ -77,9 +78,9 @@ class TestExtractProgram:
         "piece", ["```\n", "```python\n", "``` x\n", "```python\n\n```\n", " ", "a```", "<think>"]
     )
     def test_time_is_linear(self, piece):
-        start = time.perf_counter()
+        start = time.process_time()
         extract_program(piece * (1_000_000 // len(piece)))
-        assert time.perf_counter() - start < 3
+        assert time.process_time() - start < 1
 
 
 class TestCodeReward:
@@ -122,11 +123,17 @@ class TestCodeReward:
             "verdict": ["passed: all tests", "failed: AssertionError at line 1 of the tests", "failed: no program"],
         }
 
-    def test_several_at_a_time(self):
-        sleeps = ["import time\ntime.sleep(3)"] * 4
-        start = time.perf_counter()
-        assert code_reward(sleeps, tests=["assert time"] * 4, num_workers=4) == [1.0] * 4
-        assert time.perf_counter() - start < 11  # one after the other takes 12
+    def test_several_at_a_time(self, monkeypatch):
+        together, run_tests = threading.Barrier(4, timeout=60), code.run_tests
+
+        def run_when_all_are_here(*args):  # a clock would be that of a busy machine
+            together.wait()
+            return run_tests(*args)
+
+        sleeps = ["import time\ntime.sleep(1)"] * 4
+        with monkeypatch.context() as patch:
+            patch.setattr(code, "run_tests", run_when_all_are_here)
+            assert code_reward(sleeps, tests=["assert time"] * 4, num_workers=4) == [1.0] * 4
         limits = Limits(seconds=0.5)
         assert code_reward(sleeps[:1], tests=["assert time"], limits=limits) == [0.0]
 

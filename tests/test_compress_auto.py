@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl_opsd.cli import UserError
 from trl_opsd.compress.__main__ import main
 from trl_opsd.compress.auto.compaction import Promise, choose, train
-from trl_opsd.compress.auto.division import divide
+from trl_opsd.compress.auto.division import load
 from trl_opsd.compress.auto.export import export
 from trl_opsd.compress.auto.plan import Plan, learning_rate, recovery_rates
 from trl_opsd.compress.auto.run import compress, tell_time
@@ -195,7 +195,7 @@ class TestDecisions:
         assert runner.decisions()[-1]["decision"] == "no training"
 
     def test_a_context_that_saves_too_little_is_refused(self, told):
-        runner = told({"base": (0.9, 1.0), "context-1": (0.9, 0.95)}, contexts=["{prompt} x"])
+        runner = told({"base": (0.9, 1.0), "context-1": (0.9, 0.95)}, contexts=["{prompt} brief"])
         assert take(runner) == (None, None)
 
     def test_it_stops_when_there_is_no_more_to_be_had_and_takes_the_shortest(self, told):
@@ -598,7 +598,7 @@ def test_the_verifier_is_that_of_the_source(tmp_path):
         (f"bbh:{tmp_path / 'word_sorting.json'}", "logic_reward"),
         ("reasoning-gym:chain_sum", "reasoning_gym_reward"),
     ]:
-        assert divide(name, AutoConfig())[1] == [verifier]
+        assert load(name, AutoConfig())[1] == [verifier]
 
 
 def test_columns_of_any_type_are_handed_on(told, problems):
@@ -665,10 +665,14 @@ def test_an_adapter_is_planned_by_its_base(told, checkpoint, tmp_path):
     assert told({}, model_name_or_path=str(tmp_path / "adapter")).plan.fit.parameters == told({}).plan.fit.parameters
 
 
+# The tiny reasoner has no others
+IN_ITS_WORDS = ("--contexts", "{prompt} concise", "{prompt} brief")
+
+
 def test_a_dry_run_loads_no_weights(problems, checkpoint, capsys):
     folder = checkpoint()
     (Path(folder) / "model.safetensors").write_bytes(b"")
-    main(["--model_name_or_path", folder, "--dataset_name", problems, "--dry_run", "true"])
+    main(["--model_name_or_path", folder, "--dataset_name", problems, "--dry_run", "true", *IN_ITS_WORDS])
     out = capsys.readouterr().out
     assert "3. the verdict, on 100 problems" in out
     assert "GiB" in out
@@ -685,12 +689,43 @@ def test_a_reply_has_most_of_the_positions_where_no_limit_is_given(told, checkpo
 
 
 def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
-    given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, "--dry_run", "true"]
+    given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, "--dry_run", "true", *IN_ITS_WORDS]
     main([*given, "--ratio", "auto", "--export_formats", "gguf:q8_0", "onnx"])
     out = capsys.readouterr().out
     assert "3. make it smaller: remove 25%, 50%, 75%, 90% of the parameters" in out
     assert "4. the verdict, on 100 problems that nothing has seen, the smallest first" in out
     assert "5. export it as gguf-q8_0, onnx-fp32, onnx-int4" in out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("7 ducks", r"row 8: the tokenizer of .* cannot write this `prompt` \("),
+        ("7" * 500, r"in 1 of 401 rows `prompt` is longer than the 448 tokens .* \(row 8 has "),
+    ],
+)
+def test_the_row_that_does_not_fit_is_that_of_the_file(told, problems, prompt, sentence):
+    file = Path(problems, "train.jsonl")
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*rows[:7], json.dumps({"prompt": prompt, "answer": "7"}) + "\n", *rows[7:]]))
+    with pytest.raises(UserError, match=sentence):
+        told({})
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(problems, checkpoint, capsys):
+    given = ["--model_name_or_path", checkpoint(), "--dataset_name", problems, *IN_ITS_WORDS]
+    with pytest.raises(SystemExit) as end:
+        main([*given, "--output_dir", f"{problems}/train.jsonl"])
+    assert end.value.code == 2
+    assert f"error: `output_dir`: the folder `{problems}/train.jsonl` cannot be written" in capsys.readouterr().err
+
+
+def test_a_context_that_cannot_be_written_is_not_left_to_a_stage(told):
+    """It said that none promises anything, after a measurement, because the stage of each had failed."""
+    with pytest.raises(
+        UserError, match="row 1: .* this `prompt` in the context 'concise' .* another context or model"
+    ):
+        told({}, contexts=None)
 
 
 @pytest.mark.parametrize(
@@ -718,7 +753,10 @@ def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
             "`solution`",
         ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "sibling"], "'sibling'"),
-        (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"], "`{prompt}`"),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--contexts", "concis"],
+            "The context 'concis' has no `{prompt}`",
+        ),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "1.5"], "`ratio`"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--ratio", "most"], "`ratio`"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--export_formats", "ggufs"], "`gguf`?"),
@@ -732,9 +770,10 @@ def test_a_dry_run_says_how_it_goes_on(problems, checkpoint, capsys):
 )
 def test_a_mistake_is_one_sentence(problems, checkpoint, capsys, options, sentence):
     values = {"DATA": problems, "MODEL": checkpoint()}
+    words = () if {"--contexts", "--config"} & set(options) else IN_ITS_WORDS
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        main([*(values.get(option, option) for option in options), "--dry_run", "true"])
+        main([*(values.get(option, option) for option in options), "--dry_run", "true", *words])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error

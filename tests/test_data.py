@@ -350,6 +350,9 @@ class TestDecontaminate:
             main(["--train", train, "--evaluation", evaluation, "--output", str(output)])
             assert "exact: 1\nnormalized: 2\noverlapping: 0\nkept: 4\n" in capsys.readouterr().out
             assert load_prompts(str(output))["prompt"][:] == [self.TRAIN[index] for index in (2, 4, 5, 6)]
+        with pytest.raises(SystemExit):
+            main(["--train", train, "--evaluation", train, "--output", str(tmp_path / "out" / "nothing.jsonl")])
+        assert "error: All rows of" in capsys.readouterr().err
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clean.jsonl", "clean.parquet"]
 
     @pytest.mark.parametrize(

@@ -392,6 +392,20 @@ class TestCommandLine:
         error = capsys.readouterr().err
         assert f"row {len(rows)}: the tokenizer of `{checkpoint}` cannot write this `prompt`" in error
         assert error.startswith("error: ") and error.count("\n") == 1
+        write_rows(tmp_path / "ducks.jsonl", sum_rows())
+        given = ["--model_name_or_path", checkpoint, "--dataset_name", str(tmp_path / "ducks.jsonl")]
+        with pytest.raises(SystemExit):
+            main([*given, "--prompt_template", "concise"])
+        error = capsys.readouterr().err  # the rows are not at fault
+        assert "row 1: " in error and "this `prompt` in the context 'concise' (" in error
+        assert "take another context or model" in error
+
+    @pytest.mark.parametrize("args", [["--report"], ["--compare", "one"], ["--card", "one", "--no_such"]])
+    def test_what_is_wrong_with_the_options_of_a_command_is_one_sentence(self, args, capsys):
+        with pytest.raises(SystemExit) as end:
+            main(args)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
     def test_tokenizer_without_a_chat_template(self, checkpoint, problems, capsys):
         Path(checkpoint, "chat_template.jinja").unlink()

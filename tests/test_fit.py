@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import BloomConfig, LlamaConfig, MambaConfig, MptConfig, Qwen2Config
 
 from trl_opsd.cli import UserError
-from trl_opsd.data import check_fit
+from trl_opsd.data import check_fit, write_rows
 from trl_opsd.opsd import OPSDConfig
 from trl_opsd.positions import positions_of
 
@@ -52,6 +52,19 @@ def test_what_the_template_leaves_out_takes_no_room(tokenizer, monkeypatch):
     check_fit(chats("3" * 40 + "=3"), "d", tokenizer, 20, 10)
     with pytest.raises(UserError, match="in 1 of 2 rows .*row 2 has 11 or more"):
         check_fit(chats("3", "3=" + "3" * 11), "d", tokenizer, 20, 10)
+
+
+def test_what_a_template_raises_on_is_named_by_its_row(tokenizer, monkeypatch):
+    refuses = "{% if '4' in messages[0].content %}{{ raise_exception('no 4') }}{% endif %}{{ messages[0].content }}"
+    monkeypatch.setattr(tokenizer, "chat_template", refuses)
+    monkeypatch.setattr(
+        "trl_opsd.data.fit._can_write", lambda tokenizer, text: True
+    )  # so that one of an order is asked
+    assert write_rows(chats("3", "33")["prompt"], "d", tokenizer) == tokenizer(["3", "33"])["input_ids"]
+    with pytest.raises(
+        UserError, match="`d`, row 3: the tokenizer of .* in the context 'c' .*no 4.* another context or"
+    ):
+        write_rows(chats("3", "33", "34")["prompt"], "d", tokenizer, context="c")
 
 
 def test_prompts_are_written_many_at_once(tokenizer, monkeypatch):

@@ -425,10 +425,11 @@ def test_without_vllm_the_command_says_how_to_get_it(recipe, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("accelerate", "sharding", "is_adapter", "refused"),
     [
-        ("1.14.0", "true", True, True),
-        ("1.15.0", "true", True, False),
-        ("1.14.0", "false", True, False),
-        ("1.14.0", "true", False, False),
+        ("1.14.0", "launcher", True, True),
+        ("1.14.0", "option", True, True),
+        ("1.15.0", "launcher", True, False),
+        ("1.14.0", None, True, False),
+        ("1.14.0", "launcher", False, False),
     ],
 )
 def test_an_adapter_in_shards_needs_an_accelerate_that_loads_them(
@@ -436,13 +437,12 @@ def test_an_adapter_in_shards_needs_an_accelerate_that_loads_them(
 ):
     """Before 1.15 the first process alone got it back (tests/test_sharded.py has the weights)."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: accelerate)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharding)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharding == "launcher").lower())
     folder = whole(2)
     if is_adapter:
         (folder / "adapter_config.json").write_text("{}")
-    args = SimpleNamespace(
-        process_index=0, resume_from_checkpoint="true", output_dir=str(tmp_path), fsdp_plugin_args=None
-    )
+    args = SimpleNamespace(process_index=0, resume_from_checkpoint="true", output_dir=str(tmp_path))
+    args.fsdp_plugin_args = {"fsdp_version": 2} if sharding == "option" else None
     with pytest.raises(ValueError, match="install accelerate 1.15 or newer") if refused else contextlib.nullcontext():
         assert resuming.agreed_checkpoint(args) == str(folder)
 

@@ -494,9 +494,10 @@ class TestIsolation:
         deadline = time.monotonic() + 20
         while len(running(sandbox.local.JAIL)) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.3)
-        candidate = max(running(sandbox.local.JAIL))  # the last to be started
-        status = dict(line.split(":\t") for line in Path(f"/proc/{candidate}/status").read_text().splitlines())
+        candidate, status = max(running(sandbox.local.JAIL)), {}  # the last to be started
+        while status.get("Seccomp") != "2" and time.monotonic() < deadline:  # its last step before the program
+            time.sleep(0.01)
+            status = dict(line.split(":\t") for line in Path(f"/proc/{candidate}/status").read_text().splitlines())
         spaces = {}
         if os.geteuid() == 0:  # nobody else may look, not even whose process it is
             names = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")

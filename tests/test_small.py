@@ -267,6 +267,9 @@ def test_mistakes_end_before_training(tmp_path):
             SmallConfig(**{name: fewest - 1})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+    (tmp_path / "config.json").touch()  # of another model, whose data would be gone at once
+    with pytest.raises(ValueError, match="`output_dir`: .* has a model already"):
+        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1))
 
 
 def test_the_recipes_ask_in_the_words_that_were_taught():

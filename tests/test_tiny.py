@@ -404,10 +404,12 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights(tmp_path, monkeyp
     assert weights.keys() == same.keys() and all(torch.equal(value, same[name]) for name, value in weights.items())
 
 
-def test_a_target_that_is_not_reached_leaves_nothing(tmp_path):
-    config = TinyConfig(**SMALL, accuracy_problems=20, train_size=64, test_size=64)
-    with pytest.raises(RuntimeError, match="raise `max_steps`"):
-        warm_start(config, sft_config(tmp_path / "sft", max_steps=2))
+def test_a_target_that_is_not_reached_leaves_nothing(tmp_path, capsys):
+    given = {**SMALL, "accuracy_problems": 20, "train_size": 64, "test_size": 64, "max_steps": 2}
+    given |= {"output_dir": tmp_path / "sft", "use_cpu": "true", "bf16": "false", "disable_tqdm": "true"}
+    with pytest.raises(SystemExit) as end:
+        main([f"--{name}={value}" for name, value in given.items()])
+    assert end.value.code == 2 and "error: The accuracy after `max_steps` 2 is " in capsys.readouterr().err
     assert not (tmp_path / "sft").exists()
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -406,6 +407,29 @@ def check_checkpoint(
         raise UserError(
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
+        ) from None
+
+
+def make_folder(path: str | Path, field: str) -> None:
+    """
+    Makes a folder before the work whose results go there.
+
+    Args:
+        path (`str` or `Path`):
+            Folder.
+        field (`str`):
+            Name of the argument that says where it is, for the message.
+
+    Raises:
+        UserError: If it cannot be made or written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"`{field}`: the folder `{path}` cannot be written ({error.strerror}): choose another one."
         ) from None
 
 

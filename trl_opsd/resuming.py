@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .cli import make_folder
 from .results import write_text
 from .rollout_engine import EngineError
 
@@ -216,17 +216,10 @@ def claim(training_args: "TrainingArguments") -> None:
         return
     output_dir = training_args.output_dir
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if folder.resolve() in _claimed:
-            return
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir`: the folder `{output_dir}` cannot be written ({error.strerror}): choose another one."
-        ) from None
+    make_folder(folder, "output_dir")
+    if folder.resolve() in _claimed:
+        return
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
-from ..cli import UserError, parse, silence, user_errors
+from ..cli import UserError, make_folder, parse, silence, user_errors
 from ..evaluate import EvaluateConfig
 from ..evaluate.backends import Request, load_engine
 from ..evaluate.estimate import Samples, summarize
@@ -60,6 +60,8 @@ def main(args: list[str] | None = None) -> None:
             path, hash_weights(path), hash_vocabulary(job.tokenizer), None if context is None else context.template
         )
         make_room(arguments.bank, writer)
+        make_folder(arguments.bank, "bank")
+        make_folder(Path(config.output).parent, "output")
     rows = fill(job, RolloutBank(arguments.bank, arguments.rollouts_per_prompt, writer))
     write_results(config.output, rows, config)
 

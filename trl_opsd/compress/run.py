@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..cli import user_errors
+from ..cli import make_folder, user_errors
 from ..evaluate.charts import PARAMETERS
 from ..evaluate.report import write_report
 from ..evaluate.results_file import load_results, write_rows
@@ -64,6 +64,7 @@ def run(config: CompressConfig) -> None:
     with user_errors():
         stages = plan_stages(config)
         root = Path(config.output_dir)
+        make_folder(root, "output_dir")
         launcher = shlex.split(config.launcher) if config.launcher else [sys.executable]
         display = Display(console, stages)
         try:

@@ -59,6 +59,7 @@ def check_fit(
     positions: int | None,
     max_completion_length: int,
     chat_template_kwargs: dict | None = None,
+    context: str | None = None,
 ) -> None:
     """
     Checks that a tokenizer can write the prompts, and that they leave room for a completion.
@@ -79,6 +80,8 @@ def check_fit(
             Most tokens of a completion.
         chat_template_kwargs (`dict`, *optional*):
             Keyword arguments for the chat template.
+        context (`str`, *optional*):
+            Name or template of the context that the prompts have been put into, for the message.
 
     Raises:
         UserError: If the prompts are conversations and there is no chat template, if a prompt cannot be written, if the
@@ -90,7 +93,7 @@ def check_fit(
             f"`max_completion_length={max_completion_length}` leaves no room for a prompt in the {positions} positions of "
             "the model: lower it."
         )
-    rows = _Rows(name, tokenizer, room, chat_template_kwargs)
+    rows = _Rows(name, tokenizer, room, chat_template_kwargs, context)
     too_long = {
         number: length
         for number, length in rows.lengths_of_suspects(dataset["prompt"])
@@ -110,6 +113,7 @@ def write_rows(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: dict | None = None,
+    context: str | None = None,
 ) -> list[list[int]]:
     """
     Token ids of prompts, up to where their completions begin: those that TRL's trainers roll out from.
@@ -123,6 +127,8 @@ def write_rows(
             Tokenizer.
         chat_template_kwargs (`dict`, *optional*):
             Keyword arguments for the chat template.
+        context (`str`, *optional*):
+            Name or template of the context that the prompts have been put into, for the message.
 
     Returns:
         `list[list[int]]`: Not padded.
@@ -131,7 +137,7 @@ def write_rows(
         UserError: If there is no chat template for conversations, if one cannot be written, or if the template leaves a role
             out.
     """
-    rows = _Rows(name, tokenizer, None, chat_template_kwargs)
+    rows = _Rows(name, tokenizer, None, chat_template_kwargs, context)
     for _ in rows.lengths_of_suspects(prompts):  # which looks at the template and the roles
         pass
     return rows.ids(list(enumerate(prompts, start=1)))
@@ -140,8 +146,15 @@ def write_rows(
 class _Rows:
     """The prompts of a data set as a tokenizer writes them, and the sentence on a row that it cannot write."""
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, room: int | None, kwargs: dict | None):
-        self._name, self._tokenizer, self._room, self._kwargs = name, tokenizer, room, kwargs
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        room: int | None,
+        kwargs: dict | None,
+        context: str | None,
+    ):
+        self._name, self._tokenizer, self._room, self._kwargs, self._context = name, tokenizer, room, kwargs, context
 
     def lengths_of_suspects(self, prompts: Sequence[list[dict] | str]) -> Iterator[tuple[int, int]]:
         """
@@ -224,9 +237,10 @@ class _Rows:
             raise self._refusal(number, error) from None
 
     def _refusal(self, number: int, error: Exception) -> UserError:
+        inside, another = ("", "") if self._context is None else (f"in the context {self._context!r} ", "context or ")
         return UserError(
             f"`{self._name}`, row {number}: the tokenizer of `{self._tokenizer.name_or_path}` cannot write this `prompt` "
-            f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
+            f"{inside}({' '.join(str(error).split()):.200}): correct the row, or take another {another}model."
         )
 
 

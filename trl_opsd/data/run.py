@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cli import UserError, user_errors
+from ..cli import UserError, make_folder, user_errors
 from .contamination import decontaminate
 from .gym import REASONING_GYM
 from .prompts import load_prompts
@@ -70,11 +70,17 @@ def run(options: DataArguments) -> None:
             raise UserError(f"`--output` must end in .jsonl or .parquet, and is `{output}`.")
         train = load_prompts(options.train, options.train_split)
         evaluation = load_prompts(options.evaluation, options.evaluation_split)
+        if output is not None:
+            make_folder(output.parent, "output")
     kept, counts = decontaminate(train, evaluation)
     for name, count in counts.items():
         print(f"{name.replace('_', ' ')}: {count}")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with user_errors():
+            if not len(kept):
+                raise UserError(
+                    f"All rows of `{options.train}` are also in `{options.evaluation}`, so there is nothing to write."
+                )
         temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
         try:
             kept.to_parquet(temporary) if output.suffix == ".parquet" else kept.to_json(temporary, force_ascii=False)

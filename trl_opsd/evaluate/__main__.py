@@ -7,9 +7,10 @@ Interrupted and run again, it goes on where it was. Under `accelerate launch` ea
 """
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import UserError, parse, silence, user_errors
+from ..cli import UserError, make_folder, parse, silence, user_errors
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def main(args: list[str] | None = None) -> None:
         from .results_file import write_rows
 
         jobs = plan(config)
+        if config.output is not None:
+            make_folder(Path(config.output).parent, "output")
     try:
         rows = evaluate_jobs(jobs)
     except UserError as error:  # such as weights that do not load, or a server that stops

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..cli import user_errors
+from ..cli import UserError, make_folder, user_errors
 from .card import write_card
 from .compare import Conclusion, compare_files, margins_of, results_file_of, warnings_of
 from .decide import decide
 from .report import report_results
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        with user_errors():
+            raise UserError(f"{message}: see --help.")
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("trl_opsd.evaluate", description=description, allow_abbrev=False)
+    parser = _Parser("trl_opsd.evaluate", description=description, allow_abbrev=False)
     parser.add_argument(
         "--margin",
         nargs="+",
@@ -90,6 +96,7 @@ def report_command(args: list[str]) -> int:
     options = parser.parse_args(args)
     with user_errors():
         margins = margins_of(options.margin)
+        make_folder(options.output_dir, "output_dir")
         report_results(options.report, options.output_dir, options.before, margins, options.title, options.price)
     folder = Path(options.output_dir)
     _say(f"{folder / 'report.html'}, {folder / 'report.md'} and {folder / 'accuracy_tokens.svg'}")

@@ -78,7 +78,9 @@ class Job:
         self.eos_ids = tuple(eos_token_ids(self.checkpoint.generation_config, self.tokenizer))
         self.tags = find_tags(self.tokenizer, config.thinking_tags)
         self.prompts = self._prompts()
-        self.prompt_ids = write_rows(self.prompts, config.dataset_name, self.tokenizer, config.chat_template_kwargs)
+        self.prompt_ids = write_rows(
+            self.prompts, config.dataset_name, self.tokenizer, config.chat_template_kwargs, config.prompt_template
+        )
         self._fit()
         requests = min(len(self.names), config.serving_requests)
         if config.concurrency and max(config.concurrency) > requests:

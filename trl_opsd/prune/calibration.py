@@ -7,8 +7,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli import UserError
-from ..data import load_prompts
+from ..data import check_fit, load_prompts, write_rows
 from ..decoding import generate
 from ..rlvr.bank import read_rollouts
 from ..rlvr.identity import check_vocabulary
@@ -18,11 +17,11 @@ from .importance import Rollout
 
 def load_calibration(config: PruneConfig) -> Dataset:
     """
-    Loads the rows to calibrate on.
+    Loads the rows of which some are calibrated on.
 
     Args:
         config ([`PruneConfig`]):
-            Where they are, and how many are taken.
+            Where they are.
 
     Returns:
         [`~datasets.Dataset`]: Rows with `prompt`, with `completion` if they are rollouts, and with `completion_ids` if
@@ -36,32 +35,33 @@ def load_calibration(config: PruneConfig) -> Dataset:
     dataset = read_rollouts(name) if is_bank else load_prompts(name, "train")
     if not is_bank and "completion_ids" in dataset.column_names:
         dataset = dataset.remove_columns("completion_ids")
+    return dataset
+
+
+def choose_rows(config: PruneConfig, dataset: Dataset) -> Dataset:
+    """Takes the `calibration_samples` rows that are calibrated on, by the seed."""
     return dataset.shuffle(seed=config.seed).select(range(min(config.calibration_samples, len(dataset))))
 
 
-def check_tokenizer(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_rows(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Checks that a tokenizer can write the rows.
+    Checks that a tokenizer can write the prompts.
 
     Args:
         config ([`PruneConfig`]):
             Where they are.
         dataset ([`~datasets.Dataset`]):
-            Rows to calibrate on.
+            Rows from [`load_calibration`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
 
     Raises:
-        UserError: If it has no chat template and the prompts are conversations.
+        UserError: As of [`~trl_opsd.data.check_fit`].
         ValueError: If the rows have ids of another tokenizer.
     """
     if "completion_ids" in dataset.column_names:
         check_vocabulary(config.calibration_dataset, config.model_name_or_path, tokenizer)
-    if not isinstance(dataset[0]["prompt"], str) and tokenizer.chat_template is None:
-        raise UserError(
-            "The prompts of `calibration_dataset` are conversations, and the tokenizer has no chat template: add one to "
-            "the checkpoint, or use prompts that are plain strings."
-        )
+    check_fit(dataset, config.calibration_dataset, tokenizer, None, config.max_completion_length)
 
 
 def make_rollouts(
@@ -74,7 +74,7 @@ def make_rollouts(
         config ([`PruneConfig`]):
             How to generate.
         dataset ([`~datasets.Dataset`]):
-            Rows from [`load_calibration`].
+            Rows from [`choose_rows`].
         model ([`~transformers.PreTrainedModel`]):
             Model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -83,13 +83,7 @@ def make_rollouts(
     Returns:
         `list[Rollout]`: Rollouts.
     """
-    prompts = list(dataset["prompt"])
-    if isinstance(prompts[0], str):
-        prompt_ids = tokenizer(text=prompts)["input_ids"]
-    else:
-        prompt_ids = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+    prompt_ids = write_rows(dataset["prompt"], config.calibration_dataset, tokenizer)
     if "completion_ids" in dataset.column_names:
         completion_ids = list(dataset["completion_ids"])
     elif "completion" in dataset.column_names:

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters import merged
-from ..cli import UserError, check_checkpoint, publish, user_errors
+from ..cli import UserError, check_checkpoint, make_folder, publish, user_errors
 from ..data import load_tokenizer
 from ..results import write_results
-from .calibration import check_tokenizer, load_calibration, make_rollouts
+from .calibration import check_rows, choose_rows, load_calibration, make_rollouts
 from .config import PruneConfig
 from .importance import choose_layers, choose_units, collect, measure_nll, only_layers
 from .shapes import ModelShape
@@ -33,7 +33,9 @@ def run(config: PruneConfig) -> None:
             sizes = shape.search(config.target_ratio, config.size_multiple)
         dataset = load_calibration(config)
         tokenizer = load_tokenizer(source)
-        check_tokenizer(config, dataset, tokenizer)
+        check_rows(config, dataset, tokenizer)
+        dataset = choose_rows(config, dataset)
+        make_folder(output, "output_dir")
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype).eval()

@@ -85,7 +85,7 @@ def check(args: SFTConfig) -> str | None:
 
     Raises:
         ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, or the
-            output folder cannot be had.
+            output folder cannot be had or has another model.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
@@ -94,6 +94,10 @@ def check(args: SFTConfig) -> str | None:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
     resume_from = agreed_checkpoint(args)
+    if resume_from is None and (Path(args.output_dir) / "config.json").exists():
+        raise ValueError(
+            f"`output_dir`: `{args.output_dir}` has a model already: remove it, or choose another folder."
+        )
     claim(args)
     return resume_from
 

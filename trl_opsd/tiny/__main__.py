@@ -5,7 +5,9 @@ Every field of [`TinyConfig`] and [`~trl.SFTConfig`] is a key of the YAML file a
 overrides the file.
 """
 
-from ..cli import parse, silence, user_errors
+import sys
+
+from ..cli import UserError, parse, silence, user_errors
 
 
 ARGUMENTS = ("trl_opsd.tiny.task.TinyConfig", "trl.SFTConfig")
@@ -19,7 +21,11 @@ def main(args: list[str] | None = None) -> None:
 
     with user_errors():
         check(config, training_args)
-    rows = warm_start(config, training_args)
+    try:
+        rows = warm_start(config, training_args)
+    except UserError as error:  # the target was not reached
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     for result in rows:
         if result["phase"] == "final":
             print(

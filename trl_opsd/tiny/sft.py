@@ -31,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from .. import resuming
-from ..cli import forget_batches
+from ..cli import UserError, forget_batches
 from ..decoding import generate
 from ..results import write_results, write_text
 from ..resuming import claim, find_checkpoint
@@ -267,7 +267,7 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
 
     Raises:
         ValueError: If [`check`] finds a mistake.
-        RuntimeError: If the target accuracy is not reached within `max_steps`.
+        UserError: If the target accuracy is not reached within `max_steps`.
         SystemExit: With the status 143, after a checkpoint, if SIGTERM has ended it.
     """
     check(config, args)
@@ -299,7 +299,7 @@ def warm_start(config: TinyConfig, args: SFTConfig) -> list[dict]:
         )
     if not stop.reached:
         plain, concise = (result["accuracy"] for result in stop.results[-2:])
-        raise RuntimeError(
+        raise UserError(
             f"The accuracy after `max_steps` {args.max_steps} is {plain:.3f} plain and {concise:.3f} concise, and "
             f"`target_accuracy` is {config.target_accuracy}: raise `max_steps`, or lower the target for a weaker "
             "teacher."

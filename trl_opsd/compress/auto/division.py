@@ -15,21 +15,21 @@ from ...rewards import load_reward_funcs, required_columns
 from ..auto_config import AutoConfig
 
 
-def divide(name: str, arguments: AutoConfig) -> tuple[dict[str, Dataset], list[str]]:
+def load(name: str, arguments: AutoConfig) -> tuple[list[Dataset], list[str]]:
     """
-    Divides a data set into problems to train on, to watch by, and for the verdict, none of which is in two, nor twice in one.
+    Loads a data set.
 
     Args:
         name (`str`):
             Data set.
         arguments ([`~trl_opsd.compress.auto_config.AutoConfig`]):
-            How many problems each takes, and the verifiers.
+            The verifiers.
 
     Returns:
-        `tuple[dict[str, Dataset], list[str]]`: The parts `train`, `guard` and `final`, and the names of the verifiers.
+        `tuple[list[Dataset], list[str]]`: The splits `train` and, if there is one, `test`, and the names of the verifiers.
 
     Raises:
-        UserError: If there are too few problems, or nothing says which verifier they are for.
+        UserError: If nothing says which verifier the problems are for, or a column is missing.
     """
     train = load_prompts(name, "train")
     verifiers = arguments.reward_funcs or [verifier_of(name, train)]
@@ -39,8 +39,30 @@ def divide(name: str, arguments: AutoConfig) -> tuple[dict[str, Dataset], list[s
         final = load_prompts(name, "test")
     except NoSplit:
         final = None
-    if final is not None and list(final["prompt"]) == list(train["prompt"]):
-        final = None  # a single file, which is there whole whatever the split
+    if final is None or list(final["prompt"]) == list(train["prompt"]):
+        return [train], verifiers  # a single file is there whole whatever the split
+    return [train, final], verifiers
+
+
+def divide(name: str, splits: list[Dataset], arguments: AutoConfig) -> dict[str, Dataset]:
+    """
+    Divides a data set into problems to train on, to watch by, and for the verdict, none of which is in two, nor twice in one.
+
+    Args:
+        name (`str`):
+            Data set, for the message.
+        splits (`list[Dataset]`):
+            What [`load`] has loaded.
+        arguments ([`~trl_opsd.compress.auto_config.AutoConfig`]):
+            How many problems each takes.
+
+    Returns:
+        `dict[str, Dataset]`: The parts `train`, `guard` and `final`.
+
+    Raises:
+        UserError: If there are too few problems.
+    """
+    train, final = splits[0], splits[1] if len(splits) > 1 else None
     seen = set()
 
     def first_of_each(rows: Dataset) -> Dataset:
@@ -67,7 +89,7 @@ def divide(name: str, arguments: AutoConfig) -> tuple[dict[str, Dataset], list[s
             f"verdict, each counted once, and {arguments.rollouts}, 30 and 30 are the least: give more data, raise "
             "`guard_problems` and `final_problems` where they are below, or lower `rollouts`."
         )
-    return {"train": train, "guard": guard, "final": final}, verifiers
+    return {"train": train, "guard": guard, "final": final}
 
 
 def verifier_of(name: str, rows: Dataset) -> str:

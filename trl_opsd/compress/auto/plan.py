@@ -1,7 +1,10 @@
 """What is known before anything is loaded: what will be done, why, and what it takes."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+
+from datasets import Dataset
 
 from ...cli import UserError, check_checkpoint
 from ...data import check_fit, load_tokenizer
@@ -13,7 +16,7 @@ from ...plan.run import GIB, read_config
 from ...positions import positions_of
 from ..auto_config import AUTO, AutoConfig
 from ..config import CompressConfig
-from .division import divide
+from .division import divide, load
 from .fit import LORA, USED, Fit, Launch
 
 
@@ -68,16 +71,23 @@ class Plan:
             limit = _MAX_COMPLETION_LENGTH if positions is None else min(_MAX_COMPLETION_LENGTH, 3 * positions // 4)
             arguments = replace(arguments, max_completion_length=limit)
         self.config, self.arguments = config, arguments
-        self.data, self.reward_funcs = divide(config.dataset_name, arguments)
-        for rows in self.data.values():
-            check_fit(rows, config.dataset_name, tokenizer, positions, arguments.max_completion_length)
+        name, limit = config.dataset_name, arguments.max_completion_length
+        splits, self.reward_funcs = load(name, arguments)
+        for rows in splits:
+            check_fit(rows, name, tokenizer, positions, limit)
+        self.data = divide(name, splits, arguments)
+        self.contexts = self._contexts(splits)
+        for context, rows in product(self.contexts, splits):
+            template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+            columns = {"prompt", "privileged_context", *template.fields} & set(rows.column_names)
+            asked = [template.prompt(row) for row in rows.select_columns(sorted(columns))]
+            check_fit(Dataset.from_dict({"prompt": asked}), name, tokenizer, None, limit, context=context)
         self.sizes = {name: len(rows) for name, rows in self.data.items()}
         self.fit = Fit.of(config.model_name_or_path, self.launch, arguments)
         self.ratios = self._ratios()
         self.artefacts = parse_formats(arguments.export_formats) if arguments.export_formats else []
         if self.artefacts:
             check_checkpoint_ends(open_checkpoint(config.model_name_or_path), tokenizer)
-        self.contexts = self._contexts()
 
     def part(self, name: str) -> str:
         """File of a part of the data: `train`, `guard` or `final`."""
@@ -130,22 +140,27 @@ class Plan:
             )
         return RATIOS if ratio == AUTO else (float(ratio),)
 
-    def _contexts(self) -> list[str]:
+    def _contexts(self, splits: list[Dataset]) -> list[str]:
         """Names or templates of the contexts to measure."""
         given = self.arguments.contexts
         if given is not None:
             for context in given:
-                template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+                try:
+                    template = TeacherContext(TEACHER_PROMPT_TEMPLATES.get(context, context))
+                except ValueError as error:
+                    raise UserError(
+                        str(error).replace("`teacher_prompt_template`", f"The context {context!r}")
+                    ) from None
                 if "sibling" in template.fields:
                     raise UserError(
                         f"The context {context!r} is known only when the rollouts are written, and contexts are measured "
                         "before: train from it with a recipe of `opsd`."
                     )
-                for rows in self.data.values():
+                for rows in splits:
                     template.check_columns(rows.column_names)
             return list(dict.fromkeys(given))
         names = ["concise", "concise_by_difficulty"]
-        every = all("solution" in rows.column_names and None not in rows["solution"] for rows in self.data.values())
+        every = all("solution" in rows.column_names and None not in rows["solution"] for rows in splits)
         return names + (["solution"] if every else [])
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...adapters import merged
-from ...cli import user_errors
+from ...cli import make_folder, user_errors
 from ...evaluate.compare import Answer
 from ...evaluate.results_file import Measurement
 from ..auto_config import AutoConfig
@@ -36,6 +36,7 @@ def run(config: CompressConfig, arguments: AutoConfig, began: float) -> None:
         runner.say(runner.plan.describe(time.monotonic() - began))
         if arguments.dry_run:
             return
+        make_folder(runner.root, "output_dir")
         try:
             status = compress(runner)
         except KeyboardInterrupt:
