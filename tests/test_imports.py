@@ -13,6 +13,7 @@ ORDER = [
     "ranges",
     "cli",
     "children",
+    "guard",
     "hub",
     "results",
     "adapters",
