@@ -594,7 +594,6 @@ def test_a_file(sentence, tmp_path, model, stage, rows, line, message):
     ("module", "line"),
     [
         ("data.__main__", "--train DATA --evaluation DATA --output DATA/x.jsonl"),
-        ("evaluate.__main__", "--report r.json --output_dir DATA"),
         ("compress.__main__", "--config recipes/tiny/compress.yaml --output_dir DATA"),
         ("compress.bank", "--model_name_or_path MODEL --dataset_name DATA --max_completion_length 8 --bank DATA --output x.json"),
         ("compress.bank", "--model_name_or_path MODEL --dataset_name DATA --max_completion_length 8 --bank BANK --output DATA/x"),

@@ -270,6 +270,13 @@ class TestReport:
         assert error.value.code == 2 and "line 1: not valid JSON" in capsys.readouterr().err
         assert not (tmp_path / "report").exists()
 
+    def test_where_no_report_can_be_written(self, files, capsys):
+        with pytest.raises(SystemExit) as error:
+            report_command(["--report", *map(str, files), "--output_dir", str(files[0])])
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and said.startswith(f"error: `output_dir`: the folder `{files[0]}` cannot be")
+        assert said.count("\n") == 1
+
     def test_two_rows_of_one_name(self, files, tmp_path):
         with pytest.raises(UserError, match="there is another rlvr on sums, greedy"):
             report_results([files[0], files[0]], tmp_path)

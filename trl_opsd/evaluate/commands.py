@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..cli import UserError, make_folder, user_errors
+from ..cli import UserError, user_errors
 from .card import write_card
 from .compare import Conclusion, compare_files, margins_of, results_file_of, warnings_of
 from .decide import decide
@@ -96,7 +96,6 @@ def report_command(args: list[str]) -> int:
     options = parser.parse_args(args)
     with user_errors():
         margins = margins_of(options.margin)
-        make_folder(options.output_dir, "output_dir")
         report_results(options.report, options.output_dir, options.before, margins, options.title, options.price)
     folder = Path(options.output_dir)
     _say(f"{folder / 'report.html'}, {folder / 'report.md'} and {folder / 'accuracy_tokens.svg'}")

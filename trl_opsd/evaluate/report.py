@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..cli import UserError
+from ..cli import UserError, make_folder
 from ..results import write_text
 from . import svg
 from .charts import PARAMETERS, TOKENS, Axis, accuracy_chart, charts_of, line_of
@@ -71,9 +71,10 @@ def report_results(
         `list[Comparison]`: What every checkpoint is against `before`.
 
     Raises:
-        UserError: If a file is missing or damaged, or two rows cannot be told apart.
+        UserError: If a file is missing or damaged, two rows cannot be told apart, or the folder cannot be written.
     """
     measurements = [item for file in results_files for item in load_results(file)]
+    make_folder(folder, "output_dir")
     return write_report(measurements, folder, before, margins, title, price)
 
 
