@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from unittest import mock
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from test_opsd_trainer import reward_by_length, same_rollouts, settings, train
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.opsd import trainer as opsd_trainer
 from trl_opsd.opsd.batches import balanced_length, micro_batches, token_budget_batches
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -163,7 +163,7 @@ def test_without_a_verifier_all_rollouts_are_dealt_out(tmp_path, small_model, to
         config = OPSDConfig(**settings(tmp_path, max_steps=1), max_tokens_per_microbatch=max_tokens)
         with (
             same_rollouts(completions),
-            mock.patch.object(opsd_trainer, "micro_batches", wraps=micro_batches) as dealing,
+            mock.patch.object(sys.modules[OPSDTrainer.__module__], "micro_batches", wraps=micro_batches) as dealing,
         ):
             _, recorder = train(
                 OPSDTrainer,
