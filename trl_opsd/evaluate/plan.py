@@ -198,7 +198,9 @@ def plan(
     for part in expand(config):
         checkpoint = loaded or open_checkpoint(part.model_name_or_path, part.trust_remote_code, opened)
         dataset, reward_funcs = load_task(part)
-        own = tokenizer or load_tokenizer(part.model_name_or_path, trust_remote_code=part.trust_remote_code)
+        own = tokenizer
+        if own is None:
+            own = load_tokenizer(part.model_name_or_path, trust_remote_code=part.trust_remote_code)
         jobs.append(Job(part, checkpoint, dataset, reward_funcs, own, served))
     return jobs
 
