@@ -14,6 +14,7 @@ from test_opsd_trainer import Recorder, reference_loss, same_rollouts, settings
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.opsd import divergence
 from trl_opsd.opsd.divergence import linear_divergence_with_metrics
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
@@ -47,7 +48,12 @@ def build(tmp_path, device, model, tokenizer, rows, reward_funcs=None, peft_conf
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 6e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("uniform", [True, False], ids=["mean", "weighted"])
+@pytest.mark.parametrize(
+    "dtype, autocast, tolerance",
+    [(torch.float32, False, 2e-4), (torch.bfloat16, False, 6e-2), (torch.float32, True, 6e-2)],
+    ids=["fp32", "bf16", "autocast"],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,16 +65,19 @@ def build(tmp_path, device, model, tokenizer, rows, reward_funcs=None, peft_conf
     ],
     ids=str,
 )
-def test_the_kernels_give_the_definition(device, dtype, tolerance, options):
-    """At odd shapes, forward and gradient, in float32 and from bfloat16 inputs."""
+def test_the_kernels_give_the_definition(device, uniform, dtype, autocast, tolerance, options, monkeypatch):
+    """At odd shapes, forward and gradient, in float32 and bfloat16, by several chunks of several panels."""
     torch.manual_seed(0)
     N, H, V = 67, 48, 1003
+    for name in ("_LOGITS_BYTES", "_CPU_LOGITS_BYTES"):
+        monkeypatch.setattr(divergence, name, 8 * 2 * V * 4)
     inputs = [torch.randn(shape, device=device).mul(0.3).to(dtype) for shape in ((N, H), (V, H), (N, H), (V, H))]
     student_hidden, student_head, teacher_hidden, teacher_head = inputs
-    weight = torch.rand(N, device=device)
+    weight = torch.full((N,), 0.3, device=device) if uniform else torch.rand(N, device=device)
     student_hidden.requires_grad_()
     student_head.requires_grad_()
-    found = linear_divergence_with_metrics(student_hidden, student_head, teacher_hidden, teacher_head, **options)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        found = linear_divergence_with_metrics(student_hidden, student_head, teacher_hidden, teacher_head, **options)
     (found.divergence * weight).sum().backward()
 
     exact = [copy.deepcopy(value.detach()).double().requires_grad_() for value in (student_hidden, student_head)]

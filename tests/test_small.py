@@ -13,7 +13,7 @@ import torch
 import yaml
 from reasoning_gym.factory import create_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from trl_opsd.cli import parse
 from trl_opsd.rewards import math_reward
@@ -266,10 +266,10 @@ def test_mistakes_end_before_training(tmp_path):
         with pytest.raises(ValueError, match=f"`{name}` is {fewest - 1} and must be at least {fewest}"):
             SmallConfig(**{name: fewest - 1})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
-        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
     (tmp_path / "config.json").touch()  # of another model, whose data would be gone at once
     with pytest.raises(ValueError, match="`output_dir`: .* has a model already"):
-        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1))
+        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig())
 
 
 def test_the_recipes_ask_in_the_words_that_were_taught():

@@ -23,13 +23,13 @@ from scripts.harness.results import RESULTS, write_results
 from scripts.harness.tables import markdown
 
 
-# Both gates beside TRL's trainer of each kind of teacher
+# Beside TRL's trainer of each kind of teacher; what is left out first, when time is short, comes last
 ARMS = [
     "TRL Distillation",
-    "ours, external teacher, all",
     "ours, external teacher, correct",
     "TRL SDFT, full logits",
     "ours, context, correct",
+    "ours, external teacher, all",
 ]
 ROLLOUTS = {"rollouts": 16, "median_length": 2500, "max_length": 4096, "budget": 16384, "steps": 2}
 SIZES = {

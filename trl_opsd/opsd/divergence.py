@@ -208,21 +208,23 @@ def _use_triton(z: torch.Tensor) -> bool:
     return z.device.type in _TRITON_DEVICES and z.dtype == torch.float32 and is_triton_available()
 
 
-def _sweep_(student_z, teacher_z, statistics, student, teacher, beta, temperature, kl_clip, needs_grad):
+def _sweep_(student_z, teacher_z, statistics, gradient, student, teacher, beta, temperature, kl_clip, needs_grad):
     """
-    Writes the `statistics` of some rows from their projections onto the whole vocabulary. With `needs_grad`,
-    `student_z` ends as the gradient of the divergence with respect to the student's projection.
+    Writes the `statistics` of some rows from their projections onto the whole vocabulary, and with `needs_grad` to
+    `gradient`, which may be `student_z`, that of the divergence with respect to the student's projection.
     """
     if _use_triton(student_z):
         from .divergence_triton import sweep
 
-        sweep(student_z, teacher_z, statistics, student, teacher, beta, temperature, kl_clip, needs_grad)
+        sweep(student_z, teacher_z, statistics, gradient, student, teacher, beta, temperature, kl_clip, needs_grad)
         return
     for block in _blocks(*student_z.shape, student_z.device):
         s_z, t_z = student_z[block], teacher_z[block]
         slope = _transform_(s_z, student.logit_scale, student.softcap, temperature)
         _transform_(t_z, teacher.logit_scale, teacher.softcap, temperature)
         statistics[:, block] = torch.stack(_block_statistics_(s_z, t_z, slope, beta, kl_clip, needs_grad))
+        if needs_grad and gradient.data_ptr() != student_z.data_ptr():
+            gradient[block] = s_z
 
 
 def _tile_gradient_(student_z, teacher_z, statistics, weight, student, teacher, beta, temperature, kl_clip):
@@ -247,15 +249,15 @@ def _tile_gradient_(student_z, teacher_z, statistics, weight, student, teacher, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _operand_dtype(out, dtype):
+def _operand_dtype(tensor, exact, dtype):
     # Low precision only where the product can leave it unrounded
-    native = _MM_OUT_DTYPE and out.is_cuda and dtype in (torch.float16, torch.bfloat16)
-    return dtype if native else out.dtype
+    native = _MM_OUT_DTYPE and tensor.is_cuda and dtype in (torch.float16, torch.bfloat16)
+    return dtype if native else exact
 
 
 def _mm(out, a, b, dtype, accumulate=False):
-    # `out (+)= a @ b`, accumulated in the dtype of `out`, which is float32 or better
-    dtype = _operand_dtype(out, dtype)
+    # `out (+)= a @ b`, accumulated in float32 or better, which `out` is too unless it has the dtype of the product
+    dtype = _operand_dtype(out, out.dtype, dtype)
     a, b = a.to(dtype), b.to(dtype)
     options = {} if dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
@@ -267,7 +269,7 @@ def _mm(out, a, b, dtype, accumulate=False):
 def _column_slabs(out, model: _Model):
     # The whole vocabulary at once, unless the head has to be cast on the way: then never the whole head
     columns = model.head.shape[0]
-    step = columns if model.head.dtype == _operand_dtype(out, model.dtype) else _CAST_COLUMNS
+    step = columns if model.head.dtype == _operand_dtype(out, out.dtype, model.dtype) else _CAST_COLUMNS
     return (slice(start, min(start + step, columns)) for start in range(0, columns, step))
 
 
@@ -281,10 +283,10 @@ def _project(out, model: _Model):
 class _LinearDivergence(torch.autograd.Function):
     """
     One pass over chunks of tokens, with both models' logits of a chunk over the whole vocabulary: statistics, then the
-    gradient in place of the student's logits, then its two products, so that every projection is computed once. The
-    gradient of a token's hidden state scales with whatever gradient reaches that token. The head's is a sum over tokens,
-    right only if all of them are weighted alike, as the usual mean does; otherwise, or where it would not fit in memory,
-    backward projects again, all tokens by some columns at a time.
+    gradient, then its two products, so that every projection is computed once. The gradient of a token's hidden state
+    scales with whatever gradient reaches that token. The head's is a sum over tokens, right only if all of them are
+    weighted alike, as the usual mean does; otherwise, or where it would not fit in memory, backward projects again, all
+    tokens by some columns at a time.
     """
 
     @staticmethod
@@ -294,32 +296,50 @@ class _LinearDivergence(torch.autograd.Function):
         dtype = torch.promote_types(torch.float32, torch.promote_types(hidden.dtype, teacher.hidden.dtype))
         needs_hidden, needs_head, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         step = min(N, _tile_length(V, dtype, device))
-        # Two tiles of logits, and up to one of gradients in the dtype of the products
-        fits = (3 * step * V + head.numel()) * dtype.itemsize <= _memory_bytes(device)
+        # Products in low precision take the gradients of a panel of several chunks at once, in their dtype: each product
+        # reads and writes the head's whole gradient
+        low = _operand_dtype(hidden, dtype, student.dtype)
+        chunks = max(1, _LOGITS_BYTES // max(1, step * V * low.itemsize)) if low != dtype else 1
+        panel = min(N, chunks * step)
+        # Returned in bfloat16 it is summed in it, and rounded once a panel. (A sum in float16 might be past its range)
+        head_dtype = low if head.dtype == low == torch.bfloat16 else dtype
+        room = _memory_bytes(device) - 2 * step * V * dtype.itemsize - panel * V * low.itemsize
+        fits = head.numel() * head_dtype.itemsize <= room
 
-        def zeros(tensor, needed):
+        def zeros(tensor, needed, dtype=dtype):
             return torch.zeros(tensor.shape, dtype=dtype, device=device) if needed else None
 
         grad_hidden = zeros(hidden, needs_hidden)
-        grad_head, grad_bias = zeros(head, needs_head and fits), zeros(bias, needs_bias and fits)
+        grad_head, grad_bias = zeros(head, needs_head and fits, head_dtype), zeros(bias, needs_bias and fits)
         needs_grad = grad_hidden is not None or grad_head is not None or grad_bias is not None
+        room -= 0 if grad_head is None else head.numel() * head_dtype.itemsize
+        cast = []
+        for model in (student, teacher):
+            size = model.head.numel() * low.itemsize
+            if low != dtype and model.head.dtype != low and size <= room:
+                model, room = model._replace(head=model.head.to(low)), room - size
+            cast.append(model)
         options = beta, temperature, kl_clip
         statistics = torch.empty((len(_Statistics._fields), N), dtype=dtype, device=device)
         buffers = [torch.empty((step, V), dtype=dtype, device=device) for _ in range(2)]
-        for start in range(0, N, max(step, 1)):
-            rows = slice(start, min(start + step, N))
-            s_z, t_z = (buffer[: rows.stop - start] for buffer in buffers)
-            s_model = student.part(rows)
-            _project(s_z, s_model)
-            _project(t_z, teacher.part(rows))
-            _sweep_(s_z, t_z, statistics[:, rows], student, teacher, *options, needs_grad)
+        gradients = torch.empty((panel, V), dtype=low, device=device) if low != dtype and needs_grad else buffers[0]
+        for first in range(0, N, max(panel, 1)):
+            last = min(first + panel, N)
+            for start in range(first, last, step):
+                rows = slice(start, min(start + step, last))
+                s_z, t_z = (buffer[: rows.stop - start] for buffer in buffers)
+                _project(s_z, cast[0].part(rows))
+                _project(t_z, cast[1].part(rows))
+                gradient = gradients[start - first : rows.stop - first]
+                _sweep_(s_z, t_z, statistics[:, rows], gradient, student, teacher, *options, needs_grad)
+            model, gradient = cast[0].part(slice(first, last)), gradients[: last - first]
             if grad_hidden is not None:
-                for slab in _column_slabs(grad_hidden, s_model):
-                    _mm(grad_hidden[rows], s_z[:, slab], student.head[slab], student.dtype, accumulate=True)
+                for slab in _column_slabs(grad_hidden, model):
+                    _mm(grad_hidden[first:last], gradient[:, slab], model.head[slab], student.dtype, accumulate=True)
             if grad_head is not None:
-                _mm(grad_head[:V], s_z.t(), s_model.hidden, student.dtype, accumulate=True)
+                _mm(grad_head[:V], gradient.t(), model.hidden, student.dtype, accumulate=True)
             if grad_bias is not None:
-                grad_bias[:V] += s_z.sum(0)
+                grad_bias[:V] += gradient.sum(0, dtype=dtype)
 
         ctx.grads = grad_hidden, grad_head, grad_bias
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head, bias)]
@@ -395,9 +415,8 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, N, step):
             rows = slice(start, min(start + step, N))
             teacher_z = teacher_logits[rows].to(dtype, copy=True)
-            _sweep_(
-                student_z[rows], teacher_z, statistics[:, rows], plain, plain, beta, temperature, kl_clip, needs_grad
-            )
+            z = student_z[rows]
+            _sweep_(z, teacher_z, statistics[:, rows], z, plain, plain, beta, temperature, kl_clip, needs_grad)
         result = _Statistics(*statistics).divergence.clone()
         ctx.dtype = student_logits.dtype
         ctx.save_for_backward(student_z.view(shape) if needs_grad else None)

@@ -74,6 +74,8 @@ def _sweep_kernel(
     s_stride,
     t_ptr,
     t_stride,
+    g_ptr,
+    g_stride,
     out_ptr,
     out_stride,
     n_cols,
@@ -93,7 +95,7 @@ def _sweep_kernel(
 ):
     # One program per token, three passes over its logits: normalizers, sums, gradient
     row = tl.program_id(0).to(tl.int64)
-    s_row, t_row, out = s_ptr + row * s_stride, t_ptr + row * t_stride, out_ptr + row
+    s_row, t_row, g_row, out = s_ptr + row * s_stride, t_ptr + row * t_stride, g_ptr + row * g_stride, out_ptr + row
     s_top, t_top = -float("inf"), -float("inf")
     s_best, t_best = 0, 0
     s_sum, t_sum = 0.0, 0.0
@@ -136,7 +138,7 @@ def _sweep_kernel(
             if HAS_CLIP:
                 g = tl.where(d < kl_clip, g, 0.0)
             g = (g - q * pull) * _slope(s_z, s_scale, s_softcap, inv_temperature, S_HAS_SOFTCAP)
-            tl.store(s_row + offsets, g, mask=mask)
+            tl.store(g_row + offsets, g, mask=mask)
 
     # In the order of `_Statistics`
     tl.store(out, divergence)
@@ -210,7 +212,7 @@ def _options(student, teacher, beta, temperature, kl_clip):
     }
 
 
-def sweep(student_z, teacher_z, statistics, student, teacher, beta, temperature, kl_clip, needs_grad):
+def sweep(student_z, teacher_z, statistics, gradient, student, teacher, beta, temperature, kl_clip, needs_grad):
     options = _options(student, teacher, beta, temperature, kl_clip)
     rows, columns = student_z.shape
     _sweep_kernel[(rows,)](
@@ -218,6 +220,8 @@ def sweep(student_z, teacher_z, statistics, student, teacher, beta, temperature,
         student_z.stride(0),
         teacher_z,
         teacher_z.stride(0),
+        gradient,
+        gradient.stride(0),
         statistics,
         statistics.stride(0),
         columns,

@@ -256,10 +256,15 @@ def nbytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def loss_bytes(training: Training, head: torch.Tensor) -> int:
-    """Tiles of both models' logits, and the gradients of the head and of the states, in float32."""
+    """
+    Tiles of both models' logits, on a GPU a panel of their gradients in half precision, and the gradients of the head and
+    of the states, in float32.
+    """
     tokens, (vocab, hidden) = training.rows * training.completion, head.shape
-    budget = _CPU_LOGITS_BYTES if training.device == "cpu" else _LOGITS_BYTES
-    tiles = min(budget, 2 * 4 * tokens * vocab)
+    if training.device == "cpu":
+        tiles = min(_CPU_LOGITS_BYTES, 2 * 4 * tokens * vocab)
+    else:
+        tiles = min(_LOGITS_BYTES, 2 * 4 * tokens * vocab) + min(_LOGITS_BYTES, 2 * tokens * vocab)
     return tiles + 4 * tokens * hidden + (4 * head.numel() if head.requires_grad else 0)
 
 

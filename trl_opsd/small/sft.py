@@ -11,10 +11,12 @@ from dataclasses import asdict, replace
 from itertools import groupby, islice
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from ..cli import save_final
+from ..cli import check_checkpoint, save_final
+from ..data.fit import load_tokenizer
 from ..results import write_results, write_text
 from ..resuming import agreed_checkpoint, claim, train
 from ..tiny.model import make_model
@@ -76,7 +78,7 @@ def line_of(result: dict) -> str:
     )
 
 
-def check(args: SFTConfig) -> str | None:
+def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
     """
     Checks what can be checked before training, and takes the output folder.
 
@@ -84,8 +86,9 @@ def check(args: SFTConfig) -> str | None:
         `str` or `None`: Checkpoint to go on from.
 
     Raises:
-        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, or the
-            output folder cannot be had or has another model.
+        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, a new model
+            is to have an adapter, or the output folder cannot be had or has another model.
+        UserError: If there is no checkpoint at `model_name_or_path`.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
@@ -93,6 +96,12 @@ def check(args: SFTConfig) -> str | None:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
+    if model_args.model_name_or_path is not None:
+        check_checkpoint(model_args.model_name_or_path, "model_name_or_path")
+    elif model_args.use_peft:
+        raise ValueError(
+            "`use_peft` adapts a checkpoint: give it with `--model_name_or_path`, or leave `use_peft` out."
+        )
     resume_from = agreed_checkpoint(args)
     if resume_from is None and (Path(args.output_dir) / "config.json").exists():
         raise ValueError(
@@ -102,9 +111,12 @@ def check(args: SFTConfig) -> str | None:
     return resume_from
 
 
-def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = None) -> list[dict]:
+def warm_start(
+    config: SmallConfig, args: SFTConfig, model_args: ModelConfig, resume_from: str | None = None
+) -> list[dict]:
     """
-    Trains the small reasoner and writes it, with the data of the later stages, to `args.output_dir`.
+    Trains the small reasoner, or a checkpoint in its place, and writes it, with the data of the later stages, to
+    `args.output_dir`.
 
     The folder holds `data/train.jsonl` and `data/test.jsonl` in the data contract, the test rows of each family once
     more in `data/by_task`, at the end an ordinary checkpoint, and `sft.json` with what was measured. The seed decides
@@ -115,6 +127,8 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
             Tasks, architecture and warm start.
         args ([`~trl.SFTConfig`]):
             Training arguments.
+        model_args ([`~trl.ModelConfig`]):
+            The checkpoint that is taught in place of a new model, and its adapter. It keeps its tokenizer.
         resume_from (`str`, *optional*):
             Checkpoint to go on from.
 
@@ -136,8 +150,11 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
         write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
 
     set_seed(args.seed)
-    tokenizer = tokenizer_of(config)
-    model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
+    tokenizer = tokenizer_of(config, model_args)
+    if model_args.model_name_or_path is None:
+        model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
     if args.device.type == "cpu":
         model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
     num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
@@ -148,6 +165,7 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
     )
     trainer.add_callback(CountTokens(trainer))
     trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
@@ -160,12 +178,16 @@ def warm_start(config: SmallConfig, args: SFTConfig, resume_from: str | None = N
             results.append({"phase": "final", "step": trainer.state.global_step, **result})
     save_final(trainer)
     results[-1]["wall_s"] = time.perf_counter() - start
-    write_results(output_dir / "sft.json", results, {**asdict(config), **args.to_dict()})
+    write_results(output_dir / "sft.json", results, {**asdict(config), **args.to_dict(), **asdict(model_args)})
     return results
 
 
-def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a world, which depends on no seed."""
+def tokenizer_of(config: SmallConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint, or else that of a world, which depends on no seed."""
+    if model_args.model_name_or_path is not None:
+        tokenizer = load_tokenizer(model_args.model_name_or_path)
+        tokenizer.padding_side = "left"  # of the prompts of a measurement
+        return tokenizer
     # Drills have no words that the others lack
     rows = islice(sft_rows(replace(config, drill_share=0.0), 0), TOKENIZER_ROWS)
     messages = (message for row in rows for message in row["prompt"] + row["completion"])

@@ -103,7 +103,8 @@ def answer(
         re.search(rf"\\boxed\{{{re.escape(task.answer)}\}}{ending}", reply) is not None
         for task, reply in zip(tasks, tokenizer.batch_decode(generated), strict=True)
     ]
-    return right, (generated != tokenizer.pad_token_id).sum(1).tolist()
+    ends = generated == tokenizer.eos_token_id  # with which other models than the tiny one pad, too
+    return right, (((generated != tokenizer.pad_token_id) & ~ends).sum(1) + ends.any(1)).tolist()
 
 
 def measure(
