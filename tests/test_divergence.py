@@ -537,6 +537,46 @@ class TestMemory:
         assert largest.numel == 256 * 512
 
 
+class TestPanels:
+    """Products in low precision, which only a GPU leaves unrounded: here in float32, of what they would be given."""
+
+    @pytest.mark.parametrize("head_dtype", [BF16, F32])
+    @pytest.mark.parametrize("room", [2 << 30, 18_000])
+    def test_several_chunks_to_a_panel(self, head_dtype, room, monkeypatch):
+        given, cast = [], []
+
+        def mm(out, a, b, dtype, accumulate=False):
+            if accumulate:
+                given.append((a.dtype, tuple(a.shape)))
+            elif b.dtype != BF16:
+                cast.append(tuple(b.shape))  # a head that is not in the dtype of the products
+            product = a.float() @ b.float()
+            out.copy_(out.float() + product if accumulate else product)
+
+        monkeypatch.setattr(module, "_operand_dtype", lambda tensor, exact, dtype: dtype)
+        monkeypatch.setattr(module, "_mm", mm)
+        monkeypatch.setattr(module, "_memory_bytes", lambda device: room)
+        monkeypatch.setattr(module, "_CAST_COLUMNS", 64)
+        # Chunks of 4 tokens, and panels of as many chunks as the bytes of 16 in bfloat16: 2 whole ones, and 5 tokens
+        monkeypatch.setattr(module, "_CPU_LOGITS_BYTES", 4 * 2 * 151 * 4)
+        monkeypatch.setattr(module, "_LOGITS_BYTES", 16 * 151 * 2)
+        problem = Problem(tokens=37, dtype=BF16, kl_clip=0.05, uniform=True, bias=True)
+        problem.student_head = problem.student_head.detach().to(head_dtype).requires_grad_()
+        problem.teacher_head = problem.teacher_head.to(head_dtype)
+        problem.inputs[1] = problem.student_head
+        output, expected = problem.linear(), problem.expected()
+        assert_close(output.divergence, expected["divergence"], 1e-5)
+        wanted = problem.gradients(expected["divergence"])
+        for actual, exact, tensor in zip(problem.gradients(output.divergence), wanted, problem.inputs, strict=True):
+            assert actual.dtype == tensor.dtype
+            assert_close(actual, exact, 1.5e-2, relative=True)
+        assert {dtype for dtype, _ in given} == {BF16}
+        heads = [shape for _, shape in given if shape[0] == 151]
+        assert [columns for _, columns in heads] == [16, 16, 5]
+        # Where there is room a head of another dtype is cast once, and else by slabs for each chunk
+        assert bool(cast) == (head_dtype == F32 and room == 18_000)
+
+
 class TestTriton:
     def test_the_kernels_in_the_interpreter(self):
         # The interpreter has to be chosen before Triton is imported
