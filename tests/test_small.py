@@ -1,5 +1,6 @@
 """The small reasoner: its chains, its ways of answering, its tokenizer, its warm start and its recipes."""
 
+import copy
 import json
 import random
 import re
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from reasoning_gym.factory import create_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, SFTConfig
 
 from trl_opsd.cli import parse
@@ -172,6 +173,33 @@ def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():
     assert set(example) == {"prompt", "answer", "solution", "task", "difficulty"}
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_checkpoint_can_be_taught_instead(tmp_path, monkeypatch, tokenizer, adapter):
+    """One whose tokenizer pads with the token that ends a reply, on the right, as SmolLM2's does."""
+    own = copy.deepcopy(tokenizer)
+    own.pad_token, own.padding_side = own.eos_token, "right"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LlamaConfig(vocab_size=len(own), eos_token_id=own.eos_token_id, pad_token_id=own.eos_token_id, **sizes)
+    start = LlamaForCausalLM(config)
+    start.save_pretrained(tmp_path / "start")
+    own.save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
+    options = {**SMALL, "max_steps": 2, "accuracy_steps": 5, "per_device_train_batch_size": 2, "warmup_steps": 0}
+    options |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": "{}", "disable_tqdm": "true"}
+    options |= {"model_name_or_path": tmp_path / "start", "output_dir": tmp_path / "taught"}
+    if adapter:
+        options |= {"use_peft": "true", "lora_target_modules": "all-linear"}
+    main(["--config", str(ROOT / "recipes/small/sft.yaml"), *(f"--{key}={value}" for key, value in options.items())])
+    results = json.loads((tmp_path / "taught" / "sft.json").read_text())["rows"]
+    assert all(result["mean_tokens"] == 1 for result in results)  # a reply that is only an end counts, too
+    assert (tmp_path / "taught" / "adapter_config.json").is_file() is adapter
+    assert (tmp_path / "taught" / "data" / "train.jsonl").is_file()
+    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
+    assert isinstance(taught, LlamaForCausalLM)
+    same = [torch.equal(a, b) for a, b in zip(start.parameters(), taught.base_model.parameters(), strict=False)]
+    assert adapter or not all(same)
+
+
 def test_more_problems_than_there_are_cannot_be_had(monkeypatch):
     few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # 200 in all, a twentieth of which is for validation
     monkeypatch.setitem(FAMILIES, "chain_sum", replace(FAMILIES["chain_sum"], levels=[few] * 3))
@@ -267,6 +295,13 @@ def test_mistakes_end_before_training(tmp_path):
             SmallConfig(**{name: fewest - 1})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
+    with pytest.raises(ValueError, match="`use_peft` adapts a checkpoint"):
+        sft.check(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig(use_peft=True))
+    with pytest.raises(ValueError, match="there is no folder `./nowhere`"):
+        sft.check(
+            SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1),
+            ModelConfig(model_name_or_path="./nowhere"),
+        )
     (tmp_path / "config.json").touch()  # of another model, whose data would be gone at once
     with pytest.raises(ValueError, match="`output_dir`: .* has a model already"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig())
