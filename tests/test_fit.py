@@ -117,6 +117,17 @@ def test_what_is_far_too_long_is_known_by_its_beginning(tokenizer, monkeypatch):
     assert [prompt[0]["content"] for prompt in seen] == ["3", "3"]
 
 
+def test_plain_strings_skip_the_chat_template_and_it_is_said(tokenizer, monkeypatch, caplog):
+    write_rows([[{"role": "user", "content": "3"}]], "d", tokenizer)
+    assert not caplog.text
+    assert write_rows(["3", "4"], "d", tokenizer) == [tokenizer("3")["input_ids"], tokenizer("4")["input_ids"]]
+    assert caplog.text.count("The prompts are plain strings, so the chat template") == 1
+    caplog.clear()
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    write_rows(["3"], "d", tokenizer)
+    assert not caplog.text
+
+
 def test_opsd_says_that_it_needs_a_limit(tmp_path):
     with pytest.raises(ValueError, match="`max_completion_length` is None"):
         OPSDConfig(str(tmp_path), max_completion_length=None, use_cpu=True)

@@ -671,19 +671,22 @@ def test_rollouts_are_taken_as_they_are(tmp_path, recipe, rows, tokenizer):
         assert sorted((row.prompt_ids, row.completion_ids) for row in made) == sorted(expected)
 
 
-def test_a_prompt_that_the_tokenizer_cannot_write_ends_it_first(
-    tmp_path, recipe, rows, checkpoint, monkeypatch, capsys
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_text_that_the_tokenizer_cannot_write_ends_it_first(
+    tmp_path, recipe, rows, checkpoint, monkeypatch, capsys, column
 ):
     arguments, data = recipe(), tmp_path / "train.jsonl"
-    row = {"prompt": [{"role": "user", "content": "Janet’s ducks"}], "answer": "1"}
-    data.write_text(data.read_text() + json.dumps({**rows[0], **row}) + "\n")
+    given = [{**row, "completion": "5"} for row in rows]
+    bad = {"prompt": [{"role": "user", "content": "Janet’s ducks"}], "completion": "Janet’s ducks"}
+    given.append({**given[0], column: bad[column]})
+    data.write_text("".join(json.dumps(row) + "\n" for row in given))
     monkeypatch.setattr("trl_opsd.prune.run.AutoModelForCausalLM", None)  # no model is loaded
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(arguments)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert f"row 65: the tokenizer of `{checkpoint(num_layers=4)}` cannot write this `prompt`" in error
+    assert f"row 65: the tokenizer of `{checkpoint(num_layers=4)}` cannot write this `{column}`" in error
 
 
 def test_prompts_are_completed_by_the_model(recipe, rows, tokenizer, small_model):

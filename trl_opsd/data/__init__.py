@@ -7,7 +7,7 @@ from trl._lazy_module import _LazyModule
 
 _import_structure = {
     "contamination": ["decontaminate", "hold_out", "record_held_out"],
-    "fit": ["check_fit", "load_tokenizer", "write_rows"],
+    "fit": ["check_fit", "check_texts", "load_tokenizer", "warn_of_strings", "write_rows"],
     "gym": ["generate_prompts"],
     "prompts": ["check_columns", "load_prompts"],
     "sources": ["SOURCES", "Source"],
@@ -15,7 +15,7 @@ _import_structure = {
 
 if TYPE_CHECKING:
     from .contamination import decontaminate, hold_out, record_held_out
-    from .fit import check_fit, load_tokenizer, write_rows
+    from .fit import check_fit, check_texts, load_tokenizer, warn_of_strings, write_rows
     from .gym import generate_prompts
     from .prompts import check_columns, load_prompts
     from .sources import SOURCES, Source

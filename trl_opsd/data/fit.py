@@ -1,6 +1,7 @@
 """Whether a model can be asked the prompts: what its tokenizer and its configuration say of them, before it is loaded."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from trl import DistillationConfig, GRPOConfig
 from ..cli import UserError
 from ..positions import positions_of
 
+
+logger = logging.getLogger(__name__)
 
 # Prompts that are written at once
 _AT_ONCE = 1000
@@ -137,10 +140,49 @@ def write_rows(
         UserError: If there is no chat template for conversations, if one cannot be written, or if the template leaves a role
             out.
     """
+    warn_of_strings(prompts, tokenizer)
     rows = _Rows(name, tokenizer, None, chat_template_kwargs, context)
     for _ in rows.lengths_of_suspects(prompts):  # which looks at the template and the roles
         pass
     return rows.ids(list(enumerate(prompts, start=1)))
+
+
+def warn_of_strings(prompts: Sequence[list[dict] | str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says that the chat template of a tokenizer is not applied, if there is one and the prompts are plain strings."""
+    if isinstance(prompts[0], str) and tokenizer.chat_template is not None:
+        logger.warning(
+            "The prompts are plain strings, so the chat template of the tokenizer is not applied: give lists of messages "
+            '(`[{"role": "user", "content": ...}]`) unless the template is in the strings already.'
+        )
+
+
+def check_texts(texts: Iterable[str], name: str, column: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Checks that a tokenizer can write texts, which one without a token for what it does not know may not.
+
+    Args:
+        texts (`Iterable[str]`):
+            Texts of a column.
+        name (`str`):
+            Name of the data set, for the message.
+        column (`str`):
+            Name of the column, for the message.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Raises:
+        UserError: If one cannot be written.
+    """
+    if _can_write(tokenizer, "\N{SNOWMAN}"):
+        return
+    for number, text in enumerate(texts, start=1):
+        try:
+            tokenizer(text=text)
+        except Exception as error:
+            raise UserError(
+                f"`{name}`, row {number}: the tokenizer of `{tokenizer.name_or_path}` cannot write this `{column}` "
+                f"({' '.join(str(error).split()):.200}): correct the row, or take another model."
+            ) from None
 
 
 class _Rows:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyarrow.compute
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DistillationConfig
@@ -486,6 +487,11 @@ class OPSDConfig(DistillationConfig):
             if is_set:
                 return f"{name}={vars(self)[name]}"
         return None
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether the arguments or `accelerate launch` ask for FSDP."""
+        return self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     @property
     def global_batch_size(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import parse_flag_from_env
 
 from .completions import Rollout, RolloutLog
 from .config import OPSDConfig
@@ -38,10 +37,9 @@ def check_probe(args: OPSDConfig) -> None:
     Raises:
         ValueError: Under FSDP or DeepSpeed, whether the arguments or `accelerate launch` say so.
     """
-    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if is_fsdp or args.deepspeed_plugin is not None:
+    if args.uses_fsdp or args.deepspeed_plugin is not None:
         raise ValueError(
-            f"The probe runs before training, when {'FSDP' if is_fsdp else 'DeepSpeed'} has not prepared the model: set "
+            f"The probe runs before training, when {'FSDP' if args.uses_fsdp else 'DeepSpeed'} has not prepared the model: set "
             "`probe_prompts: 0`, and probe in one process first (`probe_only: true`)."
         )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerState
 
@@ -356,11 +356,10 @@ def check_pass_rates(
                 )
     if measures_nothing:
         return
-    is_fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
     for name, is_set in (
         ("use_vllm", args.use_vllm),
         ("tools", bool(tools)),
-        ("FSDP", is_fsdp),
+        ("FSDP", args.uses_fsdp),
         ("DeepSpeed", args.deepspeed_plugin is not None),
     ):
         if is_set:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env, release_memory
+from accelerate.utils import DistributedType, is_peft_model, release_memory
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerState
@@ -168,7 +168,7 @@ class OPSDTrainer(DistillationTrainer):
         if not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
         check_arguments(args, model, teacher_model, train_dataset, eval_dataset, reward_funcs, tools)
-        if args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if args.uses_fsdp:
             # Else FSDP keeps the gradients of the whole model on every process between two micro-batches
             own = args.accelerator_config.gradient_accumulation_kwargs or {}
             args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **own}

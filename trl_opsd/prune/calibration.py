@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import check_fit, load_prompts, write_rows
+from ..data import check_fit, check_texts, load_prompts, write_rows
 from ..decoding import generate
 from ..rlvr.bank import read_rollouts
 from ..rlvr.identity import check_vocabulary
@@ -45,7 +45,7 @@ def choose_rows(config: PruneConfig, dataset: Dataset) -> Dataset:
 
 def check_rows(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Checks that a tokenizer can write the prompts.
+    Checks that a tokenizer can write the prompts, and the completions where they are texts.
 
     Args:
         config ([`PruneConfig`]):
@@ -62,6 +62,8 @@ def check_rows(config: PruneConfig, dataset: Dataset, tokenizer: PreTrainedToken
     if "completion_ids" in dataset.column_names:
         check_vocabulary(config.calibration_dataset, config.model_name_or_path, tokenizer)
     check_fit(dataset, config.calibration_dataset, tokenizer, None, config.max_completion_length)
+    if "completion" in dataset.column_names and "completion_ids" not in dataset.column_names:
+        check_texts(_texts(dataset), config.calibration_dataset, "completion", tokenizer)
 
 
 def make_rollouts(
@@ -87,12 +89,17 @@ def make_rollouts(
     if "completion_ids" in dataset.column_names:
         completion_ids = list(dataset["completion_ids"])
     elif "completion" in dataset.column_names:
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in dataset["completion"]]
+        texts = _texts(dataset)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         completion_ids = [ids + end for ids in tokenizer(text=texts, add_special_tokens=False)["input_ids"]]
     else:
         completion_ids = _generate(config, model, tokenizer, prompt_ids)
     return [Rollout(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
+
+
+def _texts(dataset: Dataset) -> list[str]:
+    """The completions."""
+    return [text if isinstance(text, str) else text[-1]["content"] for text in dataset["completion"]]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..adapters import merged
 from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
-from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
+from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out, warn_of_strings
 from ..data.fit import positions_in_training
 from ..results import finish
 from ..resuming import agreed, agreed_checkpoint, claim, train
@@ -70,6 +70,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
             splits.append(script_args.dataset_test_split)
         datasets = [load_prompts(script_args.dataset_name, split) for split in splits]
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
+        warn_of_strings(datasets[0]["prompt"], tokenizer)
         for dataset in datasets:
             for name, func in zip(script_args.reward_funcs, reward_funcs, strict=True):
                 check_columns(dataset, required_columns(func), f"The verifier `{name}`")
