@@ -487,7 +487,8 @@ STAYS = """
     CompletionLimit completion_limit_quantile completion_limit_headroom .limit Saved Rollouts.saved
     _save_checkpoint:saved _load_optimizer_and_scheduler:saved
     AlarmCallback.state_dict AlarmCallback.load_state_dict AlarmCallback.load
-    rollout_engine finished_rows_dropped FrozenBase awake end_at sync_within fsdp_plugin_args parse_flag_from_env
+    rollout_engine finished_rows_dropped FrozenBase awake end_at sync_within
+    OPSDConfig.uses_fsdp .uses_fsdp parse_flag_from_env
     OPSDTrainer._generate_single_turn
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns

@@ -204,7 +204,7 @@ def table() -> str:
     head = (
         f"Forward and backward of the loss on CPU, {config['dtype']}, {config['tokens']:,} tokens × "
         f"{config['hidden_size']} × {config['vocab_size']:,}; dense torch is the row each ratio is to, with the same "
-        "clip. Time is processor time, because the machine was shared. On a GPU it has not been measured."
+        "clip. Time is processor time, because the machine was shared. Of a GPU: [below](#on-a-gpu)."
     )
     return f"{head}\n\n{markdown(['', 'clip', 'time / dense', 'extra memory, MiB', 'memory / dense'], lines)}"
 

@@ -299,8 +299,7 @@ class _LinearDivergence(torch.autograd.Function):
         # Products in low precision take the gradients of a panel of several chunks at once, in their dtype: each product
         # reads and writes the head's whole gradient
         low = _operand_dtype(hidden, dtype, student.dtype)
-        chunks = max(1, _LOGITS_BYTES // max(1, step * V * low.itemsize)) if low != dtype else 1
-        panel = min(N, chunks * step)
+        panel = step if low == dtype else min(N, step * max(1, _LOGITS_BYTES // max(1, step * V * low.itemsize)))
         # Returned in bfloat16 it is summed in it, and rounded once a panel. (A sum in float16 might be past its range)
         head_dtype = low if head.dtype == low == torch.bfloat16 else dtype
         room = _memory_bytes(device) - 2 * step * V * dtype.itemsize - panel * V * low.itemsize
@@ -312,14 +311,12 @@ class _LinearDivergence(torch.autograd.Function):
         grad_hidden = zeros(hidden, needs_hidden)
         grad_head, grad_bias = zeros(head, needs_head and fits, head_dtype), zeros(bias, needs_bias and fits)
         needs_grad = grad_hidden is not None or grad_head is not None or grad_bias is not None
-        room -= 0 if grad_head is None else head.numel() * head_dtype.itemsize
-        cast = []
-        for model in (student, teacher):
-            size = model.head.numel() * low.itemsize
-            if low != dtype and model.head.dtype != low and size <= room:
-                model, room = model._replace(head=model.head.to(low)), room - size
-            cast.append(model)
         options = beta, temperature, kl_clip
+        models = student, teacher
+        room -= head.numel() * head_dtype.itemsize
+        # A head in another dtype than the products' is cast once if there is room, and else by slabs for each chunk
+        if low != dtype and sum(m.head.numel() * low.itemsize for m in models if m.head.dtype != low) <= room:
+            models = [model._replace(head=model.head.to(low)) for model in models]
         statistics = torch.empty((len(_Statistics._fields), N), dtype=dtype, device=device)
         buffers = [torch.empty((step, V), dtype=dtype, device=device) for _ in range(2)]
         gradients = torch.empty((panel, V), dtype=low, device=device) if low != dtype and needs_grad else buffers[0]
@@ -328,11 +325,11 @@ class _LinearDivergence(torch.autograd.Function):
             for start in range(first, last, step):
                 rows = slice(start, min(start + step, last))
                 s_z, t_z = (buffer[: rows.stop - start] for buffer in buffers)
-                _project(s_z, cast[0].part(rows))
-                _project(t_z, cast[1].part(rows))
+                for z, model in zip((s_z, t_z), models, strict=True):
+                    _project(z, model.part(rows))
                 gradient = gradients[start - first : rows.stop - first]
                 _sweep_(s_z, t_z, statistics[:, rows], gradient, student, teacher, *options, needs_grad)
-            model, gradient = cast[0].part(slice(first, last)), gradients[: last - first]
+            model, gradient = models[0].part(slice(first, last)), gradients[: last - first]
             if grad_hidden is not None:
                 for slab in _column_slabs(grad_hidden, model):
                     _mm(grad_hidden[first:last], gradient[:, slab], model.head[slab], student.dtype, accumulate=True)
