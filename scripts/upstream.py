@@ -1037,7 +1037,7 @@ def extract_logprobs(''',
                 only=_TESTS_OF_DIVERGENCE + " Problem _four TestLinearDivergence",
             ),
         ),
-        brings="_MEMORY_BYTES _MEMORY_SHARE _CAST_COLUMNS _MM_OUT_DTYPE",
+        brings="_MEMORY_BYTES _MEMORY_SHARE _ROUNDED_PANELS _CAST_COLUMNS _MM_OUT_DTYPE",
         series="divergence",
     ),
     Step(

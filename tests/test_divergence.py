@@ -540,41 +540,89 @@ class TestMemory:
 class TestPanels:
     """Products in low precision, which only a GPU leaves unrounded: here in float32, of what they would be given."""
 
-    @pytest.mark.parametrize("head_dtype", [BF16, F32])
-    @pytest.mark.parametrize("room", [2 << 30, 18_000])
-    def test_several_chunks_to_a_panel(self, head_dtype, room, monkeypatch):
-        given, cast = [], []
+    # Bytes of both tiles and the panel; of the head's gradient in float32, and in bfloat16; of each head in bfloat16
+    TILES, HEAD, CASTS = 2 * 4 * 151 * 4 + 16 * 151 * 2, 151 * 12 * 4, 151 * (12 + 20) * 2
+
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """What the products of the backward and the projections have been given, and what may be held."""
+        seen = {"products": [], "cast": [], "room": 2 << 30}
 
         def mm(out, a, b, dtype, accumulate=False):
             if accumulate:
-                given.append((a.dtype, tuple(a.shape)))
-            elif b.dtype != BF16:
-                cast.append(tuple(b.shape))  # a head that is not in the dtype of the products
-            product = a.float() @ b.float()
+                seen["products"].append((tuple(a.shape), a.dtype, out.dtype))
+            elif b.dtype != dtype:
+                seen["cast"].append(tuple(b.shape))  # a head that is not in the dtype of the products
+            product = a.to(dtype).float() @ b.to(dtype).float()
             out.copy_(out.float() + product if accumulate else product)
 
-        monkeypatch.setattr(module, "_operand_dtype", lambda tensor, exact, dtype: dtype)
+        low = (torch.bfloat16, torch.float16)
+        monkeypatch.setattr(module, "_operand_dtype", lambda tensor, exact, dtype: dtype if dtype in low else exact)
         monkeypatch.setattr(module, "_mm", mm)
-        monkeypatch.setattr(module, "_memory_bytes", lambda device: room)
+        monkeypatch.setattr(module, "_memory_bytes", lambda device: seen["room"])
         monkeypatch.setattr(module, "_CAST_COLUMNS", 64)
         # Chunks of 4 tokens, and panels of as many chunks as the bytes of 16 in bfloat16: 2 whole ones, and 5 tokens
         monkeypatch.setattr(module, "_CPU_LOGITS_BYTES", 4 * 2 * 151 * 4)
         monkeypatch.setattr(module, "_LOGITS_BYTES", 16 * 151 * 2)
-        problem = Problem(tokens=37, dtype=BF16, kl_clip=0.05, uniform=True, bias=True)
+        return seen
+
+    def problem(self, dtype, head_dtype, **changes):
+        problem = Problem(tokens=37, dtype=dtype, kl_clip=0.05, uniform=True, bias=True, **changes)
         problem.student_head = problem.student_head.detach().to(head_dtype).requires_grad_()
         problem.teacher_head = problem.teacher_head.to(head_dtype)
         problem.inputs[1] = problem.student_head
+        return problem
+
+    @pytest.mark.parametrize("room", [2 << 30, TILES + HEAD + CASTS - 1, TILES + HEAD])
+    @pytest.mark.parametrize(
+        ("dtype", "head_dtype", "summed"),
+        [(BF16, BF16, BF16), (BF16, F32, F32), (torch.float16, torch.float16, F32), (torch.float16, F32, F32)],
+    )
+    def test_several_chunks_to_a_panel(self, dtype, head_dtype, summed, room, seen):
+        seen["room"] = room
+        problem = self.problem(dtype, head_dtype)
         output, expected = problem.linear(), problem.expected()
-        assert_close(output.divergence, expected["divergence"], 1e-5)
+        # A float32 head is rounded by the product, as autocast does
+        assert_close(output.divergence, expected["divergence"], 1e-5 if dtype == head_dtype else 3e-3)
         wanted = problem.gradients(expected["divergence"])
         for actual, exact, tensor in zip(problem.gradients(output.divergence), wanted, problem.inputs, strict=True):
             assert actual.dtype == tensor.dtype
             assert_close(actual, exact, 1.5e-2, relative=True)
-        assert {dtype for dtype, _ in given} == {BF16}
-        heads = [shape for _, shape in given if shape[0] == 151]
-        assert [columns for _, columns in heads] == [16, 16, 5]
+        heads = [(columns, operand, out) for (rows, columns), operand, out in seen["products"] if rows == 151]
+        assert heads == [(16, dtype, summed), (16, dtype, summed), (5, dtype, summed)]
         # Where there is room a head of another dtype is cast once, and else by slabs for each chunk
-        assert bool(cast) == (head_dtype == F32 and room == 18_000)
+        assert bool(seen["cast"]) == (head_dtype == F32 and room < 2 << 30)
+
+    def test_of_many_panels_the_sum_is_in_float32(self, seen, monkeypatch):
+        monkeypatch.setattr(module, "_ROUNDED_PANELS", 2)
+        problem = self.problem(BF16, BF16)
+        problem.gradients(problem.linear().divergence)
+        assert {out for (rows, _), _, out in seen["products"] if rows == 151} == {F32}
+
+    def test_a_teacher_in_float32_stays_in_it(self, seen):
+        problem = self.problem(BF16, BF16)
+        problem.teacher_hidden, problem.teacher_head = problem.teacher_hidden.float(), torch.randn(151, 20)
+        assert_close(problem.linear().divergence, problem.expected()["divergence"], 1e-5)
+
+    def test_a_head_that_both_have_is_cast_once(self, seen, monkeypatch):
+        problem = self.problem(BF16, F32, student_width=20)
+        problem.teacher_head = problem.student_head.detach()
+        held = []
+
+        def project(out, model, real=module._project):
+            held.append(model.head.data_ptr())
+            real(out, model)
+
+        monkeypatch.setattr(module, "_project", project)
+        problem.linear()
+        assert len(set(held)) == 1 and not seen["cast"]
+
+
+@pytest.mark.parametrize("room", [2 << 30, 0])
+def test_nothing_has_a_gradient_of_nothing(room, monkeypatch):
+    monkeypatch.setattr(module, "_memory_bytes", lambda device: room)
+    problem = Problem(tokens=0, uniform=True)
+    assert all(not gradient.any() for gradient in problem.gradients(problem.linear().divergence))
 
 
 class TestTriton:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from reasoning_gym.factory import create_dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, SFTConfig
 
@@ -22,6 +24,7 @@ from trl_opsd.small import TEMPLATES, SmallConfig, sft
 from trl_opsd.small.__main__ import main
 from trl_opsd.small.families import FAMILIES
 from trl_opsd.small.task import STYLES, Problem, Writer, problems, row, sft_rows
+from trl_opsd.tiny.sft import encode
 
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +176,43 @@ def test_splits_share_no_problem_and_the_test_rows_are_those_of_every_seed():
     assert set(example) == {"prompt", "answer", "solution", "task", "difficulty"}
 
 
+def test_a_checkpoint_that_cannot_be_taught_ends_it_before_anything(tmp_path, tokenizer):
+    args = SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, max_steps=1)
+    start = ModelConfig(model_name_or_path=str(tmp_path / "start"))
+
+    def refused(sentence, model_args=start):
+        with pytest.raises(ValueError, match=sentence):
+            sft.check(args, model_args)
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1023, **sizes))
+    model.save_pretrained(tmp_path / "start")
+    refused("has 1023 positions, and prompts and replies are given 1024")
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(tmp_path / "start")
+    refused("has no tokenizer that can be loaded")
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = None
+    own.save_pretrained(tmp_path / "start")
+    refused("has no chat template")
+    tokenizer.save_pretrained(tmp_path / "start")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    refused("`output_dir`: .* has a model already")
+    model.name_or_path = model.config._name_or_path = str(tmp_path / "start")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    refused("is an adapter: merge it first", ModelConfig(model_name_or_path=str(tmp_path / "adapter")))
+
+
+def test_a_tokenizer_adds_nothing_that_the_template_has_not_written(tokenizer, rows):
+    own = copy.deepcopy(tokenizer)
+    end = own.eos_token
+    own._tokenizer.post_processor = TemplateProcessing(f"$A {end}", special_tokens=[(end, own.eos_token_id)])
+    assert own("3")["input_ids"] == [*tokenizer("3")["input_ids"], own.eos_token_id]
+    assert encode(rows[:20], own).to_dict() == encode(rows[:20], tokenizer).to_dict()
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_checkpoint_can_be_taught_instead(tmp_path, monkeypatch, tokenizer, adapter):
     """One whose tokenizer pads with the token that ends a reply, on the right, as SmolLM2's does."""
@@ -184,6 +224,13 @@ def test_a_checkpoint_can_be_taught_instead(tmp_path, monkeypatch, tokenizer, ad
     start.save_pretrained(tmp_path / "start")
     own.save_pretrained(tmp_path / "start")
     monkeypatch.setattr(sft, "MAX_NEW_TOKENS", 1)
+    sides, answer = [], sft.answer
+
+    def watched(model, tokenizer, *args):
+        sides.append(tokenizer.padding_side)
+        return answer(model, tokenizer, *args)
+
+    monkeypatch.setattr(sft, "answer", watched)
     options = {**SMALL, "max_steps": 2, "accuracy_steps": 5, "per_device_train_batch_size": 2, "warmup_steps": 0}
     options |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": "{}", "disable_tqdm": "true"}
     options |= {"model_name_or_path": tmp_path / "start", "output_dir": tmp_path / "taught"}
@@ -194,6 +241,7 @@ def test_a_checkpoint_can_be_taught_instead(tmp_path, monkeypatch, tokenizer, ad
     assert all(result["mean_tokens"] == 1 for result in results)  # a reply that is only an end counts, too
     assert (tmp_path / "taught" / "adapter_config.json").is_file() is adapter
     assert (tmp_path / "taught" / "data" / "train.jsonl").is_file()
+    assert sides == ["left"] * 8
     taught = AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
     assert isinstance(taught, LlamaForCausalLM)
     same = [torch.equal(a, b) for a, b in zip(start.parameters(), taught.base_model.parameters(), strict=False)]
@@ -295,13 +343,15 @@ def test_mistakes_end_before_training(tmp_path):
             SmallConfig(**{name: fewest - 1})
     with pytest.raises(ValueError, match="`max_steps` is missing"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
-    with pytest.raises(ValueError, match="`use_peft` adapts a checkpoint"):
-        sft.check(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig(use_peft=True))
-    with pytest.raises(ValueError, match="there is no folder `./nowhere`"):
-        sft.check(
-            SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1),
-            ModelConfig(model_name_or_path="./nowhere"),
-        )
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1)
+    for options, sentence in (
+        ({"use_peft": True}, "`use_peft` is about a checkpoint that is taught"),
+        ({"dtype": "bfloat16"}, "`dtype` is about a checkpoint that is taught"),
+        ({"model_name_or_path": "./nowhere"}, "there is no folder `./nowhere`"),
+        ({"model_name_or_path": "x", "load_in_4bit": True}, "A quantised model is not taught here"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            sft.check(args, ModelConfig(**options))
     (tmp_path / "config.json").touch()  # of another model, whose data would be gone at once
     with pytest.raises(ValueError, match="`output_dir`: .* has a model already"):
         sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig())

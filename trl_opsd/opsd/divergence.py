@@ -29,6 +29,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 _MEMORY_BYTES, _MEMORY_SHARE = 2 << 30, 0.25
 # Both models' logits of one chunk of tokens. An accelerator needs more rows for a full-speed matrix product than a CPU
 _CPU_LOGITS_BYTES, _LOGITS_BYTES = 96 << 20, 640 << 20
+# Most panels by which a gradient of the head is summed in bfloat16: rounded in each, the error grows with their root
+_ROUNDED_PANELS = 8
 # Vocabulary columns to cast at a time where the head is not already in the dtype of the product
 _CAST_COLUMNS = 8192
 # Entries per elementwise block and thread: a CPU is done with them before they leave its cache
@@ -300,8 +302,10 @@ class _LinearDivergence(torch.autograd.Function):
         # reads and writes the head's whole gradient
         low = _operand_dtype(hidden, dtype, student.dtype)
         panel = step if low == dtype else min(N, step * max(1, _LOGITS_BYTES // max(1, step * V * low.itemsize)))
-        # Returned in bfloat16 it is summed in it, and rounded once a panel. (A sum in float16 might be past its range)
-        head_dtype = low if head.dtype == low == torch.bfloat16 else dtype
+        # Returned in bfloat16 it is summed in it, and rounded once a panel, of which there must not be many. (A sum in
+        # float16 might be past its range)
+        is_rounded = head.dtype == low == torch.bfloat16 and N <= _ROUNDED_PANELS * panel
+        head_dtype = low if is_rounded else dtype
         room = _memory_bytes(device) - 2 * step * V * dtype.itemsize - panel * V * low.itemsize
         fits = head.numel() * head_dtype.itemsize <= room
 
@@ -314,9 +318,11 @@ class _LinearDivergence(torch.autograd.Function):
         options = beta, temperature, kl_clip
         models = student, teacher
         room -= head.numel() * head_dtype.itemsize
-        # A head in another dtype than the products' is cast once if there is room, and else by slabs for each chunk
-        if low != dtype and sum(m.head.numel() * low.itemsize for m in models if m.head.dtype != low) <= room:
-            models = [model._replace(head=model.head.to(low)) for model in models]
+        # A head in another dtype than its products is cast once if there is room, and else by slabs for each chunk
+        casts = {m.head.data_ptr(): m.head for m in models if low != dtype and m.dtype == low != m.head.dtype}
+        if sum(uncast.numel() * low.itemsize for uncast in casts.values()) <= room:
+            casts = {pointer: uncast.to(low) for pointer, uncast in casts.items()}
+            models = [m._replace(head=casts.get(m.head.data_ptr(), m.head)) for m in models]
         statistics = torch.empty((len(_Statistics._fields), N), dtype=dtype, device=device)
         buffers = [torch.empty((step, V), dtype=dtype, device=device) for _ in range(2)]
         gradients = torch.empty((panel, V), dtype=low, device=device) if low != dtype and needs_grad else buffers[0]
@@ -387,7 +393,8 @@ def _head_gradient(student, teacher, statistics, weight, options, grad_head, gra
     buffers = [torch.empty((N * step,), dtype=dtype, device=device) for _ in range(2)]
     for start in range(0, V, step):
         columns = slice(start, min(start + step, V))
-        s_z, t_z = (buffer[: N * (columns.stop - start)].view(N, -1) for buffer in buffers)
+        width = columns.stop - start
+        s_z, t_z = (buffer[: N * width].view(N, width) for buffer in buffers)
         _project(s_z, student.part(columns=columns))
         _project(t_z, teacher.part(columns=columns))
         _tile_gradient_(s_z, t_z, statistics, weight, student, teacher, *options)

@@ -257,15 +257,21 @@ def nbytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def loss_bytes(training: Training, head: torch.Tensor) -> int:
     """
-    Tiles of both models' logits, on a GPU a panel of their gradients in half precision, and the gradients of the head and
-    of the states, in float32.
+    Tiles of both models' logits, and the gradients of the head and of the states, in float32. On a GPU, whose products
+    are in bfloat16: a panel of the logits' gradients, and heads in float32, in it too; and a head in it has its gradient.
     """
     tokens, (vocab, hidden) = training.rows * training.completion, head.shape
-    if training.device == "cpu":
-        tiles = min(_CPU_LOGITS_BYTES, 2 * 4 * tokens * vocab)
-    else:
-        tiles = min(_LOGITS_BYTES, 2 * 4 * tokens * vocab) + min(_LOGITS_BYTES, 2 * tokens * vocab)
-    return tiles + 4 * tokens * hidden + (4 * head.numel() if head.requires_grad else 0)
+    is_low = training.device != "cpu" and (training.autocast or training.dtype == torch.bfloat16)
+    budget = _CPU_LOGITS_BYTES if training.device == "cpu" else _LOGITS_BYTES
+    found = min(budget, 2 * 4 * tokens * vocab) + 4 * tokens * hidden
+    if head.requires_grad:
+        found += (2 if is_low and training.dtype == torch.bfloat16 else 4) * head.numel()
+    if is_low:
+        found += min(budget, 2 * tokens * vocab)
+        found += 2 * head.numel() * (training.dtype == torch.float32)
+        if training.teacher is not None and training.teacher_dtype == torch.float32:
+            found += 2 * training.teacher.vocab_size * training.teacher.hidden_size
+    return found
 
 
 def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:

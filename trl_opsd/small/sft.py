@@ -7,16 +7,16 @@ It ends on a number of steps and not on an accuracy, since what is hard for it i
 import importlib.util
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import groupby, islice
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from ..cli import check_checkpoint, save_final
 from ..data.fit import load_tokenizer
+from ..positions import positions_of
 from ..results import write_results, write_text
 from ..resuming import agreed_checkpoint, claim, train
 from ..tiny.model import make_model
@@ -86,9 +86,10 @@ def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
         `str` or `None`: Checkpoint to go on from.
 
     Raises:
-        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, a new model
-            is to have an adapter, or the output folder cannot be had or has another model.
-        UserError: If there is no checkpoint at `model_name_or_path`.
+        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, the checkpoint
+            cannot be taught, an option of one is given for a new model, or the output folder cannot be had or has another
+            model.
+        UserError: If there is no checkpoint at `model_name_or_path`, or no tokenizer.
     """
     if args.max_steps < 1:
         raise ValueError("`max_steps` is missing: give the number of steps of the warm start.")
@@ -96,19 +97,46 @@ def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
-    if model_args.model_name_or_path is not None:
-        check_checkpoint(model_args.model_name_or_path, "model_name_or_path")
-    elif model_args.use_peft:
-        raise ValueError(
-            "`use_peft` adapts a checkpoint: give it with `--model_name_or_path`, or leave `use_peft` out."
-        )
+    _check_model(model_args, args.trust_remote_code)
     resume_from = agreed_checkpoint(args)
-    if resume_from is None and (Path(args.output_dir) / "config.json").exists():
+    if resume_from is not None and Path(resume_from, "adapter_config.json").is_file() and not model_args.use_peft:
+        raise ValueError(
+            f"`resume_from_checkpoint`: `{resume_from}` has an adapter: give `--use_peft` and its options again."
+        )
+    kept = [Path(args.output_dir, name) for name in ("config.json", "adapter_config.json")]
+    if resume_from is None and any(path.exists() for path in kept):
         raise ValueError(
             f"`output_dir`: `{args.output_dir}` has a model already: remove it, or choose another folder."
         )
     claim(args)
     return resume_from
+
+
+def _check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
+    path = model_args.model_name_or_path
+    if path is None:
+        for option in fields(model_args):
+            if vars(model_args)[option.name] != option.default:
+                raise ValueError(
+                    f"`{option.name}` is about a checkpoint that is taught, and a new model is made here: give one with "
+                    f"`--model_name_or_path`, or leave `{option.name}` out."
+                )
+        return
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("A quantised model is not taught here: leave `load_in_4bit` and `load_in_8bit` out.")
+    config = check_checkpoint(path, "model_name_or_path", trust_remote_code, model_args.model_revision)
+    if Path(path, "adapter_config.json").is_file():
+        raise ValueError(
+            f"`model_name_or_path`: `{path}` is an adapter: merge it first, with `python -m trl_opsd.export --formats "
+            f"safetensors --model_name_or_path {path} --output_dir ...`."
+        )
+    positions = positions_of(config)
+    if positions is not None and positions < MAX_LENGTH:
+        raise ValueError(
+            f"`model_name_or_path`: `{path}` has {positions} positions, and prompts and replies are given {MAX_LENGTH}."
+        )
+    if load_tokenizer(path, model_args.model_revision, trust_remote_code).chat_template is None:
+        raise ValueError(f"`model_name_or_path`: the tokenizer of `{path}` has no chat template: add one.")
 
 
 def warm_start(
@@ -150,12 +178,20 @@ def warm_start(
         write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
 
     set_seed(args.seed)
-    tokenizer = tokenizer_of(config, model_args)
     if model_args.model_name_or_path is None:
+        tokenizer = tokenizer_of(config)
         model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
     else:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
-    if args.device.type == "cpu":
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+        tokenizer.padding_side = "left"  # of the prompts of a measurement
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            attn_implementation=model_args.attn_implementation,
+            dtype=model_args.dtype,
+        )
+    if args.device.type == "cpu" and model_args.attn_implementation is None:
         model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
     num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
@@ -182,12 +218,8 @@ def warm_start(
     return results
 
 
-def tokenizer_of(config: SmallConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, or else that of a world, which depends on no seed."""
-    if model_args.model_name_or_path is not None:
-        tokenizer = load_tokenizer(model_args.model_name_or_path)
-        tokenizer.padding_side = "left"  # of the prompts of a measurement
-        return tokenizer
+def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a world, which depends on no seed."""
     # Drills have no words that the others lack
     rows = islice(sft_rows(replace(config, drill_share=0.0), 0), TOKENIZER_ROWS)
     messages = (message for row in rows for message in row["prompt"] + row["completion"])

@@ -53,7 +53,8 @@ def encode(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> Dataset:
         prompt + row["completion"][0]["content"] + tokenizer.eos_token
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-    prompt_ids, input_ids = tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"]
+    # What the template has not written is in no prompt of a rollout either
+    prompt_ids, input_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompts, texts))
     labels = [[-100] * len(p) + ids[len(p) :] for p, ids in zip(prompt_ids, input_ids, strict=True)]
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
