@@ -36,9 +36,9 @@ TRUNCATED = (
     "a truncated completion earns no positive reward; all of these are truncated and their rewards positive, so that no "
     "group has variance and nothing is learned"
 )
-IMAGES = (
+TEXT_ALONE = (
     "the rollout bank, which is filled unless told otherwise, keeps text alone, and says so before a model is loaded; with "
-    "`bank_rollouts_per_prompt=0` images are taken"
+    "`bank_rollouts_per_prompt=0` images, tools and environments are taken"
 )
 DEVIATIONS: dict[str, str] = {
     "TestGRPOTrainer::test_train_reward_func_standard": TRUNCATED,
@@ -50,9 +50,20 @@ DEVIATIONS: dict[str, str] = {
     "TestGRPOTrainer::test_train_reward_func_additional_column": TRUNCATED,
     "TestGRPOTrainer::test_reward_metric_reflects_reward_weights": TRUNCATED,
     "TestGRPOTrainer::test_train_normalize_then_sum_aggregation": TRUNCATED,
-    "TestGRPOTrainerVLM::test_train_vlm": IMAGES,
-    "TestGRPOTrainerVLM::test_train_vlm_log_multimodal_false": IMAGES,
-    "TestGRPOTrainerVLM::test_train_vlm_with_pad_to_multiple_of": IMAGES,
+    "TestGRPOTrainer::test_train_with_tools": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_malformed_tool_calls": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_multiple_environments": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_unknown_environment_raises": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_environment_factory": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_environment_owned_reward": TEXT_ALONE,
+    "TestGRPOTrainer::test_environment_owned_reward_coexists_with_reward_funcs": TEXT_ALONE,
+    "TestGRPOTrainer::test_environment_owned_reward_mixed_environments": TEXT_ALONE,
+    "TestGRPOTrainer::test_environment_owned_data_requires_max_steps": TEXT_ALONE,
+    "TestGRPOTrainer::test_multiple_environments_without_dataset_raises": TEXT_ALONE,
+    "TestGRPOTrainer::test_train_with_environment_owned_data": TEXT_ALONE,
+    "TestGRPOTrainerVLM::test_train_vlm": TEXT_ALONE,
+    "TestGRPOTrainerVLM::test_train_vlm_log_multimodal_false": TEXT_ALONE,
+    "TestGRPOTrainerVLM::test_train_vlm_with_pad_to_multiple_of": TEXT_ALONE,
     "TestDistillationTrainer::test_train_with_tools": SAME_TEACHER,
     "TestDistillationTrainer::test_train_stops_on_every_eos_token_id": SAME_TEACHER,
     "TestDistillationTrainer::test_trust_remote_code": SAME_TEACHER,
