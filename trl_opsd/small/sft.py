@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
+from ..adapters import merged
 from ..cli import check_checkpoint, save_final
 from ..data.fit import load_tokenizer
 from ..positions import positions_of
@@ -125,11 +126,6 @@ def _check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("A quantised model is not taught here: leave `load_in_4bit` and `load_in_8bit` out.")
     config = check_checkpoint(path, "model_name_or_path", trust_remote_code, model_args.model_revision)
-    if Path(path, "adapter_config.json").is_file():
-        raise ValueError(
-            f"`model_name_or_path`: `{path}` is an adapter: merge it first, with `python -m trl_opsd.export --formats "
-            f"safetensors --model_name_or_path {path} --output_dir ...`."
-        )
     positions = positions_of(config)
     if positions is not None and positions < MAX_LENGTH:
         raise ValueError(
@@ -182,10 +178,11 @@ def warm_start(
         tokenizer = tokenizer_of(config)
         model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
     else:
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+        path = merged(model_args.model_name_or_path, str(output_dir / "merged"))
+        tokenizer = load_tokenizer(path, model_args.model_revision, args.trust_remote_code)
         tokenizer.padding_side = "left"  # of the prompts of a measurement
         model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path,
+            path,
             revision=model_args.model_revision,
             trust_remote_code=args.trust_remote_code,
             attn_implementation=model_args.attn_implementation,
