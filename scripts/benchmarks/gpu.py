@@ -131,6 +131,9 @@ def table() -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SIZES), default="cuda")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["loss", "step"], default=["loss", "step"], help="what to measure"
+    )
     parser.add_argument("--per_device", type=int, default=2, help="rollouts of a micro-batch without a budget")
     parser.add_argument("--seconds", type=float, default=330, help="after these nothing more is begun")
     parser.add_argument("--output_dir", type=Path, default=RESULTS / "gpu")
@@ -141,19 +144,24 @@ def main(argv: list[str] | None = None) -> None:
     device = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     common = {"device": args.device, "seed": 0}
 
-    rows = measure_loss(args, size["loss"])
-    write_results(args.output_dir / f"loss-{device}.json", rows, common | size["loss"])
-    print(f"\n{loss_table(rows)}\n", flush=True)
-    clipped = next((row for row in rows if row["backend"] == "fused" and row["kl_clip"] and "runs" in row), None)
-    if clipped is not None and clipped["seconds_to_faster_peer"] is not None:
-        met = clipped["seconds_to_faster_peer"] <= TIME_TARGET, clipped["extra_mib"] <= MEMORY_TARGET_MIB
-        print(f"Targets with the clip: time {'met' if met[0] else 'MISSED'}, memory {'met' if met[1] else 'MISSED'}\n")
+    if "loss" in args.parts:
+        rows = measure_loss(args, size["loss"])
+        write_results(args.output_dir / f"loss-{device}.json", rows, common | size["loss"])
+        print(f"\n{loss_table(rows)}\n", flush=True)
+        clipped = next((row for row in rows if row["backend"] == "fused" and row["kl_clip"] and "runs" in row), None)
+        if clipped is not None and clipped["seconds_to_faster_peer"] is not None:
+            met = clipped["seconds_to_faster_peer"] <= TIME_TARGET, clipped["extra_mib"] <= MEMORY_TARGET_MIB
+            print(
+                f"Targets with the clip: time {'met' if met[0] else 'MISSED'}, memory {'met' if met[1] else 'MISSED'}\n"
+            )
 
-    rows = measure_step(args, size["step"], deadline)
-    # Beside the share of the peak, what the peak was taken to be
-    config = common | {"per_device": args.per_device, "sizes": size["step"], "peak_flops": step.ASSUMED["peak"]}
-    write_results(args.output_dir / f"step-{device}.json", rows, config)
-    print(f"\n{step_table(rows)}\n\n{args.output_dir}")
+    if "step" in args.parts:
+        rows = measure_step(args, size["step"], deadline)
+        # Beside the share of the peak, what the peak was taken to be
+        config = common | {"per_device": args.per_device, "sizes": size["step"], "peak_flops": step.ASSUMED["peak"]}
+        write_results(args.output_dir / f"step-{device}.json", rows, config)
+        print(f"\n{step_table(rows)}\n")
+    print(args.output_dir)
 
 
 if __name__ == "__main__":
