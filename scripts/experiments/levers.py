@@ -13,7 +13,7 @@ same number of updates, several seeds.
 | limit | rollouts may be half as long again as the longest of the recent correct ones (`completion_limit_quantile: 1.0`) |
 | limit, 95% | the same of the 95% quantile |
 | bank, N | the first N updates are on RLVR's rollout bank (`off_policy_steps: N`) |
-| N updates a batch | each batch of rollouts is trained on N times, the loss recomputed under the current student |
+| N updates a batch | each batch of rollouts is trained on N times (`steps_per_generation: N`) |
 | first N tokens | the student writes N tokens, and all are trained on: nobody can say which would have been right |
 
 Every run has a process of its own, which keeps its row in `--runs`: the command goes on where it was. Accuracy is sampled at
@@ -54,8 +54,8 @@ ARMS = {
     "bank, 5": {"off_policy_steps": 5},
     "bank, 10": {"off_policy_steps": 10},
     "bank, 20": {"off_policy_steps": 20},
-    "2 updates a batch": {"updates": 2},
-    "4 updates a batch": {"updates": 4},
+    "2 updates a batch": {"steps_per_generation": 2},
+    "4 updates a batch": {"steps_per_generation": 4},
     "first 32 tokens": {"max_completion_length": 32, "gate": "all"},
     "first 64 tokens": {"max_completion_length": 64, "gate": "all"},
 }
@@ -72,19 +72,6 @@ class Timer(Clock):
         self.cpu += time.process_time() - self.begin[0]
         self.wall += time.perf_counter() - self.begin[1]
         self.go()
-
-
-class SeveralUpdates(OPSDTrainer):
-    """The only change with respect to [`OPSDTrainer`] is that a batch of rollouts is trained on `updates` times."""
-
-    updates = 1
-
-    def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        if self.state.global_step % self.updates == 0:
-            self._batch = super()._generate_and_score_completions(inputs)
-        return dict(self._batch)
 
 
 def hardest(data: Path, folder: Path) -> Path:
@@ -115,7 +102,7 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
     if ARMS[arm] is None:
         return {**made, "cpu_s": 0.0, "generation_cpu_s": 0.0, "after": measure(), "log": []}
     setting = dict(ARMS[arm])
-    is_plain, updates = setting.pop("plain", False), setting.pop("updates", 1)
+    is_plain = setting.pop("plain", False)
     fields = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
     fields |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "disable_tqdm": True, "logging_steps": 1}
     config = OPSDConfig(**fields | {"max_steps": args["max_steps"], "learning_rate": args["learning_rate"]} | setting)
@@ -124,9 +111,8 @@ def work(world: str, arm: str, seed: int, runs: str, args: dict) -> dict:
         rows, _ = apply_bank(rows, OPSDScriptArguments(rollout_bank=str(path / "bank")), config)
 
     with mock.patch.object(decoding, "can_call", lambda *args, **kwargs: False) if is_plain else nullcontext():
-        SeveralUpdates.updates = updates
         clock = Timer()
-        trainer = SeveralUpdates(
+        trainer = OPSDTrainer(
             model=str(path), args=config, train_dataset=rows, reward_funcs=math_reward, callbacks=[clock]
         )
         clock.time_generation()

@@ -256,6 +256,8 @@ class OPSDTrainer(DistillationTrainer):
             if has_adapter:
                 self.vllm_generation.sync_within(self.teacher.hidden, FrozenBase(self.model).restored)
         self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator, "divergence", OPSDAlarm)
+        # The batch of rollouts at hand and what was measured of it, where more than one step is made on each
+        self._collected: tuple[dict[str, Any], list[list[int]] | None, dict[str, list]] | None = None
         self._finite: torch.Tensor | None = None  # whose divergence was, of the last forward pass
         self._at_work: tuple[int, int] | None = None  # rollouts and tokens of the micro-batch at hand
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
@@ -274,7 +276,7 @@ class OPSDTrainer(DistillationTrainer):
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self.args.global_batch_size // self.args.num_generations,
-            repeat_count=self.args.gradient_accumulation_steps,
+            repeat_count=self.args.gradient_accumulation_steps * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
             current_state=lambda: self.state,
@@ -308,6 +310,25 @@ class OPSDTrainer(DistillationTrainer):
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training or self.args.steps_per_generation == 1:
+            return self._collect(inputs)
+        metrics, staleness = self._metrics["train"], self.state.global_step % self.args.steps_per_generation
+        if staleness == 0 or self._collected is None:  # nothing is there after a resumption
+            before = {name: len(values) for name, values in metrics.items() if name != "num_tokens"}  # a single value
+            batch = self._collect(inputs)
+            measured = {name: values[before.get(name, 0) :] for name, values in metrics.items()}
+            self._collected = batch, self.rollouts.given, {name: values for name, values in measured.items() if values}
+            staleness = 0
+        else:
+            batch, self.rollouts.given, measured = self._collected
+            for name, values in measured.items():  # of the rollouts that are trained on
+                metrics[name].extend(values)
+            if self.args.log_engine_mismatch:  # the student is no longer the one that the engine was
+                batch["engine_logprobs"] = torch.full_like(batch["engine_logprobs"], torch.nan)
+        metrics["opsd/staleness"].append(staleness)
+        return dict(batch)
+
+    def _collect(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         with self.vllm_generation.awake() if self.use_vllm else nullcontext():
             collected = self.rollouts.collect(inputs, self.state, is_training=self.model.training)

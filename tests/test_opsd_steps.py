@@ -1,0 +1,142 @@
+"""Several optimizer steps on each batch of rollouts."""
+
+from unittest import mock
+
+import pytest
+import torch
+from datasets import IterableDataset
+from test_opsd_trainer import Recorder, reference_loss, reward_by_length, settings
+from trl import DistillationTrainer
+
+from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.tiny.task import CONCISE_TEMPLATE
+
+
+ROLLOUTS = (
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "opsd/correct",
+    "opsd/kept",
+    "reward",
+    "num_tokens",
+)
+
+
+def build(tmp_path, model, tokenizer, rows, **changes):
+    config = OPSDConfig(
+        **settings(tmp_path, shuffle_dataset=False, **changes), teacher_prompt_template=CONCISE_TEMPLATE
+    )
+    recorder = Recorder()
+    trainer = OPSDTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=reward_by_length(5),
+        callbacks=[recorder],
+    )
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("budget", [None, 130])
+def test_the_loss_is_that_of_the_student_as_it_is(tmp_path, small_model, tokenizer, rows, budget):
+    texts = ["6 a:-3=3", "5", "1 a:+2=3 b:*4=5", "2 a:+3=5", "4 a:-1=3 b:+1=4", "0"]
+    completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    asked, written = [], []
+
+    def generate(self, prompt_ids, *args, **kwargs):
+        asked.append([tokenizer.decode(ids) for ids in prompt_ids])
+        written.append([completions[(place + len(asked)) % len(completions)] for place in range(len(prompt_ids))])
+        return [list(ids) for ids in written[-1]]
+
+    model = small_model(0)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    changes = {"max_steps": 5, "steps_per_generation": 2, "max_tokens_per_microbatch": budget}
+    with mock.patch.object(DistillationTrainer, "_generate_single_turn", generate):
+        trainer, recorder = build(tmp_path, model, tokenizer, rows, **changes)
+        trainer.train()
+    # Each prompt is asked once, and none is left out
+    questions = [row["prompt"][0]["content"] for row in rows]
+    assert [len(prompts) for prompts in asked] == [8, 8, 8]
+    for place, prompt in enumerate(sum(asked, [])):
+        assert questions[place] in prompt
+    logs = recorder.logs[:5]
+    assert [log["opsd/staleness"] for log in logs] == [0, 1, 0, 1, 0]
+    teacher = small_model(0)
+    teacher.load_state_dict(start)
+    for step, log in enumerate(logs):
+        student = small_model(0)
+        student.load_state_dict(start if step == 0 else recorder.weights[step - 1])
+        batch, rollouts = list(rows)[8 * (step // 2) :][:8], written[step // 2]
+        kept = [len(ids) >= 5 for ids in rollouts]
+        expected = reference_loss(student, teacher, tokenizer, batch, rollouts, kept, CONCISE_TEMPLATE)
+        assert log["loss"] == pytest.approx(expected, rel=1e-3)
+        # What is logged of rollouts is that of those that are trained on
+        assert log["opsd/correct"] == sum(kept) / 8
+        assert log["completions/mean_length"] == pytest.approx(sum(map(len, rollouts)) / 8)
+        assert log.keys() >= set(ROLLOUTS)
+    assert logs[0]["loss"] != pytest.approx(logs[1]["loss"], rel=1e-2)
+    assert logs[0]["num_tokens"] == logs[1]["num_tokens"] < logs[2]["num_tokens"] == logs[3]["num_tokens"]
+
+
+@pytest.mark.parametrize("logging_steps", [2, 5])
+def test_logs_are_means_over_steps(tmp_path, small_model, tokenizer, rows, logging_steps):
+    logs = []
+    for every in (1, logging_steps):
+        changes = {"max_steps": 2 * logging_steps, "steps_per_generation": 2, "logging_steps": every}
+        trainer, recorder = build(tmp_path / str(every), small_model(0), tokenizer, rows, **changes)
+        trainer.train()
+        logs.append([log for log in recorder.logs if "loss" in log])
+    for number, log in enumerate(logs[1]):
+        part = logs[0][number * logging_steps :][:logging_steps]
+        for name in ("opsd/staleness", "completions/mean_length", "opsd/kept"):
+            assert log[name] == pytest.approx(sum(one[name] for one in part) / logging_steps), name
+
+
+def test_a_resumed_run_goes_on_or_writes_the_batch_again(tmp_path, small_model, tokenizer, rows):
+    changes = {"max_steps": 4, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer, whole = build(tmp_path / "whole", small_model(0), tokenizer, rows, **changes)
+    trainer.train()
+    for step, staleness in ((2, [0, 1]), (1, [0, 0, 1])):
+        trainer, again = build(tmp_path / f"from-{step}", small_model(1), tokenizer, rows, **changes)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{step}"))
+        assert [log["opsd/staleness"] for log in again.logs if "loss" in log] == staleness
+        same = all(torch.equal(value, again.weights[-1][name]) for name, value in whole.weights[-1].items())
+        assert same is (step == 2)
+
+
+def test_an_evaluation_in_between_writes_its_own(tmp_path, small_model, tokenizer, rows):
+    changes = {"max_steps": 2, "steps_per_generation": 2, "eval_strategy": "steps", "eval_steps": 1}
+    runs = []
+    for name, evaluation in (("with", rows.select(range(8))), ("without", None)):
+        given = changes if evaluation is not None else {"max_steps": 2, "steps_per_generation": 2}
+        asked, generate = [], DistillationTrainer._generate_single_turn
+
+        def counted(self, prompt_ids, *args, asked=asked, generate=generate, **kwargs):
+            asked.append(self.model.training)
+            return generate(self, prompt_ids, *args, **kwargs)
+
+        config = OPSDConfig(
+            **settings(tmp_path / name, shuffle_dataset=False, **given), teacher_prompt_template=CONCISE_TEMPLATE
+        )
+        trainer = OPSDTrainer(
+            model=small_model(0),
+            args=config,
+            train_dataset=rows,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+        )
+        with mock.patch.object(DistillationTrainer, "_generate_single_turn", counted):
+            trainer.train()
+        runs.append((asked.count(True), trainer.model.state_dict()))
+    assert runs[0][0] == runs[1][0] == 1
+    for name, value in runs[0][1].items():  # the order within the batch is drawn anew, and with it that of the sums
+        torch.testing.assert_close(value, runs[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_it_takes_prompts_that_can_be_asked_again(tmp_path, small_model, tokenizer, rows):
+    streamed = IterableDataset.from_generator(lambda: iter(list(rows)))
+    with pytest.raises(ValueError, match="`steps_per_generation=2` needs a dataset that can be indexed"):
+        build(tmp_path, small_model(0), tokenizer, streamed, steps_per_generation=2)
+    with pytest.raises(ValueError, match="`steps_per_generation` must be at least 1, and is 0"):
+        OPSDConfig(**settings(tmp_path, steps_per_generation=0))
