@@ -302,7 +302,7 @@ TOGETHER = [
     ("opsd", "--lmbda 1.5", "`lmbda` must be from 0 to 1, and is 1.5."),
     ("opsd", "--lmbda 0.5 --num_generations 2", "`lmbda=0.5` takes the one completion of a row"),
     ("opsd", "--lmbda 0 --off_policy_steps 3", "`lmbda=0.0` takes every completion from the data set"),
-    ("opsd", "--steps_per_generation 0", "`steps_per_generation` must be at least 1, and is 0."),
+    ("opsd", "--num_iterations 0", "`num_iterations` must be at least 1, and is 0."),
     ("opsd", "--off_policy_steps -1", "`off_policy_steps` must be at least 0, and is -1."),
     ("opsd", "--lmbda 0 --completion_limit_quantile 0.9", "`lmbda=0.0` generates nothing"),
     ("opsd", "--lmbda 0 --max_pass_rate 0.5", "`lmbda=0.0` generates nothing"),

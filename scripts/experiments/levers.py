@@ -13,7 +13,7 @@ same number of updates, several seeds.
 | limit | rollouts may be half as long again as the longest of the recent correct ones (`completion_limit_quantile: 1.0`) |
 | limit, 95% | the same of the 95% quantile |
 | bank, N | the first N updates are on RLVR's rollout bank (`off_policy_steps: N`) |
-| N updates a batch | each batch of rollouts is trained on N times (`steps_per_generation: N`) |
+| N updates a batch | each batch of rollouts is trained on N times (`num_iterations: N`) |
 | first N tokens | the student writes N tokens, and all are trained on: nobody can say which would have been right |
 
 Every run has a process of its own, which keeps its row in `--runs`: the command goes on where it was. Accuracy is sampled at
@@ -54,8 +54,8 @@ ARMS = {
     "bank, 5": {"off_policy_steps": 5},
     "bank, 10": {"off_policy_steps": 10},
     "bank, 20": {"off_policy_steps": 20},
-    "2 updates a batch": {"steps_per_generation": 2},
-    "4 updates a batch": {"steps_per_generation": 4},
+    "2 updates a batch": {"num_iterations": 2},
+    "4 updates a batch": {"num_iterations": 4},
     "first 32 tokens": {"max_completion_length": 32, "gate": "all"},
     "first 64 tokens": {"max_completion_length": 64, "gate": "all"},
 }

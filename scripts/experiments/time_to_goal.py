@@ -62,6 +62,7 @@ LEVERS = {
     "limit": {"completion_limit_quantile": 1.0},
     "bank, 5": {"off_policy_steps": 5},
     "bank, 10": {"off_policy_steps": 10},
+    "2 updates a batch": {"num_iterations": 2},
 }
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
 

@@ -81,8 +81,8 @@ class OPSDConfig(DistillationConfig):
             Updates at the start that take all their completions from the data set, as if `lmbda` were `0.0`; `lmbda` holds
             after them. Rollouts of the model that the student starts from, such as an RLVR run has banked, are as good as
             its own as long as it has not moved far, and cost no generation.
-        steps_per_generation (`int`, *optional*, defaults to `1`):
-            Optimizer steps that are made on each batch of rollouts. The loss is that of the student and the teacher as they
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Optimizer steps that are made on each batch of rollouts, as in [`~trl.GRPOTrainer`]. The loss is that of the student and the teacher as they
             are in each step, over the whole vocabulary, so that it needs no importance weights; what is stale is only which
             texts it is taken on, by one step less than this at most. A run that is resumed between two of them has the
             batch written again.
@@ -235,7 +235,7 @@ class OPSDConfig(DistillationConfig):
             "if `lmbda` were 0.0; `lmbda` holds after them."
         },
     )
-    steps_per_generation: int = field(
+    num_iterations: int = field(
         default=1,
         metadata={
             "help": "Optimizer steps that are made on each batch of rollouts, with the loss of the student as it is in each."
@@ -423,8 +423,8 @@ class OPSDConfig(DistillationConfig):
             raise ValueError(
                 f"`completion_limit_headroom` must be at least 1, and is {self.completion_limit_headroom}."
             )
-        if self.steps_per_generation < 1:
-            raise ValueError(f"`steps_per_generation` must be at least 1, and is {self.steps_per_generation}.")
+        if self.num_iterations < 1:
+            raise ValueError(f"`num_iterations` must be at least 1, and is {self.num_iterations}.")
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
         if self.keep_shortest is not None and self.keep_shortest > self.num_generations:
@@ -750,7 +750,7 @@ def _check_datasets(args: OPSDConfig, train_dataset: Any, eval_dataset: Any) -> 
     if isinstance(train_dataset, IterableDataset):
         for name, value, needed in (
             ("num_generations", args.num_generations, args.num_generations > 1),
-            ("steps_per_generation", args.steps_per_generation, args.steps_per_generation > 1),
+            ("num_iterations", args.num_iterations, args.num_iterations > 1),
             ("min_pass_rate", args.min_pass_rate, args.min_pass_rate is not None),
             ("max_pass_rate", args.max_pass_rate, args.max_pass_rate is not None),
         ):

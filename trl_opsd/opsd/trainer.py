@@ -276,7 +276,7 @@ class OPSDTrainer(DistillationTrainer):
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self.args.global_batch_size // self.args.num_generations,
-            repeat_count=self.args.gradient_accumulation_steps * self.args.steps_per_generation,
+            repeat_count=self.args.gradient_accumulation_steps * self.args.num_iterations,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
             current_state=lambda: self.state,
@@ -310,9 +310,9 @@ class OPSDTrainer(DistillationTrainer):
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.model.training or self.args.steps_per_generation == 1:
+        if not self.model.training or self.args.num_iterations == 1:
             return self._collect(inputs)
-        metrics, staleness = self._metrics["train"], self.state.global_step % self.args.steps_per_generation
+        metrics, staleness = self._metrics["train"], self.state.global_step % self.args.num_iterations
         if staleness == 0 or self._collected is None:  # nothing is there after a resumption
             before = {name: len(values) for name, values in metrics.items() if name != "num_tokens"}  # a single value
             batch = self._collect(inputs)

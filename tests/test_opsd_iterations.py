@@ -51,7 +51,7 @@ def test_the_loss_is_that_of_the_student_as_it_is(tmp_path, small_model, tokeniz
 
     model = small_model(0)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    changes = {"max_steps": 5, "steps_per_generation": 2, "max_tokens_per_microbatch": budget}
+    changes = {"max_steps": 5, "num_iterations": 2, "max_tokens_per_microbatch": budget}
     with mock.patch.object(DistillationTrainer, "_generate_single_turn", generate):
         trainer, recorder = build(tmp_path, model, tokenizer, rows, **changes)
         trainer.train()
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_student_as_it_is(tmp_path, small_model, tokeniz
 def test_logs_are_means_over_steps(tmp_path, small_model, tokenizer, rows, logging_steps):
     logs = []
     for every in (1, logging_steps):
-        changes = {"max_steps": 2 * logging_steps, "steps_per_generation": 2, "logging_steps": every}
+        changes = {"max_steps": 2 * logging_steps, "num_iterations": 2, "logging_steps": every}
         trainer, recorder = build(tmp_path / str(every), small_model(0), tokenizer, rows, **changes)
         trainer.train()
         logs.append([log for log in recorder.logs if "loss" in log])
@@ -94,7 +94,7 @@ def test_logs_are_means_over_steps(tmp_path, small_model, tokenizer, rows, loggi
 
 
 def test_a_resumed_run_goes_on_or_writes_the_batch_again(tmp_path, small_model, tokenizer, rows):
-    changes = {"max_steps": 4, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+    changes = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     trainer, whole = build(tmp_path / "whole", small_model(0), tokenizer, rows, **changes)
     trainer.train()
     for step, staleness in ((2, [0, 1]), (1, [0, 0, 1])):
@@ -106,10 +106,10 @@ def test_a_resumed_run_goes_on_or_writes_the_batch_again(tmp_path, small_model, 
 
 
 def test_an_evaluation_in_between_writes_its_own(tmp_path, small_model, tokenizer, rows):
-    changes = {"max_steps": 2, "steps_per_generation": 2, "eval_strategy": "steps", "eval_steps": 1}
+    changes = {"max_steps": 2, "num_iterations": 2, "eval_strategy": "steps", "eval_steps": 1}
     runs = []
     for name, evaluation in (("with", rows.select(range(8))), ("without", None)):
-        given = changes if evaluation is not None else {"max_steps": 2, "steps_per_generation": 2}
+        given = changes if evaluation is not None else {"max_steps": 2, "num_iterations": 2}
         asked, generate = [], DistillationTrainer._generate_single_turn
 
         def counted(self, prompt_ids, *args, asked=asked, generate=generate, **kwargs):
@@ -136,7 +136,7 @@ def test_an_evaluation_in_between_writes_its_own(tmp_path, small_model, tokenize
 
 def test_it_takes_prompts_that_can_be_asked_again(tmp_path, small_model, tokenizer, rows):
     streamed = IterableDataset.from_generator(lambda: iter(list(rows)))
-    with pytest.raises(ValueError, match="`steps_per_generation=2` needs a dataset that can be indexed"):
-        build(tmp_path, small_model(0), tokenizer, streamed, steps_per_generation=2)
-    with pytest.raises(ValueError, match="`steps_per_generation` must be at least 1, and is 0"):
-        OPSDConfig(**settings(tmp_path, steps_per_generation=0))
+    with pytest.raises(ValueError, match="`num_iterations=2` needs a dataset that can be indexed"):
+        build(tmp_path, small_model(0), tokenizer, streamed, num_iterations=2)
+    with pytest.raises(ValueError, match="`num_iterations` must be at least 1, and is 0"):
+        OPSDConfig(**settings(tmp_path, num_iterations=0))
