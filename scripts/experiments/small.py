@@ -14,7 +14,7 @@ as many rollouts, by its recipe:
 | prompt-only | RLVR, asked to be concise |
 | OPSD, concise / solution / sibling | the teacher is asked to be concise / shown the reference solution / shown the shortest correct of eight rollouts |
 | OPSD, concise, where it is competent | the teacher is asked to be concise where it is then right in half of four rollouts, and else is asked plainly |
-| OPSD, concise, three times the updates | as said |
+| both, three times the updates | 120 by default |
 | OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
 | GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier |
 | GRPO, truncated | recipes/small/rlvr.yaml with half of the tokens that RLVR needs as the limit (https://huggingface.co/papers/2510.15110) |
@@ -56,6 +56,11 @@ ARMS = {
         {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
     ),
     "OPSD, concise, three times the updates": ("opsd", "opsd_concise", {}),
+    "OPSD, concise, where it is competent, three times the updates": (
+        "opsd",
+        "opsd_concise",
+        {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
+    ),
     "OPSD, sibling, second round": ("opsd", "opsd_sibling", {}),
     "GRPO, length penalty": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
     "GRPO, truncated": ("rlvr", "rlvr", {}),
@@ -110,7 +115,7 @@ def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int, problems: t
         )
     if arm == "OPSD, sibling, second round":
         options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps, problems)
-    if arm == "OPSD, concise, three times the updates":
+    if arm.endswith("three times the updates"):
         options["max_steps"] = 3 * max_steps
     if arm == "GRPO, truncated":
         lengths = [row["mean_tokens"] for row in measure("RLVR", rlvr, sft, folder, families)]
