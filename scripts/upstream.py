@@ -481,7 +481,8 @@ def without(source: str, absent: set[str], only: tuple[str, ...] | None = None) 
 
 # What stays here: nothing of it is in any step
 STAYS = """
-    lmbda off_policy_steps .given OPSDConfig.given is_given collect:draw _given_rows _replace_ungiven _check_given completion_lengths
+    lmbda off_policy_steps .given OPSDConfig.given is_given collect:draw collect:first _given_rows _replace_ungiven
+    _check_given completion_lengths
     max_generation_rounds _refill _ask ask generation_rounds Verdicts.replace
     PassRates pass_rates min_pass_rate max_pass_rate pass_rate_rollouts prompt_key _replace_skipped skips bounds
     CompletionLimit completion_limit_quantile completion_limit_headroom .limit Saved Rollouts.saved

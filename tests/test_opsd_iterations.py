@@ -1,5 +1,6 @@
 """Several optimizer steps on each batch of rollouts."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -9,6 +10,8 @@ from test_opsd_trainer import Recorder, reference_loss, reward_by_length, settin
 from trl import DistillationTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.faults import IN_A_ROW
+from trl_opsd.opsd import AlarmCallback
 from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
@@ -94,15 +97,56 @@ def test_logs_are_means_over_steps(tmp_path, small_model, tokenizer, rows, loggi
 
 
 def test_a_resumed_run_goes_on_or_writes_the_batch_again(tmp_path, small_model, tokenizer, rows):
-    changes = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+    changes = {"max_steps": 6, "num_iterations": 3, "save_strategy": "steps", "save_steps": 1, "gate": "all"}
     trainer, whole = build(tmp_path / "whole", small_model(0), tokenizer, rows, **changes)
     trainer.train()
-    for step, staleness in ((2, [0, 1]), (1, [0, 0, 1])):
-        trainer, again = build(tmp_path / f"from-{step}", small_model(1), tokenizer, rows, **changes)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{step}"))
+    for step, staleness in ((3, [0, 1, 2]), (1, [0, 1, 0, 1, 2]), (5, [0])):
+        trainer, again = build(tmp_path / f"from-{step}", small_model(0), tokenizer, rows, **changes)
+        checkpoint = str(tmp_path / "whole" / "out" / f"checkpoint-{step}")
+        trainer.train(resume_from_checkpoint=checkpoint)
         assert [log["opsd/staleness"] for log in again.logs if "loss" in log] == staleness
         same = all(torch.equal(value, again.weights[-1][name]) for name, value in whole.weights[-1].items())
-        assert same is (step == 2)
+        assert same is (step == 3)
+        # A trainer that has gone on knows nothing of the batches of before
+        again.logs.clear()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+        assert [log["opsd/staleness"] for log in again.logs if "loss" in log] == [0, 0, 1, 2]
+
+
+def test_what_is_given_stays_so_in_the_whole_batch(tmp_path, small_model, tokenizer, rows):
+    """Through an evaluation, whose rollouts are the student's, and to those that ask: the alarms take no such for its own."""
+    ids = tokenizer("6 a:-3=3")["input_ids"] + [tokenizer.eos_token_id]
+    given = rows.map(lambda row: {"completion_ids": ids})
+    for first in (0, 1):  # a resumed run decides as the one that it goes on from
+        changes = {
+            "max_steps": 4,
+            "num_iterations": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "off_policy_steps": 2,
+        }
+        changes |= {"save_strategy": "steps", "save_steps": 1}
+        config = OPSDConfig(**settings(tmp_path, **changes), teacher_prompt_template=CONCISE_TEMPLATE)
+        trainer = OPSDTrainer(
+            model=small_model(0),
+            args=config,
+            train_dataset=given,
+            eval_dataset=rows.select(range(8)),
+            processing_class=tokenizer,
+            reward_funcs=reward_by_length(5),
+        )
+        alarms = AlarmCallback(trainer)
+        trainer.add_callback(alarms)
+        checkpoint = str(tmp_path / "out" / f"checkpoint-{first}") if first else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert [math.isnan(length) for length in alarms.lengths] == [True, True, False, False]
+
+
+def test_alarms_and_faults_count_batches(tmp_path, small_model, tokenizer, rows):
+    once, _ = build(tmp_path, small_model(0), tokenizer, rows)
+    thrice, _ = build(tmp_path, small_model(0), tokenizer, rows, num_iterations=3)
+    assert AlarmCallback(thrice).window == 3 * AlarmCallback(once).window
+    assert thrice.faults._bound == 3 * once.faults._bound == 3 * IN_A_ROW
 
 
 def test_an_evaluation_in_between_writes_its_own(tmp_path, small_model, tokenizer, rows):
@@ -138,5 +182,21 @@ def test_it_takes_prompts_that_can_be_asked_again(tmp_path, small_model, tokeniz
     streamed = IterableDataset.from_generator(lambda: iter(list(rows)))
     with pytest.raises(ValueError, match="`num_iterations=2` needs a dataset that can be indexed"):
         build(tmp_path, small_model(0), tokenizer, streamed, num_iterations=2)
+    with pytest.raises(ValueError, match="`off_policy_steps=3` ends within a batch"):
+        OPSDConfig(**settings(tmp_path, num_iterations=2, off_policy_steps=3))
     with pytest.raises(ValueError, match="`num_iterations` must be at least 1, and is 0"):
         OPSDConfig(**settings(tmp_path, num_iterations=0))
+
+
+def test_a_value_that_takes_the_place_of_another_is_in_every_log(tmp_path, small_model, tokenizer, rows):
+    """Logged every second step, of which the second may make none of it anew."""
+    changes = {"max_steps": 10, "num_iterations": 5, "logging_steps": 2}
+    trainer, recorder = build(
+        tmp_path, small_model(0), tokenizer, rows, teacher_gate=0.5, teacher_gate_rollouts=2, **changes
+    )
+    trainer.train()
+    logs = [log for log in recorder.logs if "loss" in log]
+    assert len(logs) == 5
+    for log in logs:
+        assert log["opsd/teacher_gate_tokens"] > 0 and log["num_tokens"] > 0
+    assert logs[0]["num_tokens"] == logs[1]["num_tokens"] < logs[3]["num_tokens"] == logs[4]["num_tokens"]

@@ -31,6 +31,8 @@ class Faults:
             What is measured of a rollout and has to be finite, for the messages.
         error (`type[RuntimeError]`):
             What is raised where nothing can be learned any more.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Steps that are made on each batch of rollouts, in all of which a bad one comes back.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Faults:
         accelerator: Accelerator,
         measured: str,
         error: type[RuntimeError],
+        num_iterations: int = 1,
     ):
         self.file = os.path.join(folder, "left_out.jsonl")
         self._tokenizer, self._accelerator, self._measured, self._error = tokenizer, accelerator, measured, error
-        self._in_a_row = 0
+        self._in_a_row, self._bound = 0, IN_A_ROW * num_iterations
         self.start_step()
 
     def start_step(self) -> None:
@@ -119,9 +122,9 @@ class Faults:
                     self._write(batch, finite, step, "the gradient of its step is not finite")
         self._in_a_row = self._in_a_row + 1 if self._any_left_out or not is_finite else 0
         self.start_step()
-        if self._in_a_row >= IN_A_ROW:
+        if self._in_a_row >= self._bound:
             raise self._error(
-                f"Something was not finite in each of {IN_A_ROW} steps in a row, the last of them step {step}: see "
+                f"Something was not finite in each of {self._bound} steps in a row, the last of them step {step}: see "
                 f"`{self.file}`, lower `learning_rate`, or go back to a checkpoint before."
             )
         return not is_finite

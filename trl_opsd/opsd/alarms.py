@@ -80,8 +80,8 @@ class AlarmCallback(DivergenceCallback, Saved):
         self.trainer = trainer
         self.correct_drop, self.truncated = correct_drop, truncated
         self.length_floor, self.kl_spike = length_floor, kl_spike
-        batch_size = trainer.args.global_batch_size
-        self.window = math.ceil(max(ROLLOUTS, PROMPTS * trainer.args.num_generations) / batch_size)
+        batches = math.ceil(max(ROLLOUTS, PROMPTS * trainer.args.num_generations) / trainer.args.global_batch_size)
+        self.window = batches * trainer.args.num_iterations  # in steps
         # One entry for each step: share of correct rollouts, their mean length. NaN where there is none: without a
         # verifier nothing is known to be wrong, and what the data set holds is no rollout of the student's
         self.correct: list[float] = []
@@ -141,7 +141,8 @@ class AlarmCallback(DivergenceCallback, Saved):
             if now < start - self.correct_drop:
                 self._stop(
                     control,
-                    f"{now:.0%} of the last {self.window * args.global_batch_size} rollouts are correct, at the start they "
+                    f"{now:.0%} of the last {self.window // args.num_iterations * args.global_batch_size} rollouts are "
+                    "correct, at the start they "
                     f"were {start:.0%} "
                     f"(`correct_drop={self.correct_drop}`).",
                 )

@@ -82,10 +82,11 @@ class OPSDConfig(DistillationConfig):
             after them. Rollouts of the model that the student starts from, such as an RLVR run has banked, are as good as
             its own as long as it has not moved far, and cost no generation.
         num_iterations (`int`, *optional*, defaults to `1`):
-            Optimizer steps that are made on each batch of rollouts, as in [`~trl.GRPOTrainer`]. The loss is that of the student and the teacher as they
-            are in each step, over the whole vocabulary, so that it needs no importance weights; what is stale is only which
-            texts it is taken on, by one step less than this at most. A run that is resumed between two of them has the
-            batch written again.
+            Optimizer steps that are made on each batch of rollouts, as in [`~trl.GRPOTrainer`]. The loss is that of the
+            student and the teacher as they are in each step, over the whole vocabulary, so that it needs no importance
+            weights; what is stale is only which texts it is taken on, by one step less than this at most. As many steps
+            then ask for fewer prompts, and an epoch has more steps. A run that is resumed within a batch has it written
+            again: with `save_steps` a multiple it is not.
         completion_limit_quantile (`float`, *optional*):
             Limits what the student writes to `completion_limit_headroom` times this quantile of the lengths of recent
             correct rollouts, `1.0` for the longest (see [`~trl_opsd.opsd.limit.CompletionLimit`]); never above
@@ -425,6 +426,11 @@ class OPSDConfig(DistillationConfig):
             )
         if self.num_iterations < 1:
             raise ValueError(f"`num_iterations` must be at least 1, and is {self.num_iterations}.")
+        if self.off_policy_steps % self.num_iterations:
+            raise ValueError(
+                f"`off_policy_steps={self.off_policy_steps}` ends within a batch, of which each takes `num_iterations="
+                f"{self.num_iterations}` updates: give a multiple."
+            )
         if self.num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, and is {self.num_generations}.")
         if self.keep_shortest is not None and self.keep_shortest > self.num_generations:

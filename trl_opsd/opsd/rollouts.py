@@ -155,11 +155,12 @@ class Rollouts:
         Returns:
             [`CollectedRollouts`]: Rollouts.
         """
-        # Decided by seed and step: the same on every process, and after resuming
-        draw = random.Random(f"{self.args.seed} {state.global_step}").random()
-        is_given = is_training and (state.global_step < self.args.off_policy_steps or draw >= self.args.lmbda)
+        # Decided by seed and the first step of the batch: the same on every process, and after resuming
+        first = state.global_step // self.args.num_iterations * self.args.num_iterations
+        draw = random.Random(f"{self.args.seed} {first}").random()
+        is_given = is_training and (first < self.args.off_policy_steps or draw >= self.args.lmbda)
         if is_given:
-            rows = self._replace_ungiven(rows, state)
+            rows = self._replace_ungiven(rows, first)
         self.given = [row["completion_ids"] for row in rows] if is_given else None
         is_own = is_training and not is_given  # rollouts of the student's that are trained on
         metrics = {}
@@ -180,7 +181,7 @@ class Rollouts:
         ]
         return rows, len(taken) / len(keys)
 
-    def _replace_ungiven(self, rows: list[dict[str, Any]], state: TrainerState) -> list[dict[str, Any]]:
+    def _replace_ungiven(self, rows: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
         """The rows, with others of the training set in the place of those that hold no completion."""
         if all(row["completion_ids"] is not None for row in rows):
             return rows
@@ -188,7 +189,7 @@ class Rollouts:
             lengths = completion_lengths(self._train_dataset)
             self._given_rows = [row for row, length in enumerate(lengths) if length is not None]
         # By seed and step, as above. A slot takes its own, wherever it is
-        order = random.Random(f"{self.args.seed} {state.global_step} given")
+        order = random.Random(f"{self.args.seed} {first} given")
         order = order.sample(self._given_rows, len(self._given_rows))
         start = self._accelerator.process_index * len(rows)
         return [

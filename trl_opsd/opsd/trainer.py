@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -52,6 +52,27 @@ from .verify import RewardFunc, Verifiers
 
 
 logger = get_logger(__name__)
+
+
+class Collected(NamedTuple):
+    """
+    A batch of rollouts that is trained on more than once.
+
+    Args:
+        step (`int`):
+            Optimizer steps before it was written.
+        batch (`dict[str, torch.Tensor]`):
+            The batch.
+        given (`list[list[int]]`, *optional*):
+            Its completions, if they are from the data set.
+        measured (`dict[str, list[float]]`):
+            What was logged of it.
+    """
+
+    step: int
+    batch: dict[str, torch.Tensor]
+    given: list[list[int]] | None
+    measured: dict[str, list[float]]
 
 
 class OPSDTrainer(DistillationTrainer):
@@ -255,9 +276,10 @@ class OPSDTrainer(DistillationTrainer):
             self.vllm_generation.end_at(self.eos_token_ids)
             if has_adapter:
                 self.vllm_generation.sync_within(self.teacher.hidden, FrozenBase(self.model).restored)
-        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator, "divergence", OPSDAlarm)
-        # The batch of rollouts at hand and what was measured of it, where more than one step is made on each
-        self._collected: tuple[dict[str, Any], list[list[int]] | None, dict[str, list]] | None = None
+        self.faults = Faults(
+            args.output_dir, self._tokenizer, self.accelerator, "divergence", OPSDAlarm, args.num_iterations
+        )
+        self._collected: Collected | None = None  # where more than one step is made on each batch
         self._finite: torch.Tensor | None = None  # whose divergence was, of the last forward pass
         self._at_work: tuple[int, int] | None = None  # rollouts and tokens of the micro-batch at hand
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
@@ -312,20 +334,24 @@ class OPSDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training or self.args.num_iterations == 1:
             return self._collect(inputs)
-        metrics, staleness = self._metrics["train"], self.state.global_step % self.args.num_iterations
-        if staleness == 0 or self._collected is None:  # nothing is there after a resumption
-            before = {name: len(values) for name, values in metrics.items() if name != "num_tokens"}  # a single value
+        step, number, metrics = self.state.global_step, self.args.num_iterations, self._metrics["train"]
+        if self._collected is None or self._collected.step // number != step // number:
+            before = {name: (values, len(values)) for name, values in metrics.items()}
             batch = self._collect(inputs)
-            measured = {name: values[before.get(name, 0) :] for name, values in metrics.items()}
-            self._collected = batch, self.rollouts.given, {name: values for name, values in measured.items() if values}
-            staleness = 0
+            measured = {}
+            for name, values in metrics.items():
+                known, length = before.get(name, (None, 0))
+                new = values[length if values is known else 0 :]  # some put another list in the place of one
+                if new:
+                    measured[name] = new
+            self._collected = Collected(step, batch, self.rollouts.given, measured)
         else:
-            batch, self.rollouts.given, measured = self._collected
-            for name, values in measured.items():  # of the rollouts that are trained on
+            batch, self.rollouts.given = self._collected.batch, self._collected.given
+            for name, values in self._collected.measured.items():  # of the rollouts that are trained on
                 metrics[name].extend(values)
             if self.args.log_engine_mismatch:  # the student is no longer the one that the engine was
                 batch["engine_logprobs"] = torch.full_like(batch["engine_logprobs"], torch.nan)
-        metrics["opsd/staleness"].append(staleness)
+        metrics["opsd/staleness"].append(step - self._collected.step)
         return dict(batch)
 
     def _collect(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -214,7 +214,9 @@ class RLVRTrainer(GRPOTrainer):
             self._writer = Writer(name, weights, hash_vocabulary(self._tokenizer))
             check_writer(self._bank_folder, self._writer)
         self._last_verdicts: torch.Tensor | None = None
-        self.faults = Faults(args.output_dir, self._tokenizer, self.accelerator, "log-probability", NotFinite)
+        self.faults = Faults(
+            args.output_dir, self._tokenizer, self.accelerator, "log-probability", NotFinite, args.num_iterations
+        )
         self._looked_at: dict[str, torch.Tensor] | None = None  # micro-batch whose log-probabilities are to be finite
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
