@@ -482,7 +482,7 @@ def without(source: str, absent: set[str], only: tuple[str, ...] | None = None) 
 # What stays here: nothing of it is in any step
 STAYS = """
     lmbda off_policy_steps .given OPSDConfig.given is_given collect:draw collect:first _given_rows _replace_ungiven
-    _check_given completion_lengths
+    _check_given completion_lengths _given_of_batch
     max_generation_rounds _refill _ask ask generation_rounds Verdicts.replace
     PassRates pass_rates min_pass_rate max_pass_rate pass_rate_rollouts prompt_key _replace_skipped skips bounds
     CompletionLimit completion_limit_quantile completion_limit_headroom .limit Saved Rollouts.saved
@@ -494,7 +494,7 @@ STAYS = """
     log_engine_mismatch engine_mismatch EngineMismatch _engine_logprobs engine_logprobs log_probs is_own
     RolloutLog rollout_log log_completions rollout _check_datasets:columns
     teacher_gate teacher_gate_rollouts TeacherGate _gate_teacher _write_as_teacher _verify_teacher generate_as
-    _generate_and_score_completions:chosen _tokenize_teacher_prompts:chosen Teacher.hidden
+    _collect:chosen _tokenize_teacher_prompts:chosen Teacher.hidden
     resolve_teacher_gate_rollouts as_list check_pass_rates check_preference OPSDTrainer._saved ._saved
     current_state never_empty compute_loss:mismatch _accumulate_or_halve:mismatch
 """

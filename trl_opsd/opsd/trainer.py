@@ -63,15 +63,12 @@ class Collected(NamedTuple):
             Optimizer steps before it was written.
         batch (`dict[str, torch.Tensor]`):
             The batch.
-        given (`list[list[int]]`, *optional*):
-            Its completions, if they are from the data set.
         measured (`dict[str, list[float]]`):
             What was logged of it.
     """
 
     step: int
     batch: dict[str, torch.Tensor]
-    given: list[list[int]] | None
     measured: dict[str, list[float]]
 
 
@@ -280,6 +277,7 @@ class OPSDTrainer(DistillationTrainer):
             args.output_dir, self._tokenizer, self.accelerator, "divergence", OPSDAlarm, args.num_iterations
         )
         self._collected: Collected | None = None  # where more than one step is made on each batch
+        self._given_of_batch: list[list[int]] | None = None
         self._finite: torch.Tensor | None = None  # whose divergence was, of the last forward pass
         self._at_work: tuple[int, int] | None = None  # rollouts and tokens of the micro-batch at hand
         self.token_metrics = {mode: TokenMetrics() for mode in self._metrics}
@@ -344,9 +342,11 @@ class OPSDTrainer(DistillationTrainer):
                 new = values[length if values is known else 0 :]  # some put another list in the place of one
                 if new:
                     measured[name] = new
-            self._collected = Collected(step, batch, self.rollouts.given, measured)
+            self._collected = Collected(step, batch, measured)
+            self._given_of_batch = self.rollouts.given
         else:
-            batch, self.rollouts.given = self._collected.batch, self._collected.given
+            batch = self._collected.batch
+            self.rollouts.given = self._given_of_batch  # an evaluation in between has none
             for name, values in self._collected.measured.items():  # of the rollouts that are trained on
                 metrics[name].extend(values)
             if self.args.log_engine_mismatch:  # the student is no longer the one that the engine was
