@@ -84,7 +84,7 @@ class OPSDTrainer(DistillationTrainer):
 
     - the teacher is weights × context: it may be the student's own initial weights, and may see the prompt in a
       privileged context (`teacher_weights`, `teacher_context`);
-    - several rollouts per prompt (`num_generations`);
+    - several rollouts per prompt (`num_generations`), and several steps on each batch of them (`num_iterations`);
     - off-policy batches, whose completions are those of the data set (`lmbda`);
     - a gate: rollouts are scored by reward functions before any forward pass, and only those that pass are trained on;
       what it rejects can be asked again (`max_generation_rounds`), and prompts that are always or never solved can be
