@@ -9,9 +9,8 @@ With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samp
 much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR
 checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method are the fastest of its grid
 below on the development seeds, which no measurement uses: recipes/results/time_to_goal/development.json, or time_to_goal_long
-for the other world (what is there now was chosen on one run each, on the start of seed 0). `--levers` adds runs of ours with one
-of its levers changed. Every run has a process of its own, and the methods take turns; one that is in the file already is not run
-again, so delete the file to measure anew. The clock is the processor's time of training, generation included and evaluation
+for the other world. `--levers` adds runs of ours with one of its levers changed. Every run has a process of its own, one at a time
+or `--jobs` side by side; one that is in the file already is not run again, so delete the file to measure anew. The clock is the processor's time of training, generation included and evaluation
 excluded; the wall clock stands beside it. A model is evaluated on held-out problems, sampled at temperature 1, whenever the
 clock has gone on by an eighth (`--every`), for every method alike. `--report` makes plot and table from the files.
 """
@@ -21,6 +20,8 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.rewards import get_soft_overlong_punishment
 
 from scripts.harness.plots import plt, save
-from scripts.harness.processes import run_alone
 from scripts.harness.results import RESULTS, ROOT, read, read_all, write_results, write_text
 from scripts.harness.stages import TEACHERS, evaluate, make_teacher
 from scripts.harness.tables import markdown
@@ -212,39 +212,52 @@ def work(world: str, method: str, setting: dict, seed: int, runs: str, limits: d
     }
 
 
-def run(world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> dict:
-    """Returns the row of a run, and says how it went."""
-    row = run_alone(work, world, method, setting, seed, runs, limits)
-    goal = row["goal"] or {"step": None, "cpu_s": float("nan")}
-    last = row["evaluations"][-1]
-    print(
-        f"{seed} {method} {setting}: goal at step {goal['step']}, {goal['cpu_s']:.1f} s; "
+def run_all(tasks: list[tuple], world: str, runs: str, limits: dict, jobs: int) -> None:
+    """
+    Runs what is not in its file yet, each in a process of its own, and adds its row to the file.
+
+    Args:
+        tasks (`list[tuple]`):
+            File, method, setting and seed of each.
+        world (`str`), runs (`str`), limits (`dict`):
+            As of [`work`].
+        jobs (`int`):
+            How many are run at a time.
+    """
+    order, missing = [task[1:] for task in tasks], {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for output, *key in tasks:
+            if key not in [[row["method"], row["setting"], row["seed"]] for row in rows_of(output)]:
+                missing[pool.submit(work, world, *key, runs, limits)] = output
+        for future in as_completed(missing):
+            row, output = future.result(), missing[future]
+            rows = [*rows_of(output), row]
+            rows.sort(key=lambda row: order.index((row["method"], row["setting"], row["seed"])))
+            write_results(output, rows, {"goal": [TOKENS, ACCURACY], **limits, "jobs": jobs})
+            print(line_of(row), flush=True)
+
+
+def rows_of(output: Path) -> list[dict]:
+    return read(output) if output.is_file() else []
+
+
+def line_of(row: dict) -> str:
+    """A run, for people."""
+    goal, last = row["goal"] or {"step": None, "cpu_s": float("nan")}, row["evaluations"][-1]
+    return (
+        f"{row['seed']} {row['method']} {row['setting']}: goal at step {goal['step']}, {goal['cpu_s']:.1f} s; "
         f"start {row['start']['accuracy']:.3f} / {row['start']['mean_tokens']:.1f}, "
-        f"end (step {last['step']}, {last['cpu_s']:.0f} s) {last['accuracy']:.3f} / {last['mean_tokens']:.1f}",
-        flush=True,
+        f"end (step {last['step']}, {last['cpu_s']:.0f} s) {last['accuracy']:.3f} / {last['mean_tokens']:.1f}"
     )
-    return row
 
 
-def develop(world: str, methods: list[str], runs: str, budget: float) -> None:
+def develop(world: str, methods: list[str], runs: str, budget: float, jobs: int) -> None:
     """Every setting of every grid, once on each of the development seeds."""
     limits = {"max_samples": 512, "every": 1.3 if world == "short" else 1.5, "budget": budget / 2, "stay": 1.3}
     output = folder(world) / "development.json"
     settings = [(method, setting) for method, grid in grids(world).items() for setting in grid if method in methods]
-    for seed in DEVELOPMENT:
-        for method, setting in settings:
-            run_once(output, world, method, setting, seed, runs, limits)
-
-
-def run_once(output: Path, world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> None:
-    """A run, unless its row is in the file, which it is then added to."""
-    key = (method, setting, seed)
-    rows = read(output) if output.is_file() else []
-    if key in [(row["method"], row["setting"], row["seed"]) for row in rows]:
-        return
-    row = run(world, method, setting, seed, runs, limits)
-    rows = read(output) if output.is_file() else []  # again: methods may run side by side
-    write_results(output, [*rows, row], {"goal": [TOKENS, ACCURACY], **limits})
+    tasks = [(output, method, setting, seed) for seed in DEVELOPMENT for method, setting in settings]
+    run_all(tasks, world, runs, limits, jobs)
 
 
 def folder(world: str) -> Path:
@@ -386,21 +399,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--every", type=float, default=1.125, help="the clock's factor between two evaluations")
     parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems of an evaluation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on as many cores")
     args = parser.parse_args(argv)
     if args.develop:
-        return develop(args.world, args.methods, args.runs, args.budget)
+        return develop(args.world, args.methods, args.runs, args.budget, args.jobs)
     if not args.report:
         limits = {name: getattr(args, name) for name in ("budget", "stay", "every", "max_samples")}
-        for seed in args.seeds:
-            settings = [(method, chosen(args.world, method)) for method in grids(args.world)]
-            # The objective of ours and of SDFT is the same, so at one rate the steps are the same, and their cost is not
-            matched = {"learning_rate": dict(settings)["SDFT"]["learning_rate"]}
-            if matched != dict(settings)["ours"]:
-                settings.append(("ours", matched))
-            settings += [("ours", dict(settings)["ours"] | LEVERS[name]) for name in args.levers]
-            for method, setting in settings:
-                output = folder(args.world) / f"seed-{seed}.json"
-                run_once(output, args.world, method, setting, seed, args.runs, limits)
+        best = {method: chosen(args.world, method) for method in grids(args.world)}
+        settings = list(best.items())
+        # The objective of ours and of SDFT is the same, so at one rate the steps are the same, and their cost is not
+        matched = {"learning_rate": best["SDFT"]["learning_rate"]}
+        if matched != best["ours"]:
+            settings.append(("ours", matched))
+        settings += [("ours", best["ours"] | LEVERS[name]) for name in args.levers]
+        tasks = [
+            (folder(args.world) / f"seed-{seed}.json", *setting, seed) for seed in args.seeds for setting in settings
+        ]
+        run_all(tasks, args.world, args.runs, limits, args.jobs)
     plot(args.world)
     write_text(folder(args.world) / "table.md", table(args.world))
     print(table(args.world))
