@@ -5,7 +5,7 @@ The peak memory that `python -m trl_opsd.plan` says a training step takes, besid
 
 Every case has a process of its own on the CPU: a Qwen3 model with random weights, three optimizer steps with AdamW on rollouts
 that are given. What is measured is the resident memory above that before the model was built, so that libraries do not
-count. Results go to recipes/results/memory_plan/cpu.json. On a GPU it has not been measured.
+count. Results go to recipes/results/memory_plan/cpu.json. Two steps on a GPU: the page of results.
 """
 
 import argparse
