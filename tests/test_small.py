@@ -368,6 +368,8 @@ def test_the_recipes_ask_in_the_words_that_were_taught():
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/small").glob("*.yaml")}
     for mode in ("concise", "solution", "sibling"):
         assert recipes[f"opsd_{mode}"]["teacher_prompt_template"] == TEMPLATES[mode]
+    for name in ("opsd_competent", "smollm2_opsd"):
+        assert recipes[name]["teacher_prompt_template"] == TEMPLATES["concise"]
     assert recipes["compress"]["prompt_only_template"] == TEMPLATES["concise"]
     names = [Path(path).stem for path in recipes["evaluate_by_task"]["tasks"]]
     assert names == list(CONFIG.posed)
