@@ -197,7 +197,7 @@ def export_table() -> str:
 
 def signs_picture() -> str:
     """A run that goes well and one that does not: accuracy and length on held-out problems, step by step."""
-    runs = [row for row in read(RESULTS / "time_to_goal_long" / "seed-1.json") if row["method"] == "ours"]
+    runs = [row for row in read(RESULTS / "signs" / "rates.json") if row["method"] == "ours"]
     runs.sort(key=lambda row: row["setting"]["learning_rate"])
     names = {0.002: "good: a learning rate of 2e-3", 0.004: "bad: 4e-3, which ruins what the answers depend on"}
     charts = []
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     page = RESULTS / "README.md"
     texts = {page: filled(page.read_text()), RESULTS / "tiny_chain" / "accuracy_tokens.svg": chain_picture()}
-    texts[RESULTS / "time_to_goal_long" / "signs.svg"] = signs_picture()
+    texts[RESULTS / "signs" / "rates.svg"] = signs_picture()
     texts |= {RESULTS / name / "table.md": table() for name, table in FILES.items()}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
