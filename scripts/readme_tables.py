@@ -174,9 +174,9 @@ def golds_table() -> str:
 
 
 def export_table() -> str:
-    """What two models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
+    """What three models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
     lines = []
-    for name in ("tiny", "smollm2"):
+    for name in ("tiny", "small", "smollm2"):
         files = sorted((RESULTS / "export").glob(f"{name}*.json"))
         rows = list({row["artefact"]: row for file in files for row in read(file)}.values())
         whole = next(row["bytes"] for row in rows if row["artefact"] == "checkpoint")
