@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # commands are run from the root, where `-m` find
 from scripts import readme_tables  # noqa: E402
 from scripts.harness.meter import Meter  # noqa: E402
 from scripts.harness.processes import process, run_alone, run_distributed  # noqa: E402
-from scripts.harness.results import RESULTS  # noqa: E402
+from scripts.harness.results import RESULTS, write_results  # noqa: E402, write_results
 from scripts.harness.shapes import small  # noqa: E402
 from scripts.harness.tables import markdown, spread  # noqa: E402
 
@@ -368,3 +368,32 @@ class TestGeneration:
 
 
 WAYS = ["transformers, before", "transformers, finished rows dropped", "vLLM, float32", "vLLM, bfloat16"]
+
+
+def run_of(world, method, setting, seed, runs, limits):
+    """In the place of a run of time_to_goal: its row, at once."""
+    if setting == {"fails": True}:
+        raise ZeroDivisionError
+    measured = {"step": 1, "cpu_s": 1.0, "accuracy": 0.5, "mean_tokens": 9.0}
+    return {
+        "method": method,
+        "setting": setting,
+        "seed": seed,
+        "goal": None,
+        "start": measured,
+        "evaluations": [measured],
+    }
+
+
+def test_a_run_that_fails_and_rows_of_other_calls_lose_nothing(tmp_path, monkeypatch, capsys):
+    from scripts.experiments import time_to_goal
+
+    monkeypatch.setattr(time_to_goal, "work", run_of)
+    output = tmp_path / "seed-0.json"
+    write_results(output, [run_of("long", "GRPO", {"of": "another call"}, 0, "", {})], {})
+    settings = [{"fails": True}, {"rate": 2}, {"rate": 1}, {"rate": 2}]
+    with pytest.raises(ZeroDivisionError):
+        time_to_goal.run_all([(output, "ours", setting, 0) for setting in settings], "long", "", {}, jobs=2)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["setting"] for row in rows] == [{"of": "another call"}, {"rate": 2}, {"rate": 1}]
+    assert [row.get("jobs") for row in rows] == [None, 2, 2]

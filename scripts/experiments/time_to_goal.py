@@ -224,17 +224,28 @@ def run_all(tasks: list[tuple], world: str, runs: str, limits: dict, jobs: int) 
         jobs (`int`):
             How many are run at a time.
     """
-    order, missing = [task[1:] for task in tasks], {}
+    tasks = [task for index, task in enumerate(tasks) if task not in tasks[:index]]
+    order, missing, failed = [task[1:] for task in tasks], {}, []
+
+    def place(row: dict) -> int:
+        """Rows of other calls come first, as they are."""
+        key = (row["method"], row["setting"], row["seed"])
+        return order.index(key) if key in order else -1
+
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for output, *key in tasks:
             if key not in [[row["method"], row["setting"], row["seed"]] for row in rows_of(output)]:
                 missing[pool.submit(work, world, *key, runs, limits)] = output
         for future in as_completed(missing):
-            row, output = future.result(), missing[future]
-            rows = [*rows_of(output), row]
-            rows.sort(key=lambda row: order.index((row["method"], row["setting"], row["seed"])))
-            write_results(output, rows, {"goal": [TOKENS, ACCURACY], **limits, "jobs": jobs})
+            output = missing[future]
+            if future.exception() is not None:  # the others go on
+                failed.append(future.exception())
+                continue
+            row = {**future.result(), "jobs": jobs}
+            write_results(output, sorted([*rows_of(output), row], key=place), {"goal": [TOKENS, ACCURACY], **limits})
             print(line_of(row), flush=True)
+    if failed:
+        raise failed[0]
 
 
 def rows_of(output: Path) -> list[dict]:
