@@ -229,12 +229,11 @@ def run_all(tasks: list[tuple], world: str, runs: str, limits: dict, jobs: int) 
 
     def place(row: dict) -> int:
         """Rows of other calls come first, as they are."""
-        key = (row["method"], row["setting"], row["seed"])
-        return order.index(key) if key in order else -1
+        return order.index(key_of(row)) if key_of(row) in order else -1
 
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for output, *key in tasks:
-            if key not in [[row["method"], row["setting"], row["seed"]] for row in rows_of(output)]:
+            if tuple(key) not in map(key_of, rows_of(output)):
                 missing[pool.submit(work, world, *key, runs, limits)] = output
         for future in as_completed(missing):
             output = missing[future]
@@ -246,6 +245,10 @@ def run_all(tasks: list[tuple], world: str, runs: str, limits: dict, jobs: int) 
             print(line_of(row), flush=True)
     if failed:
         raise failed[0]
+
+
+def key_of(row: dict) -> tuple:
+    return row["method"], row["setting"], row["seed"]
 
 
 def rows_of(output: Path) -> list[dict]:
