@@ -97,6 +97,15 @@ def test_only_the_plain_way_is_taught_everywhere(rows):
     assert 0 < len(CONFIG.taught) < len(FAMILIES)
 
 
+def test_a_warm_start_of_some_families_and_difficulties_learns_no_others():
+    config = SmallConfig(
+        families=["chain_sum", "gcd"], difficulty=2, taught=["chain_sum"], posed=["chain_sum", "gcd"], drill_share=0.2
+    )
+    seen = Counter((row["task"], row["difficulty"]) for row in islice(sft_rows(config, 0), 400))
+    learned = {(task, level) for task in ("chain_sum", "gcd") for level in (1, 2)}
+    assert set(seen) == learned | {("drill", 0)} and min(seen[key] for key in learned) > 40
+
+
 def test_each_way_is_asked_for_in_its_own_words_and_answered_in_its_own_form(rows):
     asked = {"concise": "as concisely as", "solution": "A reference solution: ", "sibling": "A short and correct way"}
     for example in (example for example in rows if example["mode"] != "drill"):
@@ -335,6 +344,18 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
 def test_mistakes_end_before_training(tmp_path):
     with pytest.raises(ValueError, match="`taught` has `sums`, and the families are chain_sum"):
         SmallConfig(taught=["sums"])
+    with pytest.raises(ValueError, match="`families` has `sums`, and the families are chain_sum"):
+        SmallConfig(families=["chain_sum", "sums"])
+    with pytest.raises(ValueError, match="`families` is empty"):
+        SmallConfig(families=[])
+    for name in ("taught", "posed"):
+        given = {"families": ["gcd", "chain_sum"], "taught": ["gcd"], "posed": ["gcd"], name: ["leg_counting"]}
+        with pytest.raises(ValueError, match=f"`{name}` has `leg_counting`, and the families are gcd, chain_sum"):
+            SmallConfig(**given)
+    with pytest.raises(ValueError, match="`difficulty` is 0"):
+        SmallConfig(difficulty=0)
+    with pytest.raises(ValueError, match="`posed_difficulty` is 3 and `difficulty` 2"):
+        SmallConfig(posed_difficulty=3, difficulty=2)
     with pytest.raises(ValueError, match="`taught_difficulty` is 4"):
         SmallConfig(taught_difficulty=4)
     with pytest.raises(ValueError, match="`slip_probability` is 2"):
@@ -368,10 +389,11 @@ def test_the_recipes_ask_in_the_words_that_were_taught():
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/small").glob("*.yaml")}
     for mode in ("concise", "solution", "sibling"):
         assert recipes[f"opsd_{mode}"]["teacher_prompt_template"] == TEMPLATES[mode]
-    for name in ("opsd_competent", "smollm2_opsd"):
+    for name in ("opsd_competent", "smollm2_opsd", "smollm2_cpu_opsd"):
         assert recipes[name]["teacher_prompt_template"] == TEMPLATES["concise"]
     assert recipes["compress"]["prompt_only_template"] == TEMPLATES["concise"]
     names = [Path(path).stem for path in recipes["evaluate_by_task"]["tasks"]]
     assert names == list(CONFIG.posed)
     config, _ = parse(("trl_opsd.small.task.SmallConfig", "trl.SFTConfig"), ["--config", "recipes/small/sft.yaml"])
     assert config == SmallConfig(accuracy_steps=config.accuracy_steps)
+    assert config.families == list(FAMILIES)

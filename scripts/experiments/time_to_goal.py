@@ -6,7 +6,10 @@ SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
     OMP_NUM_THREADS=1 python -m scripts.experiments.time_to_goal --seeds 0 1 2 3 4        # the measurement
 
 With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long and a few
-much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. All start from the same RLVR
+much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. With `--world smollm2` (measured
+with `--seeds 0 --budget 1500 --every 1.5 --stay 1.5 --max_samples 256`; scripts/smollm2.py comes before it) it is SmolLM2-135M-Instruct by
+recipes/small/smollm2_cpu_*.yaml, with batches of 48 rollouts, and may be three points less accurate: no settings are developed there,
+and all of its grid are measured. All start from the same RLVR
 checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method are the fastest of its grid
 below on the development seeds, which no measurement uses: recipes/results/time_to_goal/development.json, or time_to_goal_long
 for the other world. `--levers` adds runs of ours with one of its levers changed. Every run has a process of its own, one at a time
@@ -27,7 +30,7 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import GenerationMixin, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.rewards import get_soft_overlong_punishment
 
@@ -40,15 +43,22 @@ from trl_opsd.data import load_prompts
 from trl_opsd.opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.opsd.run import OPSDScriptArguments, apply_bank
 from trl_opsd.rewards import length_reward, math_reward
-from trl_opsd.tiny.task import CONCISE_TEMPLATE
 
 
-# Where the results of a world are, which teacher all start from, and the longest reply in an evaluation
-WORLDS = {
-    "short": {"results": "time_to_goal", "start": "strong", "limit": 192},
-    "long": {"results": "time_to_goal_long", "start": "long", "limit": 448},
-}
 TOKENS, ACCURACY = 0.6, 0.01  # the goal: this share of the tokens of the start, at most this much less accurate
+# Where the results of a world are, which teacher all start from, the longest reply in an evaluation and its other options, and
+# how much less accurate the goal may be
+WORLDS = {
+    "short": {"results": "time_to_goal", "start": "strong", "limit": 192, "options": {}, "accuracy": ACCURACY},
+    "long": {"results": "time_to_goal_long", "start": "long", "limit": 448, "options": {}, "accuracy": ACCURACY},
+    "smollm2": {
+        "results": "time_to_goal_smollm2",
+        "start": "smollm2",
+        "limit": 256,
+        "options": {"task": "small", "dtype": "bfloat16", "batch_size": 64},
+        "accuracy": 0.03,  # what the few problems that there is time for can see
+    },
+}
 # What length is punished by, beside the math reward: in comparison with the group, or by each token
 PENALTIES = {
     "length_reward": length_reward,
@@ -64,11 +74,26 @@ LEVERS = {
     "bank, 10": {"off_policy_steps": 10},
     "2 updates a batch": {"num_iterations": 2},
 }
+# What else the settings of SmolLM2 differ by from the first of their method
+OTHERS = {
+    "three times the rate": {"learning_rate": 9e-4},
+    "without the teacher's gate": {"teacher_gate": None, "teacher_gate_rollouts": None},
+}
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
 
 
 def grids(world: str) -> dict[str, list[dict]]:
     """The settings that are tried. Of the long world's, where a step takes seconds, those near the best of the short."""
+    if world == "smollm2":
+        # The recipe's rate for all; the others in four parts, for their memory
+        parts = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 4}
+        sdft = {**parts, "distillation_alpha": 1.0}
+        grpo = {**parts, "penalty": "length_reward", "weight": 1.0}
+        return {
+            "ours": [{}, OTHERS["without the teacher's gate"]],
+            "SDFT": [{**sdft, "num_iterations": 1}, {**sdft, "num_iterations": 2}],
+            "GRPO": [{"learning_rate": 3e-4, **grpo}, {"learning_rate": 9e-4, **grpo}],
+        }
     if world == "long":
         rates = RATES[1:]
         # In four parts SDFT is a little faster, because the shorter ones are not padded to the longest
@@ -110,9 +135,16 @@ def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path,
     fields = GRPOConfig.__dataclass_fields__.keys() & SDFTConfig.__dataclass_fields__.keys()
     common = {name: value for name, value in recipe.items() if name in fields}
     common |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "disable_tqdm": True}
+    model_args = ModelConfig(
+        **{name: recipe[name] for name in ModelConfig.__dataclass_fields__.keys() & recipe.keys()}
+    )
+    if model_args.use_peft:
+        kept = ("dtype", "attn_implementation")
+        common["model_init_kwargs"] = {name: getattr(model_args, name) for name in kept}
     setting = dict(setting)
     rows = load_prompts(str(data))
     arguments = {"model": str(path), "train_dataset": rows, "callbacks": [callback]}
+    arguments["peft_config"] = get_peft_config(model_args)
     if method == "ours":
         own = {name: value for name, value in recipe.items() if name in OPSDConfig.__dataclass_fields__}
         if setting.pop("plain", False):
@@ -125,8 +157,9 @@ def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path,
     if method == "SDFT":
         arguments["train_dataset"] = rows.add_column("privileged_context", [""] * len(rows))
         own = {
-            "distillation_mode": "full_logits",  # the vocabulary is smaller than its default of the top 100
-            "teacher_prompt_template": CONCISE_TEMPLATE + "{privileged_context}",
+            # The tiny reasoner's vocabulary is smaller than its default of the top 100
+            "distillation_mode": SDFTConfig.distillation_mode if world == "smollm2" else "full_logits",
+            "teacher_prompt_template": recipe["teacher_prompt_template"] + "{privileged_context}",
         }
         return SDFTTrainer(args=SDFTConfig(**common | own | setting), **arguments)
     penalty, weight = PENALTIES[setting.pop("penalty")], setting.pop("weight")
@@ -139,8 +172,8 @@ def make_trainer(world: str, method: str, setting: dict, path: Path, data: Path,
 class Clock(TrainerCallback):
     """Seconds of training, and what the model has become by then. Ends the run at the goal, or when time is up."""
 
-    def __init__(self, measure, start: dict, limits: dict):
-        self.measure, self.start, self.limits = measure, start, limits
+    def __init__(self, measure, start: dict, limits: dict, accuracy: float = ACCURACY):
+        self.measure, self.start, self.limits, self.accuracy = measure, start, limits, accuracy
         self.rows, self.cpu, self.wall, self.generation = [], 0.0, 0.0, 0.0
 
     def time_generation(self) -> None:
@@ -175,7 +208,7 @@ class Clock(TrainerCallback):
             row = {"step": state.global_step, "cpu_s": self.cpu, "wall_s": self.wall, "generation_cpu_s": generation}
             row |= measured
             row["short"] = row["mean_tokens"] <= TOKENS * self.start["mean_tokens"]
-            row["goal"] = row["short"] and row["accuracy"] >= self.start["accuracy"] - ACCURACY
+            row["goal"] = row["short"] and row["accuracy"] >= self.start["accuracy"] - self.accuracy
             self.rows.append(row)
             print(json.dumps(row), flush=True)
         if is_last:
@@ -193,12 +226,12 @@ def work(world: str, method: str, setting: dict, seed: int, runs: str, limits: d
     path, data = make_teacher(WORLDS[world]["start"], seed, Path(runs))
 
     def measure(model=None):
-        options = {"decoding": "sampled", "max_completion_length": WORLDS[world]["limit"]}
+        options = {"decoding": "sampled", "max_completion_length": WORLDS[world]["limit"], **WORLDS[world]["options"]}
         rows = evaluate(path, data, seed, limits["max_samples"], model=model, **options)
         return {name: rows[0][name] for name in ("accuracy", "accuracy_low", "accuracy_high", "mean_tokens")}
 
     start = measure()
-    clock = Clock(measure, start, limits)
+    clock = Clock(measure, start, limits, WORLDS[world]["accuracy"])
     trainer = make_trainer(world, method, setting, path, data, seed, clock)
     clock.time_generation()
     trainer.train()
@@ -241,7 +274,11 @@ def run_all(tasks: list[tuple], world: str, runs: str, limits: dict, jobs: int) 
                 failed.append(future.exception())
                 continue
             row = {**future.result(), "jobs": jobs}
-            write_results(output, sorted([*rows_of(output), row], key=place), {"goal": [TOKENS, ACCURACY], **limits})
+            write_results(
+                output,
+                sorted([*rows_of(output), row], key=place),
+                {"goal": [TOKENS, WORLDS[world]["accuracy"]], **limits},
+            )
             print(line_of(row), flush=True)
     if failed:
         raise failed[0]
@@ -281,8 +318,10 @@ def folder(world: str) -> Path:
 def chosen(world: str, method: str) -> dict:
     """
     The setting that missed the goal on the fewest development seeds; of those the one that was there first, on average, and of
-    those that never were the one that was the shortest while accurate enough.
+    those that never were the one that was the shortest while accurate enough. SmolLM2's is the first of its grid.
     """
+    if world == "smollm2":
+        return grids(world)[method][0]
     rows = [row for row in read(folder(world) / "development.json") if row["method"] == method]
 
     def rank(setting):
@@ -292,7 +331,11 @@ def chosen(world: str, method: str) -> dict:
                 seconds += row["goal"]["cpu_s"]
             else:
                 missed += 1
-                accurate = [e for e in row["evaluations"] if e["accuracy"] >= row["start"]["accuracy"] - ACCURACY]
+                accurate = [
+                    e
+                    for e in row["evaluations"]
+                    if e["accuracy"] >= row["start"]["accuracy"] - WORLDS[world]["accuracy"]
+                ]
                 shortest += min([e["mean_tokens"] for e in accurate], default=float("inf"))
         return missed, seconds, shortest
 
@@ -301,7 +344,7 @@ def chosen(world: str, method: str) -> dict:
 
 def name_of(world: str, row: dict) -> str:
     best = chosen(world, row["method"])
-    for name, lever in {"": {}, **LEVERS}.items():
+    for name, lever in {"": {}, **LEVERS, **OTHERS}.items():
         if row["setting"] == best | lever:
             return f"{row['method']}, {name}" if name else row["method"]
     return f"{row['method']}, at SDFT's rate"
@@ -321,7 +364,7 @@ def plot(world: str) -> None:
                 column[0].plot(row["goal"]["cpu_s"], row["goal"]["mean_tokens"], "o", color=line.get_color())
                 column[1].plot(row["goal"]["cpu_s"], 100 * row["goal"]["accuracy"], "o", color=line.get_color())
         column[0].axhline(TOKENS * row["start"]["mean_tokens"], color="grey", linestyle=":")
-        column[1].axhline(100 * (row["start"]["accuracy"] - ACCURACY), color="grey", linestyle=":")
+        column[1].axhline(100 * (row["start"]["accuracy"] - WORLDS[world]["accuracy"]), color="grey", linestyle=":")
         column[0].set(title=f"seed {row['seed']}", xscale="log")
         column[1].set(xlabel="processor seconds of training")
     axes[0, 0].set_ylabel("tokens, sampled")
@@ -422,10 +465,12 @@ def main(argv: list[str] | None = None) -> None:
         best = {method: chosen(args.world, method) for method in grids(args.world)}
         settings = list(best.items())
         # The objective of ours and of SDFT is the same, so at one rate the steps are the same, and their cost is not
-        matched = {"learning_rate": best["SDFT"]["learning_rate"]}
-        if matched != best["ours"]:
+        matched = {name: value for name, value in best["SDFT"].items() if name == "learning_rate"}
+        if matched and matched != best["ours"]:
             settings.append(("ours", matched))
         settings += [("ours", best["ours"] | LEVERS[name]) for name in args.levers]
+        if args.world == "smollm2":
+            settings = [(method, setting) for method, grid in grids(args.world).items() for setting in grid]
         tasks = [
             (folder(args.world) / f"seed-{seed}.json", *setting, seed) for seed in args.seeds for setting in settings
         ]

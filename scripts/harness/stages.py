@@ -8,19 +8,21 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from scripts.harness.results import ROOT, write_text
+from trl_opsd.adapters import merged
 from trl_opsd.cli import parse
 from trl_opsd.evaluate import EvaluateConfig
 from trl_opsd.evaluate import evaluate as evaluate_config
 from trl_opsd.evaluate.backends.transformers import load_model
 
 
-# Recipes, options of the warm start, and whether RLVR follows it. The weak one stops while the chain is only partly
+# Recipes, in a folder named after the stage of the warm start, its options, and whether RLVR follows it. The weak one stops while the chain is only partly
 # learned, and teaches no slips
 TEACHERS = {
     "strong": ("recipes/tiny/", {}, True),
     "weak": ("recipes/tiny/", {"target_accuracy": 0.35, "accuracy_steps": 10, "slip_steps": 0}, False),
     "long": ("recipes/tiny/long_", {}, True),
     "competence": ("recipes/tiny/competence_", {}, True),
+    "smollm2": ("recipes/small/smollm2_cpu_", {}, True),
 }
 # What is kept of a measured checkpoint
 MEASURED = ("decoding", "n", "accuracy", "accuracy_low", "accuracy_high", "mean_tokens", "p90_tokens", "truncated")
@@ -35,8 +37,8 @@ def run_stage(module: str, recipe: str, **options) -> None:
 
 
 def train_stage(module: str, recipe: str, output: Path, **options) -> Path:
-    """Trains a stage, unless its checkpoint is there. Returns the checkpoint."""
-    if not (output / "config.json").is_file():
+    """Trains a stage, unless its checkpoint or adapter is there. Returns it."""
+    if not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
         run_stage(module, recipe, output_dir=output, **options)
     return output
 
@@ -79,19 +81,20 @@ def log_of(checkpoint: Path, stage: str) -> list[dict]:
 def warm_start(kind: str, seed: int, runs: Path) -> Path:
     """Makes a warm start of `TEACHERS`. Returns the checkpoint, which has its problems in `data`."""
     recipes, options, _ = TEACHERS[kind]
-    return train_stage("trl_opsd.tiny", f"{recipes}sft.yaml", runs / f"{kind}-{seed}" / "sft", seed=seed, **options)
+    stage = f"trl_opsd.{recipes.split('/')[1]}"
+    return train_stage(stage, f"{recipes}sft.yaml", runs / f"{kind}-{seed}" / "sft", seed=seed, **options)
 
 
 def make_teacher(kind: str, seed: int, runs: Path) -> tuple[Path, Path]:
-    """Makes a teacher of `TEACHERS`. Returns its checkpoint, and the folder of the problems."""
+    """Makes a teacher of `TEACHERS`. Returns its checkpoint, an adapter merged, and the folder of the problems."""
     sft = warm_start(kind, seed, runs)
     recipes, _, has_rlvr = TEACHERS[kind]
     if not has_rlvr:
         return sft, sft / "data"
     options = {"seed": seed, "model_name_or_path": sft, "dataset_name": sft / "data"}
-    return train_stage(
-        "trl_opsd.rlvr", f"{recipes}rlvr.yaml", runs / f"{kind}-{seed}" / "rlvr", **options
-    ), sft / "data"
+    folder = runs / f"{kind}-{seed}"
+    rlvr = train_stage("trl_opsd.rlvr", f"{recipes}rlvr.yaml", folder / "rlvr", **options)
+    return Path(merged(str(rlvr), str(folder / "merged"))), sft / "data"
 
 
 def evaluate(

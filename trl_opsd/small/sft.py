@@ -192,7 +192,7 @@ def warm_start(
         model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
     num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
-    tasks = problems("validation", config.accuracy_problems, 0)
+    tasks = problems("validation", config.accuracy_problems, 0, config.families, config.difficulty)
     trainer = SFTTrainer(
         model,
         args=args,

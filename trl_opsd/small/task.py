@@ -109,6 +109,10 @@ class SmallConfig:
     Args:
         > Parameters that control the tasks
 
+        families (`list[str]`, *optional*, defaults to all seven):
+            Families that the warm start learns.
+        difficulty (`int`, *optional*, defaults to `3`):
+            Highest difficulty, of three, that it learns.
         taught (`list[str]`, *optional*, defaults to three of the seven):
             Families in which it is taught to answer in other ways than the plain one.
         taught_difficulty (`int`, *optional*, defaults to `2`):
@@ -162,6 +166,19 @@ class SmallConfig:
             family.
     """
 
+    families: list[str] = field(
+        default_factory=lambda: [
+            "chain_sum",
+            "leg_counting",
+            "gcd",
+            "number_filtering",
+            "basic_arithmetic",
+            "simple_equations",
+            "base_conversion",
+        ],
+        metadata={"help": "Families that the warm start learns."},
+    )
+    difficulty: int = field(default=3, metadata={"help": "Highest difficulty, of three, that it learns."})
     taught: list[str] = field(
         default_factory=lambda: ["chain_sum", "leg_counting", "number_filtering"],
         metadata={"help": "Families in which it is taught to answer in other ways than the plain one."},
@@ -218,20 +235,30 @@ class SmallConfig:
     accuracy_problems: int = field(default=168, metadata={"help": "Number of validation problems of one measurement."})
 
     def __post_init__(self):
+        if not self.families:
+            raise ValueError("`families` is empty: name the families that the warm start learns.")
+        if not self.posed:
+            raise ValueError("`posed` is empty: name the families of the later stages' problems.")
+        for task in self.families:
+            if task not in FAMILIES:
+                raise ValueError(f"`families` has `{task}`, and the families are {', '.join(FAMILIES)}.")
         for name in ("taught", "posed"):
             for task in getattr(self, name):
-                if task not in FAMILIES:
-                    raise ValueError(f"`{name}` has `{task}`, and the families are {', '.join(FAMILIES)}.")
-        for name, least in (("taught_difficulty", 0), ("posed_difficulty", 1)):
+                if task not in self.families:
+                    raise ValueError(f"`{name}` has `{task}`, and the families are {', '.join(self.families)}.")
+        for name, least in (("difficulty", 1), ("taught_difficulty", 0), ("posed_difficulty", 1)):
             if not least <= (value := getattr(self, name)) <= 3:
                 raise ValueError(f"`{name}` is {value} and must be from {least} to 3.")
+        if self.posed_difficulty > self.difficulty:
+            raise ValueError(
+                f"`posed_difficulty` is {self.posed_difficulty} and `difficulty` {self.difficulty}: the later stages are "
+                "posed what the warm start learns."
+            )
         for name in ("slip_probability", "notice_probability", "drill_share", "terseness"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value} and must be from 0 to 1.")
-        if not self.posed:
-            raise ValueError("`posed` is empty: name the families of the later stages' problems.")
         for name in ("train_size", "test_size", "accuracy_problems"):
-            fewest = 3 * len(FAMILIES)
+            fewest = self.difficulty * len(self.families)
             if name != "accuracy_problems":
                 fewest = self.posed_difficulty * len(self.posed)
             if (value := getattr(self, name)) < fewest:
@@ -424,7 +451,8 @@ def sft_rows(config: SmallConfig, seed: int) -> Iterator[dict]:
         drills are `"drill"` and 0.
     """
     rng = random.Random(f"rows {seed}")
-    sources = [_Source(task, difficulty, "sft", seed) for task in FAMILIES for difficulty in (1, 2, 3)]
+    levels = range(1, config.difficulty + 1)
+    sources = [_Source(task, difficulty, "sft", seed) for task in config.families for difficulty in levels]
     steps = deque(maxlen=1000)  # of the last problems, to be drilled
     while True:
         if len(steps) >= 100 and config.drill_share and rng.random() < config.drill_share:
