@@ -470,7 +470,9 @@ def main(argv: list[str] | None = None) -> None:
             settings.append(("ours", matched))
         settings += [("ours", best["ours"] | LEVERS[name]) for name in args.levers]
         if args.world == "smollm2":
-            settings = [(method, setting) for method, grid in grids(args.world).items() for setting in grid]
+            # The first of each before the second of any
+            tried = [[(method, setting) for setting in grid] for method, grid in grids(args.world).items()]
+            settings = [pair for pairs in zip(*tried, strict=True) for pair in pairs]
         tasks = [
             (folder(args.world) / f"seed-{seed}.json", *setting, seed) for seed in args.seeds for setting in settings
         ]
