@@ -222,6 +222,7 @@ BLOCKS = {
     "generation": generation.table,
     "goal": partial(time_to_goal.summary, "short"),
     "goal, long traces": partial(time_to_goal.summary, "long"),
+    "goal, smollm2": partial(time_to_goal.summary, "smollm2"),
     "scaling, time": scaling.step_table,
     "scaling, memory": scaling.memory_table,
     "scaling, extrapolated": scaling.extrapolation_table,
@@ -245,6 +246,7 @@ FILES = {
     **{name: partial(small.table, name) for name in ("small", "small_hard")},
     "time_to_goal": partial(time_to_goal.table, "short"),
     "time_to_goal_long": partial(time_to_goal.table, "long"),
+    "time_to_goal_smollm2": partial(time_to_goal.table, "smollm2"),
     **{name: partial(ablations.table, name) for name in ablations.TABLES},
 }
 

@@ -7,7 +7,7 @@ SDFTTrainer with the same context, and TRL's GRPOTrainer with a length penalty.
 
 With `--world long` (measured with `--budget 400 --every 1.3 --stay 2 --max_samples 2048`; an hour) traces are long and a few
 much longer, and a fifth of them is wrong; otherwise it is the tiny reasoner of the quickstart. With `--world smollm2` (measured
-with `--seeds 0 --budget 1500 --every 1.5 --stay 1.5 --max_samples 256`; scripts/smollm2.py comes before it) it is SmolLM2-135M-Instruct by
+with `--seeds 0 --budget 1500 --every 1.5 --stay 1.3 --max_samples 256`; scripts/smollm2.py comes before it) it is SmolLM2-135M-Instruct by
 recipes/small/smollm2_cpu_*.yaml, with batches of 48 rollouts, and may be three points less accurate: no settings are developed there,
 and all of its grid are measured. All start from the same RLVR
 checkpoint (made if it is not there) with batches of 96 rollouts. The settings of each method are the fastest of its grid
