@@ -191,7 +191,7 @@ def test_a_checkpoint_that_cannot_be_taught_ends_it_before_anything(tmp_path, to
 
     def refused(sentence, model_args=start):
         with pytest.raises(ValueError, match=sentence):
-            sft.check(args, model_args)
+            sft.check(CONFIG, args, model_args)
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1023, **sizes))
@@ -369,8 +369,25 @@ def test_mistakes_end_before_training(tmp_path):
     for name, fewest in (("train_size", 10), ("test_size", 10), ("accuracy_problems", 21)):
         with pytest.raises(ValueError, match=f"`{name}` is {fewest - 1} and must be at least {fewest}"):
             SmallConfig(**{name: fewest - 1})
+    few = SmallConfig(families=["chain_sum", "gcd"], difficulty=2, taught=["gcd"], posed=["gcd"], accuracy_problems=4)
+    for name, fewest in (("train_size", 2), ("test_size", 2), ("accuracy_problems", 4)):
+        with pytest.raises(ValueError, match=f"`{name}` is {fewest - 1} and must be at least {fewest}"):
+            replace(few, **{name: fewest - 1})
+    for task in ("families", "taught", "posed"):
+        with pytest.raises(ValueError, match=f"`{task}` has `gcd` more than once"):
+            replace(few, **{task: ["chain_sum", "gcd", "gcd"]})
+    args = SFTConfig(str(tmp_path / "few"), use_cpu=True, bf16=False, max_steps=1)
+    sizes = {"train_size": 20, "test_size": 20, "accuracy_problems": 20}
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"`{name}` is 5000. There are too few `.*` problems of `"):
+            sft.check(replace(few, **sizes | {name: 5000}), args, ModelConfig())
+    assert not (tmp_path / "few").exists()
+    drawn = sft.draw(replace(few, **sizes), 0)
+    asked = {split: {(p.task, p.difficulty) for p in found} for split, found in drawn.items()}
+    both = {("gcd", 1), ("gcd", 2)}
+    assert asked == {"train": both, "test": both, "validation": both | {("chain_sum", 1), ("chain_sum", 2)}}
     with pytest.raises(ValueError, match="`max_steps` is missing"):
-        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
+        sft.check(CONFIG, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1)
     for options, sentence in (
         ({"use_peft": True}, "`use_peft` is about a checkpoint that is taught"),
@@ -379,10 +396,10 @@ def test_mistakes_end_before_training(tmp_path):
         ({"model_name_or_path": "x", "load_in_4bit": True}, "A quantised model is not taught here"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            sft.check(args, ModelConfig(**options))
+            sft.check(CONFIG, args, ModelConfig(**options))
     (tmp_path / "config.json").touch()  # of another model, whose data would be gone at once
     with pytest.raises(ValueError, match="`output_dir`: .* has a model already"):
-        sft.check(SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig())
+        sft.check(CONFIG, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1), ModelConfig())
 
 
 def test_the_recipes_ask_in_the_words_that_were_taught():

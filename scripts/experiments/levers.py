@@ -172,7 +172,7 @@ def table() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=list(WORLDS), default="long")
+    parser.add_argument("--world", choices=["short", "long"], default="long")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--max_steps", type=int, default=40, help="updates of a run")

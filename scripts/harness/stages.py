@@ -1,4 +1,4 @@
-"""The stages of the tiny chain as experiments use them: run by their commands, kept when finished, measured in place."""
+"""The stages of the small chains as experiments use them: run by their commands, kept when finished, measured in place."""
 
 import json
 import subprocess
@@ -94,14 +94,15 @@ def make_teacher(kind: str, seed: int, runs: Path) -> tuple[Path, Path]:
     options = {"seed": seed, "model_name_or_path": sft, "dataset_name": sft / "data"}
     folder = runs / f"{kind}-{seed}"
     rlvr = train_stage("trl_opsd.rlvr", f"{recipes}rlvr.yaml", folder / "rlvr", **options)
-    return Path(merged(str(rlvr), str(folder / "merged"))), sft / "data"
+    whole = folder / "merged"  # written once: other runs may be reading it
+    return whole if whole.is_dir() else Path(merged(str(rlvr), str(whole))), sft / "data"
 
 
 def evaluate(
     path: Path, data: Path, seed: int, max_samples: int, model: PreTrainedModel | None = None, **options
 ) -> list[dict]:
     """
-    Measures the tiny reasoner on held-out problems, greedy and sampled unless the options say otherwise.
+    Measures a reasoner on held-out problems, greedy and sampled unless the options say otherwise.
 
     Args:
         path (`Path`):

@@ -18,7 +18,7 @@ def main(args: list[str] | None = None) -> None:
     from .sft import check, line_of, warm_start
 
     with user_errors():
-        resume_from = check(training_args, model_args)
+        resume_from = check(config, training_args, model_args)
     for result in warm_start(config, training_args, model_args, resume_from):
         if result["phase"] == "final":
             print(line_of(result))

@@ -79,7 +79,38 @@ def line_of(result: dict) -> str:
     )
 
 
-def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
+def draw(config: SmallConfig, seed: int) -> dict[str, list[Problem]]:
+    """
+    Draws the problems of the later stages, and those that the warm start is measured by.
+
+    Args:
+        config ([`SmallConfig`]):
+            The tasks.
+        seed (`int`):
+            Seed of the training problems; the others are the same for every seed.
+
+    Returns:
+        `dict[str, list[Problem]]`: Those of the splits `"train"`, `"test"` and `"validation"`.
+
+    Raises:
+        ValueError: If there are not that many.
+    """
+    later = (config.posed, config.posed_difficulty)
+    drawn = {}
+    for split, option, seed_of, families in (
+        ("train", "train_size", seed, later),
+        ("test", "test_size", 0, later),
+        ("validation", "accuracy_problems", 0, (config.families, config.difficulty)),
+    ):
+        size = getattr(config, option)
+        try:
+            drawn[split] = problems(split, size, seed_of, *families)
+        except ValueError as error:
+            raise ValueError(f"`{option}` is {size}. {error}") from None
+    return drawn
+
+
+def check(config: SmallConfig, args: SFTConfig, model_args: ModelConfig) -> str | None:
     """
     Checks what can be checked before training, and takes the output folder.
 
@@ -87,7 +118,8 @@ def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
         `str` or `None`: Checkpoint to go on from.
 
     Raises:
-        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, the checkpoint
+        ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, there are fewer
+            problems than are asked for, the checkpoint
             cannot be taught, an option of one is given for a new model, or the output folder cannot be had or has another
             model.
         UserError: If there is no checkpoint at `model_name_or_path`, or no tokenizer.
@@ -98,6 +130,7 @@ def check(args: SFTConfig, model_args: ModelConfig) -> str | None:
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
+    draw(config, args.seed)
     _check_model(model_args, args.trust_remote_code)
     resume_from = agreed_checkpoint(args)
     if resume_from is not None and Path(resume_from, "adapter_config.json").is_file() and not model_args.use_peft:
@@ -165,10 +198,9 @@ def warm_start(
     """
     start = time.perf_counter()
     output_dir = Path(args.output_dir)
-    for split, size in (("train", config.train_size), ("test", config.test_size)):
-        seed = args.seed if split == "train" else 0
-        posed = problems(split, size, seed, config.posed, config.posed_difficulty)
-        rows = [row(problem) for problem in posed]
+    drawn = draw(config, args.seed)
+    for split in ("train", "test"):
+        rows = [row(problem) for problem in drawn[split]]
         write_rows(output_dir / "data" / f"{split}.jsonl", rows)
     for task in config.posed:
         write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
@@ -192,7 +224,6 @@ def warm_start(
         model.set_attn_implementation("eager")  # at these lengths a step takes three quarters of the time of "sdpa"
     num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     dataset = encode(list(islice(sft_rows(config, args.seed), num_rows)), tokenizer)
-    tasks = problems("validation", config.accuracy_problems, 0, config.families, config.difficulty)
     trainer = SFTTrainer(
         model,
         args=args,
@@ -201,13 +232,13 @@ def warm_start(
         peft_config=get_peft_config(model_args),
     )
     trainer.add_callback(CountTokens(trainer))
-    trainer.add_callback(MeasureAccuracy(trainer, tasks, config.accuracy_steps))
+    trainer.add_callback(MeasureAccuracy(trainer, drawn["validation"], config.accuracy_steps))
     train(trainer, resume_from)
 
     results = [entry for entry in trainer.state.log_history if "phase" in entry]
     set_seed(args.seed)  # so that the sampled ones are those of a run that went on after its last step, too
     for sample in (False, True):
-        for result in measure_families(model, tokenizer, tasks, TEMPLATES, sample):
+        for result in measure_families(model, tokenizer, drawn["validation"], TEMPLATES, sample):
             results.append({"phase": "final", "step": trainer.state.global_step, **result})
     save_final(trainer)
     results[-1]["wall_s"] = time.perf_counter() - start

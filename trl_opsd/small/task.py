@@ -239,13 +239,12 @@ class SmallConfig:
             raise ValueError("`families` is empty: name the families that the warm start learns.")
         if not self.posed:
             raise ValueError("`posed` is empty: name the families of the later stages' problems.")
-        for task in self.families:
-            if task not in FAMILIES:
-                raise ValueError(f"`families` has `{task}`, and the families are {', '.join(FAMILIES)}.")
-        for name in ("taught", "posed"):
-            for task in getattr(self, name):
-                if task not in self.families:
-                    raise ValueError(f"`{name}` has `{task}`, and the families are {', '.join(self.families)}.")
+        for name, known in (("families", FAMILIES), ("taught", self.families), ("posed", self.families)):
+            for task in (given := getattr(self, name)):
+                if task not in known:
+                    raise ValueError(f"`{name}` has `{task}`, and the families are {', '.join(known)}.")
+                if given.count(task) > 1:
+                    raise ValueError(f"`{name}` has `{task}` more than once.")
         for name, least in (("difficulty", 1), ("taught_difficulty", 0), ("posed_difficulty", 1)):
             if not least <= (value := getattr(self, name)) <= 3:
                 raise ValueError(f"`{name}` is {value} and must be from {least} to 3.")
