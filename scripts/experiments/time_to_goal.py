@@ -9,7 +9,7 @@ same context, and TRL's GRPOTrainer with a length penalty.
 |---|---|---|---|---|
 | `short` | the tiny one of the quickstart | 96 | one point | |
 | `long` | the tiny one, with long traces, a few much longer, and a fifth wrong; an hour | 96 | one point | `--budget 400 --every 1.3 --stay 2 --max_samples 2048` |
-| `smollm2` | SmolLM2-135M-Instruct by recipes/small/smollm2_cpu_*.yaml, after scripts/smollm2.py; two hours | 48 | three points | `--seeds 0 --budget 1500 --every 1.5 --stay 1.3 --max_samples 256` |
+| `smollm2` | SmolLM2-135M-Instruct by recipes/small/smollm2_cpu_*.yaml, after scripts/smollm2.py; two hours | 48 | three points | `--seeds 0 --budget 1100 --first 300 --every 1.5 --stay 1.3 --max_samples 256` |
 
 The settings of each method are the fastest of its grid below on the development seeds, which no measurement uses:
 recipes/results/time_to_goal/development.json, and time_to_goal_long. For `smollm2` there is no time to develop any, so all of its
@@ -205,7 +205,7 @@ class Clock(TrainerCallback):
         reached = next((row["cpu_s"] for row in self.rows if row["goal"]), float("inf"))
         is_last = self.cpu > min(self.limits["budget"], self.limits["stay"] * reached)
         is_last = is_last or state.global_step >= state.max_steps
-        if self.cpu >= self.limits["every"] * last or is_last:
+        if self.cpu >= max(self.limits["first"], self.limits["every"] * last) or is_last:
             generation = self.generation
             measured = self.measure(model)
             self.generation = generation
@@ -223,8 +223,8 @@ class Clock(TrainerCallback):
 
 def work(world: str, method: str, setting: dict, seed: int, runs: str, limits: dict) -> dict:
     """
-    One run, in a process of its own: its row. It ends within `limits`: options `budget`, `stay`, `every` and `max_samples` of
-    the command line.
+    One run, in a process of its own: its row. It ends within `limits`: options `budget`, `stay`, `first`, `every` and
+    `max_samples` of the command line.
     """
     torch.set_num_threads(1)
     path, data = make_teacher(WORLDS[world]["start"], seed, Path(runs))
@@ -308,7 +308,8 @@ def line_of(row: dict) -> str:
 
 def develop(world: str, methods: list[str], runs: str, budget: float, jobs: int) -> None:
     """Every setting of every grid, once on each of the development seeds."""
-    limits = {"max_samples": 512, "every": 1.3 if world == "short" else 1.5, "budget": budget / 2, "stay": 1.3}
+    limits = {"max_samples": 512, "first": 0.0, "every": 1.3 if world == "short" else 1.5}
+    limits |= {"budget": budget / 2, "stay": 1.3}
     output = folder(world) / "development.json"
     settings = [(method, setting) for method, grid in grids(world).items() for setting in grid if method in methods]
     tasks = [(output, method, setting, seed) for seed in DEVELOPMENT for method, setting in settings]
@@ -458,6 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--stay", type=float, default=3.0, help="how many times the seconds to the goal a run goes on for"
     )
+    parser.add_argument("--first", type=float, default=0.0, help="processor seconds before the first evaluation")
     parser.add_argument("--every", type=float, default=1.125, help="the clock's factor between two evaluations")
     parser.add_argument("--max_samples", type=int, default=1024, help="held-out problems of an evaluation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on as many cores")
@@ -467,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.develop:
         return develop(args.world, args.methods, args.runs, args.budget, args.jobs)
     if not args.report:
-        limits = {name: getattr(args, name) for name in ("budget", "stay", "every", "max_samples")}
+        limits = {name: getattr(args, name) for name in ("budget", "stay", "first", "every", "max_samples")}
         best = {method: chosen(args.world, method) for method in grids(args.world)}
         settings = list(best.items())
         # The objective of ours and of SDFT is the same, so at one rate the steps are the same, and their cost is not
