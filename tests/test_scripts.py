@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from kernels import KEEPS_SCORES
+from transformers import TrainerControl, TrainerState
 
 
 ROOT = Path(__file__).parents[1]
@@ -397,3 +398,50 @@ def test_a_run_that_fails_and_rows_of_other_calls_lose_nothing(tmp_path, monkeyp
     rows = json.loads(output.read_text())["rows"]
     assert [row["setting"] for row in rows] == [{"of": "another call"}, {"rate": 2}, {"rate": 1}]
     assert [row.get("jobs") for row in rows] == [None, 2, 2]
+
+
+def clocked(monkeypatch, limits: dict, lengths: list[float], accuracy: float = 0.01) -> list[dict]:
+    """The evaluations of a run of as many steps as there are lengths after them, of ten seconds each, at 80% correct."""
+    from scripts.experiments import time_to_goal
+
+    seconds = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(time_to_goal.time, "process_time", lambda: float(next(seconds)))
+    monkeypatch.setattr(time_to_goal.time, "perf_counter", lambda: 0.0)
+    state, control = TrainerState(max_steps=len(lengths)), TrainerControl()
+    clock = time_to_goal.Clock(
+        lambda model: {"accuracy": 0.8, "mean_tokens": lengths[state.global_step - 1]},
+        {"accuracy": 0.82, "mean_tokens": 100.0},
+        {"budget": 1000.0, "stay": 1.5, "first": 0.0, "every": 1.5, **limits},
+        accuracy,
+    )
+    clock.on_train_begin(None, state, control)
+    for _ in lengths:
+        # `go` reads the clock once after each step, so that a step takes ten seconds
+        state.global_step += 1
+        if clock.on_step_end(None, state, control).should_training_stop:
+            break
+    return clock.rows
+
+
+def test_the_time_to_a_goal_is_measured_at_the_end_and_not_before_it_should(monkeypatch):
+    rows = clocked(monkeypatch, {}, [100.0] * 7)
+    assert [row["step"] for row in rows] == [
+        1,
+        2,
+        3,
+        5,
+        7,
+    ]  # the last is the run's, which the factor would not have measured
+    assert [row["cpu_s"] for row in rows] == [10, 20, 30, 50, 70]
+    rows = clocked(monkeypatch, {"first": 35.0}, [100.0] * 7)
+    assert [row["step"] for row in rows] == [4, 6, 7]
+    rows = clocked(monkeypatch, {"budget": 25.0}, [100.0] * 7)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # Half of the tokens from the second step on: it goes on for one and a half times the seconds
+    short = [100.0, *[50.0] * 8]
+    assert [(row["step"], row["short"], row["goal"]) for row in clocked(monkeypatch, {}, short)][:2] == [
+        (1, False, False),
+        (2, True, False),  # two points are more than one
+    ]
+    rows = clocked(monkeypatch, {}, short, accuracy=0.03)
+    assert [(row["step"], row["goal"]) for row in rows] == [(1, False), (2, True), (3, True), (4, True)]
