@@ -402,6 +402,10 @@ class TestHonestPrograms:
             "with open('x', 'w') as file: file.write('x')\nassert open('/tmp/x').read() == 'x'",
             "import threading\nthreads = [threading.Thread(target=print) for _ in range(8)]\n"
             "for thread in threads: thread.start()\nfor thread in threads: thread.join()",
+            # Beside each other, as those of the program before may be, too, on a busy machine
+            "import threading\nbarrier = threading.Barrier(8)\n"
+            "threads = [threading.Thread(target=barrier.wait, daemon=True) for _ in range(8)]\n"
+            "for thread in threads: thread.start()\nfor thread in threads: thread.join()",
             "import asyncio\nasync def five(): return 5\nassert asyncio.run(five()) == 5",
             "import collections, decimal, fractions, functools, hashlib, heapq, itertools, json, math, random, re, sqlite3",
             "from dataclasses import dataclass\n@dataclass\nclass Point: x: int",

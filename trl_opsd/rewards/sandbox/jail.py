@@ -82,6 +82,7 @@ CASES = 12  # tests on standard input and output may together take the time of s
 
 
 libc = ctypes.CDLL(None, use_errno=True)
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def check(result, what):
@@ -219,6 +220,8 @@ def limit_resources(config):
     }
     if config["isolated"]:  # else it would count everything that the user runs on the host
         limits[resource.RLIMIT_NPROC] = config["threads"]
+    # Address space is what is limited, and malloc would reserve 64 MB of it for each thread that runs beside others
+    libc.mallopt(M_ARENA_MAX, 1)
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
