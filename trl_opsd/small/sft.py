@@ -120,8 +120,8 @@ def check(config: SmallConfig, args: SFTConfig, model_args: ModelConfig) -> str 
     Raises:
         ValueError: If `max_steps` is missing, there is more than one process, reasoning-gym is not installed, there are fewer
             problems than are asked for, the checkpoint
-            cannot be taught, an option of one is given for a new model, or the output folder cannot be had or has another
-            model.
+            cannot be taught, an option of one is given for a new model, or the output folder cannot be had, has another
+            model, or is gone on with and has other problems.
         UserError: If there is no checkpoint at `model_name_or_path`, or no tokenizer.
     """
     if args.max_steps < 1:
@@ -130,13 +130,20 @@ def check(config: SmallConfig, args: SFTConfig, model_args: ModelConfig) -> str 
         raise ValueError(f"The warm start runs in one process, not {args.world_size}: launch it with `python -m`.")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("The small reasoner's problems need a package: run `pip install reasoning-gym`.")
-    draw(config, args.seed)
+    files = data_files(config, draw(config, args.seed))
     _check_model(model_args, args.trust_remote_code)
     resume_from = agreed_checkpoint(args)
     if resume_from is not None and Path(resume_from, "adapter_config.json").is_file() and not model_args.use_peft:
         raise ValueError(
             f"`resume_from_checkpoint`: `{resume_from}` has an adapter: give `--use_peft` and its options again."
         )
+    for name, text in files.items() if resume_from is not None else ():
+        path = Path(args.output_dir, "data", name)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"`output_dir`: `{path}` has other problems than this run poses: give the seed and the options of the problems "
+                "that it was begun with, or choose another folder."
+            )
     kept = [Path(args.output_dir, name) for name in ("config.json", "adapter_config.json")]
     if resume_from is None and any(path.exists() for path in kept):
         raise ValueError(
@@ -199,11 +206,8 @@ def warm_start(
     start = time.perf_counter()
     output_dir = Path(args.output_dir)
     drawn = draw(config, args.seed)
-    for split in ("train", "test"):
-        rows = [row(problem) for problem in drawn[split]]
-        write_rows(output_dir / "data" / f"{split}.jsonl", rows)
-    for task in config.posed:
-        write_rows(output_dir / "data" / "by_task" / f"{task}.jsonl", [row for row in rows if row["task"] == task])
+    for name, text in data_files(config, drawn).items():
+        write_text(output_dir / "data" / name, text)
 
     set_seed(args.seed)
     if model_args.model_name_or_path is None:
@@ -254,6 +258,10 @@ def tokenizer_of(config: SmallConfig) -> PreTrainedTokenizerBase:
     return make_tokenizer((f"{message['role']}\n{message['content']}" for message in messages), config.vocab_size)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Writes JSON Lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def data_files(config: SmallConfig, drawn: dict[str, list[Problem]]) -> dict[str, str]:
+    """The data of the later stages: the JSON Lines of each file in `data`, by its name."""
+    rows = {split: [row(problem) for problem in drawn[split]] for split in ("train", "test")}
+    files = {f"{split}.jsonl": rows[split] for split in rows}
+    for task in config.posed:
+        files[f"by_task/{task}.jsonl"] = [row for row in rows["test"] if row["task"] == task]
+    return {name: "".join(json.dumps(row) + "\n" for row in kept) for name, kept in files.items()}
