@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # commands are run from the root, where `-m` find
 from scripts import readme_tables  # noqa: E402
 from scripts.harness.meter import Meter  # noqa: E402
 from scripts.harness.processes import process, run_alone, run_distributed  # noqa: E402
-from scripts.harness.results import RESULTS, write_results  # noqa: E402, write_results
+from scripts.harness.results import RESULTS, read_all, write_results  # noqa: E402
 from scripts.harness.shapes import small  # noqa: E402
 from scripts.harness.tables import markdown, spread  # noqa: E402
 
@@ -100,6 +100,11 @@ def test_scripts_import_each_other_in_one_direction_only():
     for name, imported in graph.items():
         if name.startswith("scripts.harness"):
             assert all(other.startswith("scripts.harness") for other in imported), name
+
+
+def test_a_report_of_nothing_is_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=rf"{re.escape(str(tmp_path))} has no results yet"):
+        read_all(tmp_path)
 
 
 def test_a_process_is_another_one_and_stays_the_same():

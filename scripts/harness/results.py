@@ -19,4 +19,7 @@ def read(path: str | Path) -> list[dict]:
 
 def read_all(folder: Path, pattern: str = "seed-*.json") -> list[list[dict]]:
     """Returns the rows of every results file of a folder, in the order of their names: one list for each seed."""
-    return [read(file) for file in sorted(folder.glob(pattern))]
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise SystemExit(f"error: {folder} has no results yet ({pattern}): run the command that makes them first.")
+    return [read(file) for file in files]
