@@ -16,7 +16,8 @@ as many rollouts, by its recipe:
 | OPSD, concise, where it is competent | the teacher is asked to be concise where it is then right in half of four rollouts, and else is asked plainly |
 | both, three times the updates | 120 by default |
 | OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
-| GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier |
+| GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier; also with three times the updates |
+| OPSD after GRPO | as where it is competent, three times the updates, from what the length penalty has left |
 | GRPO, truncated | recipes/small/rlvr.yaml with half of the tokens that RLVR needs as the limit (https://huggingface.co/papers/2510.15110) |
 | SFT on the shortest | TRL's SFT on the shortest correct rollout of each prompt that RLVR has kept |
 
@@ -63,6 +64,16 @@ ARMS = {
     ),
     "OPSD, sibling, second round": ("opsd", "opsd_sibling", {}),
     "GRPO, length penalty": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
+    "GRPO, length penalty, three times the updates": (
+        "rlvr",
+        "rlvr",
+        {"reward_funcs": ["math_reward", "length_reward"]},
+    ),
+    "OPSD after GRPO with the length penalty, three times the updates": (
+        "opsd",
+        "opsd_concise",
+        {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
+    ),
     "GRPO, truncated": ("rlvr", "rlvr", {}),
     "SFT on the shortest": ("sft", "", {}),
 }
@@ -115,6 +126,8 @@ def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int, problems: t
         )
     if arm == "OPSD, sibling, second round":
         options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps, problems)
+    if arm.startswith("OPSD after GRPO"):
+        options["model_name_or_path"] = checkpoint_of("GRPO, length penalty", seed, folder, max_steps, problems)
     if arm.endswith("three times the updates"):
         options["max_steps"] = 3 * max_steps
     if arm == "GRPO, truncated":
