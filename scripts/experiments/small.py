@@ -14,7 +14,7 @@ as many rollouts, by its recipe:
 | prompt-only | RLVR, asked to be concise |
 | OPSD, concise / solution / sibling | the teacher is asked to be concise / shown the reference solution / shown the shortest correct of eight rollouts |
 | OPSD, concise, where it is competent | the teacher is asked to be concise where it is then right in half of four rollouts, and else is asked plainly |
-| both, three times the updates | 120 by default |
+| both, three times the updates | 120 by default; also where all four rollouts are right |
 | OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
 | GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier; also with three times the updates |
 | OPSD after GRPO | as where it is competent, three times the updates, from what the length penalty has left |
@@ -23,17 +23,19 @@ as many rollouts, by its recipe:
 
 A run that the alarm ends is measured as it was then. Accuracy is sampled at temperature 1 on held-out problems, 200 of each
 family. The command goes on where it was, with what is in `--runs`. One results file for each seed,
-recipes/results/small/seed-<seed>.json (with `--hard` in small_hard), with the arms that are there, and the table from whatever
-files there are (`--report`: only that).
+recipes/results/small/seed-<seed>.json (with `--hard` in small_hard), with the arms that are there, another one with what training
+logged of its own rollouts on the way, and table and plot from whatever files there are (`--report`: only those).
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
+from scripts.harness.plots import plt, save
 from scripts.harness.results import RESULTS, ROOT, read, read_all, write_results, write_text
 from scripts.harness.stages import MEASURED, evaluate, log_of, train_arm, train_stage
 from scripts.harness.tables import markdown, spread
@@ -62,6 +64,11 @@ ARMS = {
         "opsd_concise",
         {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
     ),
+    "OPSD, concise, where it is always right, three times the updates": (
+        "opsd",
+        "opsd_concise",
+        {"teacher_gate": 1.0, "teacher_gate_rollouts": 4},
+    ),
     "OPSD, sibling, second round": ("opsd", "opsd_sibling", {}),
     "GRPO, length penalty": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
     "GRPO, length penalty, three times the updates": (
@@ -78,6 +85,21 @@ ARMS = {
     "SFT on the shortest": ("sft", "", {}),
 }
 CONFIG = SmallConfig()
+#: Arms that the plot shows
+SHOWN = (
+    "RLVR",
+    PROMPT_ONLY,
+    "OPSD, concise, where it is competent, three times the updates",
+    "OPSD, concise, where it is always right, three times the updates",
+    "OPSD, sibling",
+    "SFT on the shortest",
+    "GRPO, truncated",
+    "GRPO, length penalty",
+    "GRPO, length penalty, three times the updates",
+    "OPSD after GRPO with the length penalty, three times the updates",
+)
+#: Updates over which a curve of the plot is averaged
+SMOOTHED = 8
 #: Families that are asked, and the options of the warm start that say so
 POSED = (tuple(CONFIG.posed), {})
 HARD = (tuple(FAMILIES), {"posed": list(FAMILIES), "posed_difficulty": 3})
@@ -166,6 +188,67 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
     return [{**row, **trained} for row in rows]
 
 
+def curve(arm: str, seed: int, args: argparse.Namespace) -> list[dict]:
+    """What an arm logged of the rollouts that it was trained on: a row for each logged update."""
+    if ARMS[arm] is None or ARMS[arm][0] == "sft":
+        return []
+    folder, stage = Path(args.runs) / f"seed-{seed}", ARMS[arm][0]
+    checkpoint = checkpoint_of(arm, seed, folder, args.max_steps, HARD if args.hard else POSED)
+    return [
+        {
+            "arm": arm,
+            "step": row["step"],
+            "correct": row["rewards/math_reward/mean"],
+            "mean_tokens": row["completions/mean_length"],
+        }
+        for row in log_of(checkpoint, stage)
+    ]
+
+
+def plot() -> None:
+    """Writes accuracy_tokens.svg: the arms by family, a mark for each seed, and what training logged on the way."""
+    folder = RESULTS / "small"
+    seeds = read_all(folder)
+    families = tuple(dict.fromkeys(row["family"] for row in seeds[0]))
+    figure, axes = plt.subplots(2, 4, figsize=(17, 8))
+    panels = dict(zip(("all", *families), axes.flat, strict=False))
+    colors = {arm: f"C{index}" for index, arm in enumerate(SHOWN)}
+    for title, axis in panels.items():
+        for rows, marker in zip(seeds, "os^", strict=False):
+            for arm in SHOWN:
+                found = [row for row in rows if row["arm"] == arm and title in ("all", row["family"])]
+                if found:
+                    # Every family is asked as often, so their mean has the mean of their variances, by their number
+                    accuracy = statistics.mean(row["accuracy"] for row in found)
+                    variance = statistics.mean(row["accuracy"] * (1 - row["accuracy"]) / row["n"] for row in found)
+                    error = 1.96 * math.sqrt(variance / len(found))
+                    tokens = statistics.mean(row["mean_tokens"] for row in found)
+                    axis.errorbar(tokens, 100 * accuracy, 100 * error, fmt=marker, color=colors[arm], capsize=2)
+        taught = "" if title == "all" else ", short way taught" if title in CONFIG.taught else ", not taught"
+        axis.set(title=f"{title}{taught}", xlabel="tokens, sampled", ylabel="accuracy, sampled, %")
+    on_the_way, legend = axes.flat[-2:]
+    for rows in read_all(folder, "curves-seed-*.json"):
+        for arm in SHOWN:
+            found = [row for row in rows if row["arm"] == arm]
+            # The first rollouts are those of RLVR, and a batch alone says little
+            parts = [[row for row in found if (row["step"] - 1) // SMOOTHED == part] for part in range(len(found))]
+            means = [
+                [statistics.mean(row[field] for row in part) for field in ("mean_tokens", "correct")]
+                for part in parts
+                if part
+            ]
+            if means:
+                tokens, correct = zip(*means, strict=True)
+                on_the_way.plot(tokens, [100 * share for share in correct], ".-", color=colors[arm])
+    title = f"on the way: rollouts of {SMOOTHED} updates"
+    on_the_way.set(title=title, xlabel="tokens of training rollouts", ylabel="right, %")
+    legend.axis("off")
+    for arm in SHOWN:
+        legend.plot([], [], "o-", color=colors[arm], label=arm.replace(", three times", ",\nthree times"))
+    legend.legend(loc="center", fontsize=9)
+    save(figure, folder / "accuracy_tokens.svg", dpi=100)
+
+
 def table(folder: str = "small") -> str:
     """Every arm's mean over the seeds, with the lowest and the highest, on the families of each group."""
     seeds = read_all(RESULTS / folder)
@@ -203,20 +286,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=40, help="optimizer steps of an arm")
     parser.add_argument("--hard", action="store_true", help="ask all families at all difficulties")
     parser.add_argument("--runs", help="folder for the runs")
-    parser.add_argument("--report", action="store_true", help="only make the table")
+    parser.add_argument("--report", action="store_true", help="only make table and plot")
     args = parser.parse_args(argv)
     folder = "small_hard" if args.hard else "small"
     args.runs = args.runs or str(ROOT / "runs" / folder)
     if not args.report:
         for seed in args.seeds:
-            rows = []
+            rows, on_the_way = [], []
             for arm in args.arms:
                 rows += run(arm, seed, args)
+                on_the_way += curve(arm, seed, args)
                 found = [row for row in rows if row["arm"] == arm]
                 means = (statistics.mean(row[field] for row in found) for field in ("accuracy", "mean_tokens"))
                 print(seed, arm, found[0].get("steps"), *means, flush=True)
                 config = {"seed": seed, "max_steps": args.max_steps}
                 write_results(RESULTS / folder / f"seed-{seed}.json", rows, config)
+                write_results(RESULTS / folder / f"curves-seed-{seed}.json", on_the_way, config)
+    if not args.hard:  # of which there are more families than panels
+        plot()
     write_text(RESULTS / folder / "table.md", table(folder))
     print(table(folder))
 
