@@ -17,7 +17,7 @@ as many rollouts, by its recipe:
 | both, three times the updates | 120 by default; also where all four rollouts are right |
 | OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
 | GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier; also with three times the updates |
-| OPSD after GRPO | as where it is competent, three times the updates, from what the length penalty has left |
+| OPSD after GRPO, GRPO after OPSD | the one from what the other has left |
 | GRPO, truncated | recipes/small/rlvr.yaml with half of the tokens that RLVR needs as the limit (https://huggingface.co/papers/2510.15110) |
 | SFT on the shortest | TRL's SFT on the shortest correct rollout of each prompt that RLVR has kept |
 
@@ -45,6 +45,7 @@ from trl_opsd.small.task import CONCISE_TEMPLATE, SmallConfig
 
 RECIPES = "recipes/small"
 PROMPT_ONLY = "RLVR, asked to be concise (prompt-only)"
+COMPETENT = "OPSD, concise, where it is competent, three times the updates"
 #: Stage and recipe of each arm that is trained from the RLVR checkpoint, and its further options
 ARMS = {
     "warm start": None,
@@ -59,7 +60,7 @@ ARMS = {
         {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
     ),
     "OPSD, concise, three times the updates": ("opsd", "opsd_concise", {}),
-    "OPSD, concise, where it is competent, three times the updates": (
+    COMPETENT: (
         "opsd",
         "opsd_concise",
         {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
@@ -81,6 +82,7 @@ ARMS = {
         "opsd_concise",
         {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
     ),
+    "GRPO with the length penalty after OPSD": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
     "GRPO, truncated": ("rlvr", "rlvr", {}),
     "SFT on the shortest": ("sft", "", {}),
 }
@@ -89,7 +91,7 @@ CONFIG = SmallConfig()
 SHOWN = (
     "RLVR",
     PROMPT_ONLY,
-    "OPSD, concise, where it is competent, three times the updates",
+    COMPETENT,
     "OPSD, concise, where it is always right, three times the updates",
     "OPSD, sibling",
     "SFT on the shortest",
@@ -97,6 +99,7 @@ SHOWN = (
     "GRPO, length penalty",
     "GRPO, length penalty, three times the updates",
     "OPSD after GRPO with the length penalty, three times the updates",
+    "GRPO with the length penalty after OPSD",
 )
 #: Updates over which a curve of the plot is averaged
 SMOOTHED = 8
@@ -150,6 +153,8 @@ def checkpoint_of(arm: str, seed: int, folder: Path, max_steps: int, problems: t
         options["model_name_or_path"] = checkpoint_of("OPSD, sibling", seed, folder, max_steps, problems)
     if arm.startswith("OPSD after GRPO"):
         options["model_name_or_path"] = checkpoint_of("GRPO, length penalty", seed, folder, max_steps, problems)
+    if arm.endswith("after OPSD"):
+        options["model_name_or_path"] = checkpoint_of(COMPETENT, seed, folder, max_steps, problems)
     if arm.endswith("three times the updates"):
         options["max_steps"] = 3 * max_steps
     if arm == "GRPO, truncated":
