@@ -487,10 +487,19 @@ def test_what_is_not_as_good_has_not_its_final_name(exported, tmp_path, share, s
     status, said = exported("gguf:q4_k_m", "gguf:q8_0")
     assert status == expected, said
     assert names(tmp_path / "out") == {"gguf-q8_0", f"gguf-q4_k_m{suffix}", "results", "export.json"}
+
+    def recorded() -> dict[str, str]:
+        rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
+        return {row["artefact"]: row["answer"] for row in rows}
+
+    # A call that asks for something else leaves it in the record
+    assert exported("gguf:f32")[0] == 0 and recorded()["gguf-q4_k_m"] == suffix[1:]
+    shutil.rmtree(tmp_path / "out" / "gguf-f32")
     # mended, it takes its place
     FakeEngine.wrong = {}
     assert exported("gguf:q4_k_m")[0] == 0
     assert names(tmp_path / "out") == {"gguf-q8_0", "gguf-q4_k_m", "results", "export.json"}
+    assert recorded()["gguf-q4_k_m"] == "as good"
 
 
 @pytest.mark.parametrize(

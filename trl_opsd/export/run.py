@@ -142,14 +142,19 @@ class Exporter:
         self.done, self.missing = {}, []
         for artefact in ARTEFACTS:
             is_asked = artefact in export.artefacts
-            if (self.folder / artefact.name).exists():
-                try:
-                    self.done[artefact.name] = self._finished(artefact)
-                except UserError:
-                    if is_asked:
-                        raise
-            elif is_asked:
+            if is_asked and not (self.folder / artefact.name).exists():
                 self.missing.append(artefact)
+                continue
+            # What was worse before, and is not asked for again, stays in the record
+            for verdict in (Verdict.AS_GOOD, Verdict.WORSE, Verdict.UNDECIDED):
+                folder = self.folder / _folder_name(artefact, verdict)
+                if folder.exists():
+                    try:
+                        self.done[artefact.name] = self._finished(folder)
+                        break
+                    except UserError:
+                        if is_asked:
+                            raise
         text = config.get_text_config()
         odd = sorted({size for size in (text.hidden_size, text.intermediate_size) if size % _K_BLOCK})
         if odd and any(artefact.precision == "q4_k_m" for artefact in self.missing):
@@ -161,9 +166,8 @@ class Exporter:
         self._check_room()
         self.judge = Judge(job.config, self.jobs, self.folder / "results", export.margins)
 
-    def _finished(self, artefact: Artefact) -> dict[str, Any]:
+    def _finished(self, folder: Path) -> dict[str, Any]:
         """What came out of an artefact that is there, of this checkpoint and judged as is asked for."""
-        folder = self.folder / artefact.name
         found = read_provenance(folder)
         if found["checkpoint_hash"] != self.checkpoint.hash:
             raise UserError(
