@@ -174,9 +174,9 @@ def golds_table() -> str:
 
 
 def export_table() -> str:
-    """What three models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
+    """What models became in each format: size, accuracy where it was judged, greedy prefix, speed."""
     lines = []
-    for name in ("tiny", "small", "smollm2"):
+    for name in ("tiny", "small", "smollm2", "opsd-smollm2"):
         files = sorted((RESULTS / "export").glob(f"{name}*.json"))
         rows = list({row["artefact"]: row for file in files for row in read(file)}.values())
         whole = next(row["bytes"] for row in rows if row["artefact"] == "checkpoint")
@@ -193,6 +193,22 @@ def export_table() -> str:
             lines.append([*cells, {"measured": ""}.get(row["answer"], row["answer"])])
     heading = ["model", "artefact", "MB (of the checkpoint)", "accuracy greedy, % (95% interval)", "greedy prefix"]
     return markdown([*heading, "tokens/s", "verdict"], lines)
+
+
+def served_table() -> str:
+    """SmolLM2 before and after OPSD behind vLLM's server, in both orders."""
+    files = [RESULTS / "smollm2_after_rlvr" / f"served-{order}.json" for order in ("before-after", "after-before")]
+    runs = [{row["stage"]: row["serving"] for row in read(file)} for file in files]
+    lines = []
+    for index, load in enumerate(runs[0]["before"]):
+        for field, name in (("requests_per_s", "answers/s"), ("correct_per_s", "correct answers/s")):
+            values = {stage: [run[stage][index][field] for run in runs] for stage in ("before", "after")}
+            ratios = [after / before for before, after in zip(values["before"], values["after"], strict=True)]
+            cells = [", ".join(f"{value:.2f}" for value in values[stage]) for stage in ("before", "after")]
+            lines.append([f"{load['concurrency']}", name, *cells, ", ".join(f"{ratio:.1f}" for ratio in ratios)])
+        first = [f"{run[stage][index]['first_token_p50_s']:.2f}" for stage in ("before", "after") for run in runs]
+        lines.append([f"{load['concurrency']}", "first token, s", ", ".join(first[:2]), ", ".join(first[2:]), ""])
+    return markdown(["at a time", "", "before", "after", "times"], lines)
 
 
 def signs_picture() -> str:
@@ -213,6 +229,7 @@ def signs_picture() -> str:
 
 
 BLOCKS = {
+    "served": served_table,
     "export": export_table,
     "chain": chain_table,
     "size": size_table,
