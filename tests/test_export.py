@@ -500,6 +500,9 @@ def test_what_is_not_as_good_has_not_its_final_name(exported, tmp_path, share, s
     assert exported("gguf:q4_k_m")[0] == 0
     assert names(tmp_path / "out") == {"gguf-q8_0", "gguf-q4_k_m", "results", "export.json"}
     assert recorded()["gguf-q4_k_m"] == "as good"
+    # and what is there under its final name is what is recorded
+    shutil.copytree(tmp_path / "out" / "gguf-q8_0", tmp_path / "out" / f"gguf-q4_k_m{suffix}")
+    assert exported("gguf:q8_0")[0] == 0 and recorded()["gguf-q4_k_m"] == "as good"
 
 
 @pytest.mark.parametrize(

@@ -326,12 +326,25 @@ def test_an_interrupted_warm_start_goes_on_to_the_same_weights_and_leaves_what_t
     # After the last step there is nothing to go through on the way, and what is sampled is the same
     run("last", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
     assert len(drawn_from) == 3 * len(TEMPLATES) and len(set(drawn_from)) == len(TEMPLATES)
-    # With the problems of another seed nothing is gone on with, and those that are there stay
-    before = (tmp_path / "whole/data/train.jsonl").read_text()
+    # With the problems of another seed nothing is gone on with, or begun beside its checkpoints, and those that are there stay
+    data = tmp_path / "whole" / "data"
+    before = (data / "train.jsonl").read_text()
+    for changes in (
+        {"resume_from_checkpoint": halfway},
+        {},
+        {"resume_from_checkpoint": halfway, "output_dir": tmp_path / "new"},
+    ):
+        with pytest.raises(SystemExit):
+            run("whole", seed=7, **changes)
+        assert "train.jsonl` is not there, or has other problems than this run poses" in capsys.readouterr().err
+    assert (data / "train.jsonl").read_text() == before and not (tmp_path / "new").exists()
+    part = next((data / "by_task").iterdir())
+    kept = part.read_text()
+    part.unlink()
     with pytest.raises(SystemExit):
-        run("whole", resume_from_checkpoint=halfway, seed=7)
-    assert "train.jsonl` has other problems than this run poses" in capsys.readouterr().err
-    assert (tmp_path / "whole/data/train.jsonl").read_text() == before
+        run("whole", resume_from_checkpoint=halfway)
+    assert f"{part.name}` is not there" in capsys.readouterr().err
+    part.write_text(kept)
     first = AutoModelForCausalLM.from_pretrained(halfway).state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in whole.items())
 

@@ -541,7 +541,7 @@ def differences(alone: Path, continued: Path) -> list[str]:
     names = [{file.relative_to(folder) for p in patterns for file in folder.rglob(p)} for folder in (alone, continued)]
     # Checkpoints on the way, hashes of what has times in it, generations that are kept, and what a chain keeps for itself
     last = f"checkpoint-{OPSD['max_steps']}", f"checkpoint-{CASES['small'][1]['max_steps']}"
-    skipped = ("checkpoint-", "checksums.json", "cache", ".", "generations", "logs", "merged")
+    skipped = ("checkpoint-", "checksums.json", "cache", ".", "generations", "logs", "start")
     names = [
         {name for name in side if not any(part.startswith(skipped) and part not in last for part in name.parts)}
         for side in names

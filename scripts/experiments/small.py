@@ -28,6 +28,7 @@ logged of its own rollouts on the way, and table and plot from whatever files th
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -217,9 +218,9 @@ def plot() -> None:
     families = tuple(dict.fromkeys(row["family"] for row in seeds[0]))
     figure, axes = plt.subplots(2, 4, figsize=(17, 8))
     panels = dict(zip(("all", *families), axes.flat, strict=False))
-    colors = {arm: f"C{index}" for index, arm in enumerate(SHOWN)}
+    colors = dict(zip(SHOWN, [f"C{index}" for index in range(10)] + ["black"], strict=True))
     for title, axis in panels.items():
-        for rows, marker in zip(seeds, "os^", strict=False):
+        for rows, marker in zip(seeds, itertools.cycle("os^D"), strict=False):
             for arm in SHOWN:
                 found = [row for row in rows if row["arm"] == arm and title in ("all", row["family"])]
                 if found:
@@ -232,7 +233,7 @@ def plot() -> None:
         taught = "" if title == "all" else ", short way taught" if title in CONFIG.taught else ", not taught"
         axis.set(title=f"{title}{taught}", xlabel="tokens, sampled", ylabel="accuracy, sampled, %")
     on_the_way, legend = axes.flat[-2:]
-    for rows in read_all(folder, "curves-seed-*.json"):
+    for rows in map(read, sorted(folder.glob("curves-seed-*.json"))):  # of the seeds that have some
         for arm in SHOWN:
             found = [row for row in rows if row["arm"] == arm]
             # The first rollouts are those of RLVR, and a batch alone says little
@@ -307,9 +308,9 @@ def main(argv: list[str] | None = None) -> None:
                 config = {"seed": seed, "max_steps": args.max_steps}
                 write_results(RESULTS / folder / f"seed-{seed}.json", rows, config)
                 write_results(RESULTS / folder / f"curves-seed-{seed}.json", on_the_way, config)
+    write_text(RESULTS / folder / "table.md", table(folder))
     if not args.hard:  # of which there are more families than panels
         plot()
-    write_text(RESULTS / folder / "table.md", table(folder))
     print(table(folder))
 
 

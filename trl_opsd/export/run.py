@@ -144,8 +144,7 @@ class Exporter:
             is_asked = artefact in export.artefacts
             if is_asked and not (self.folder / artefact.name).exists():
                 self.missing.append(artefact)
-                continue
-            # What was worse before, and is not asked for again, stays in the record
+            # What was worse before stays in the record until it has been made again
             for verdict in (Verdict.AS_GOOD, Verdict.WORSE, Verdict.UNDECIDED):
                 folder = self.folder / _folder_name(artefact, verdict)
                 if folder.exists():
@@ -153,7 +152,7 @@ class Exporter:
                         self.done[artefact.name] = self._finished(folder)
                         break
                     except UserError:
-                        if is_asked:
+                        if is_asked and verdict is Verdict.AS_GOOD:
                             raise
         text = config.get_text_config()
         odd = sorted({size for size in (text.hidden_size, text.intermediate_size) if size % _K_BLOCK})

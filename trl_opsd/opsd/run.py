@@ -522,10 +522,10 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
             record_held_out(training_args.output_dir, held_out)
 
     # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
-    student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged/student")
+    student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/start/student")
     teacher = training_args.teacher_model_name_or_path
     if teacher is not None:
-        teacher = merged(teacher, f"{training_args.output_dir}/merged/teacher")
+        teacher = merged(teacher, f"{training_args.output_dir}/start/teacher")
     with user_errors():  # what is only found inside ends in a sentence too
         trainer = OPSDTrainer(
             model=student,

@@ -25,7 +25,7 @@ def run(config: PruneConfig) -> None:
         check_checkpoint(source, "model_name_or_path")
         if output.resolve() == Path(source).resolve():
             raise UserError("`output_dir` is the checkpoint that is to be pruned: give another folder.")
-        source = merged(source, f"{output}/merged")
+        source = merged(source, f"{output}/start")
         shape = ModelShape(AutoConfig.from_pretrained(source))
         if config.target_ratio is None:
             sizes = shape.explicit(**config.sizes())

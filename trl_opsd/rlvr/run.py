@@ -101,7 +101,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         if training_args.process_index == 0:
             record_held_out(training_args.output_dir, held_out)
 
-    model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/merged")
+    model = merged(model_args.model_name_or_path, f"{training_args.output_dir}/start")
     bank = Path(training_args.output_dir) / "bank"
     with user_errors():  # as the trainer does, and before a model is loaded
         if training_args.bank_rollouts_per_prompt and read_writer(bank) is not None:

@@ -137,12 +137,14 @@ def check(config: SmallConfig, args: SFTConfig, model_args: ModelConfig) -> str 
         raise ValueError(
             f"`resume_from_checkpoint`: `{resume_from}` has an adapter: give `--use_peft` and its options again."
         )
-    for name, text in files.items() if resume_from is not None else ():
-        path = Path(args.output_dir, "data", name)
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
+    # Checkpoints of other problems are neither gone on with nor left for another call to go on with
+    begun = [] if resume_from is None else [Path(resume_from).parent]
+    begun += [Path(args.output_dir)] if any(Path(args.output_dir).glob("checkpoint-*")) else []
+    for path, text in ((folder / "data" / name, text) for folder in begun for name, text in files.items()):
+        if not path.is_file() or path.read_bytes() != text.encode():
             raise ValueError(
-                f"`output_dir`: `{path}` has other problems than this run poses: give the seed and the options of the problems "
-                "that it was begun with, or choose another folder."
+                f"`output_dir`: `{path}` is not there, or has other problems than this run poses: give the seed and the "
+                "options of the problems that its checkpoints were begun with, or choose another folder."
             )
     kept = [Path(args.output_dir, name) for name in ("config.json", "adapter_config.json")]
     if resume_from is None and any(path.exists() for path in kept):
@@ -214,7 +216,7 @@ def warm_start(
         tokenizer = tokenizer_of(config)
         model = make_model(config, tokenizer, args.seed, MAX_LENGTH)
     else:
-        path = merged(model_args.model_name_or_path, str(output_dir / "merged"))
+        path = merged(model_args.model_name_or_path, str(output_dir / "start"))
         tokenizer = load_tokenizer(path, model_args.model_revision, args.trust_remote_code)
         tokenizer.padding_side = "left"  # of the prompts of a measurement
         model = AutoModelForCausalLM.from_pretrained(

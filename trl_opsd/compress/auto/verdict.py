@@ -80,7 +80,7 @@ def place(root: Path, folder: str) -> None:
     """Copies a model to `compressed`, whole or not at all."""
     final, staging = root / "compressed", root / ".compressed.tmp"
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "merged"))
+    shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("checkpoint-*", "runs", "start"))
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
 
