@@ -197,7 +197,7 @@ def export_table() -> str:
 
 def served_table() -> str:
     """SmolLM2 before and after OPSD behind vLLM's server, in both orders."""
-    files = [RESULTS / "smollm2_after_rlvr" / f"served-{order}.json" for order in ("before-after", "after-before")]
+    files = [RESULTS / "smollm2_cpu" / f"served-{order}.json" for order in ("before-after", "after-before")]
     runs = [{row["stage"]: row["serving"] for row in read(file)} for file in files]
     lines = []
     for index, load in enumerate(runs[0]["before"]):

@@ -81,6 +81,16 @@ ELSEWHERE = {
     "--concurrency 1 8 64 --serving_requests 128 --output runs/served/results.json": (
         "tests/test_evaluate_runs.py::TestStartedServer, and in the tier of vLLM tests/test_evaluate_vllm.py"
     ),
+    "python -m trl_opsd.evaluate --config recipes/small/evaluate.yaml --backend server --dtype bfloat16 --max_samples 64 "
+    "--checkpoints before=runs/smollm2-cpu/rlvr/start after=runs/smollm2-cpu/export/safetensors-bfloat16 --dataset_name "
+    "runs/smollm2-cpu/sft/data --max_completion_length 256 --concurrency 1 8 64 --serving_requests 64 --vllm_kwargs "
+    """'{"gpu_memory_utilization": 0.2, "max_model_len": 1024}' --output runs/smollm2-cpu/served.json""": (
+        "tests/test_evaluate_runs.py::TestStartedServer, the same"
+    ),
+    "python -m trl_opsd.export --formats safetensors openvino onnx gguf w8a8 w4a16 --model_name_or_path runs/smollm2-cpu/opsd "
+    "--dataset_name runs/smollm2-cpu/sft/data --dataset_split test --task sums-equations --reward_funcs math_reward "
+    "--max_completion_length 256 --margin 0.03 --licence apache-2.0 --bank runs/smollm2-cpu/bank --output_dir "
+    "runs/smollm2-cpu/export": "tests/test_export.py, slow: the same",
     "python -m trl_opsd.small --config recipes/small/sft.yaml": "tests/test_small.py, two steps of it; the whole takes hours",
     "python -m trl_opsd.plan --config recipes/opsd.yaml": "tests/test_plan.py, with configurations that are built",
     "python -m trl_opsd.plan --config recipes/opsd.yaml --model_name_or_path Qwen/Qwen3-8B --accelerate_config "
