@@ -87,7 +87,7 @@ ELSEWHERE = {
     """'{"gpu_memory_utilization": 0.2, "max_model_len": 1024}' --output runs/smollm2-cpu/served.json""": (
         "tests/test_evaluate_runs.py::TestStartedServer, the same"
     ),
-    "python -m trl_opsd.export --formats safetensors openvino onnx gguf w8a8 w4a16 --model_name_or_path runs/smollm2-cpu/opsd "
+    "python -m trl_opsd.export --formats safetensors openvino onnx gguf w8a8 fp8 w4a16 --model_name_or_path runs/smollm2-cpu/opsd "
     "--dataset_name runs/smollm2-cpu/sft/data --dataset_split test --task sums-equations --reward_funcs math_reward "
     "--max_completion_length 256 --margin 0.03 --licence apache-2.0 --bank runs/smollm2-cpu/bank --output_dir "
     "runs/smollm2-cpu/export": "tests/test_export.py, slow: the same",
