@@ -47,6 +47,9 @@ from trl_opsd.small.task import CONCISE_TEMPLATE, SmallConfig
 RECIPES = "recipes/small"
 PROMPT_ONLY = "RLVR, asked to be concise (prompt-only)"
 COMPETENT = "OPSD, concise, where it is competent, three times the updates"
+#: What arms have in common: a teacher's gate, and a reward of being short
+GATED = ("opsd", "opsd_concise", {"teacher_gate": 0.5, "teacher_gate_rollouts": 4})
+PENALISED = ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]})
 #: Stage and recipe of each arm that is trained from the RLVR checkpoint, and its further options
 ARMS = {
     "warm start": None,
@@ -55,35 +58,19 @@ ARMS = {
     "OPSD, concise": ("opsd", "opsd_concise", {}),
     "OPSD, solution": ("opsd", "opsd_solution", {}),
     "OPSD, sibling": ("opsd", "opsd_sibling", {}),
-    "OPSD, concise, where it is competent": (
-        "opsd",
-        "opsd_concise",
-        {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
-    ),
+    "OPSD, concise, where it is competent": GATED,
     "OPSD, concise, three times the updates": ("opsd", "opsd_concise", {}),
-    COMPETENT: (
-        "opsd",
-        "opsd_concise",
-        {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
-    ),
+    COMPETENT: GATED,
     "OPSD, concise, where it is always right, three times the updates": (
         "opsd",
         "opsd_concise",
         {"teacher_gate": 1.0, "teacher_gate_rollouts": 4},
     ),
     "OPSD, sibling, second round": ("opsd", "opsd_sibling", {}),
-    "GRPO, length penalty": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
-    "GRPO, length penalty, three times the updates": (
-        "rlvr",
-        "rlvr",
-        {"reward_funcs": ["math_reward", "length_reward"]},
-    ),
-    "OPSD after GRPO with the length penalty, three times the updates": (
-        "opsd",
-        "opsd_concise",
-        {"teacher_gate": 0.5, "teacher_gate_rollouts": 4},
-    ),
-    "GRPO with the length penalty after OPSD": ("rlvr", "rlvr", {"reward_funcs": ["math_reward", "length_reward"]}),
+    "GRPO, length penalty": PENALISED,
+    "GRPO, length penalty, three times the updates": PENALISED,
+    "OPSD after GRPO with the length penalty, three times the updates": GATED,
+    "GRPO with the length penalty after OPSD": PENALISED,
     "GRPO, truncated": ("rlvr", "rlvr", {}),
     "SFT on the shortest": ("sft", "", {}),
 }
