@@ -808,30 +808,55 @@ def test_a_converter_that_reads_it_wrongly_is_found_out(small_llama, tmp_path, f
     assert (found == "") == (damage == "nothing"), found
 
 
+@pytest.fixture(scope="module")
+def sure_llama(small_llama, tmp_path_factory):
+    """
+    Such a Llama, which knows twelve answers by heart, and their problems. Of random weights the two likeliest tokens can be as
+    near as two engines' roundings are, and then equal conversions write different texts.
+    """
+    path = tmp_path_factory.mktemp("sure") / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(small_llama[0])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(small_llama[0], initializer_range=0.1))
+    rows = [{"prompt": [{"role": "user", "content": f"{a}+{a}"}], "answer": str(2 * a)} for a in range(12)]
+    ids = []
+    for a, row in enumerate(rows):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        answer = tokenizer(f"Twice {a}: {a} + {a} = {2 * a}, so \\boxed{{{2 * a}}}{tokenizer.eos_token}")["input_ids"]
+        ids.append((prompt, answer))
+    width = max(len(prompt) + len(answer) for prompt, answer in ids)
+    inputs, labels = torch.full((len(ids), width), tokenizer.eos_token_id), torch.full((len(ids), width), -100)
+    for index, (prompt, answer) in enumerate(ids):  # padded on the right, where a causal model does not look
+        inputs[index, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[index, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = model(input_ids=inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02, f"{loss} nats a token: it does not know them by heart"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path), rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("formats", ["gguf", "openvino", "onnx", "w8a8 fp8 w4a16", "tensorrt-llm"])
-def test_what_converters_make_is_what_it_was(small_llama, tmp_path, formats):
-    """The whole command, on a model that is right next to never: what is judged here is the conversion alone."""
-    folder = str(small_llama[0])
-    rows = [{"prompt": [{"role": "user", "content": f"{a}+{a}"}], "answer": str(2 * a)} for a in range(24)]
+def test_what_converters_make_is_what_it_was(sure_llama, tmp_path, formats):
+    """The whole command."""
+    folder, rows = sure_llama
     arguments = ["--formats", *formats.split(), "--dataset_name", world.write_rows(tmp_path / "test.jsonl", rows)]
-    arguments += [
-        "--model_name_or_path",
-        folder,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_completion_length",
-        "16",
-    ]
-    arguments += ["--bank", str(bank_of(folder, tmp_path / "bank"))]
+    arguments += ["--model_name_or_path", folder, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--max_completion_length", "32", "--bank", str(bank_of(folder, tmp_path / "bank"))]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    assert ended.value.code in (0, 3)  # nothing to lose, so that what is quantised stays undecided
+    assert ended.value.code in (0, 3)  # twelve problems leave what is quantised undecided, or show that it is worse
     rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
     names = ["checkpoint", *(artefact.name for artefact in parse_formats(formats.split()))]
     assert [row["artefact"] for row in rows] == names
+    assert rows[0]["accuracy"] == 1
     for row in rows[1:]:
         if "32" in row["artefact"]:
             assert row["answer"] == "identical" and row["prefix"] == 1
-        # of random weights, four bits may leave not one token as it was
         assert 0 <= row["prefix"] <= 1 and row["bytes"] > 0

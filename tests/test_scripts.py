@@ -183,7 +183,7 @@ def test_the_gpu_command_runs_up_to_the_gpu(in_this_process, tmp_path, monkeypat
     gpu = in_this_process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     gpu.main(["--device", "cpu", "--output_dir", str(tmp_path)])
-    loss, steps = (json.loads((tmp_path / f"{kind}-cpu.json").read_text()) for kind in ("loss", "step"))
+    loss, steps = (json.loads((tmp_path / f"{kind}-cpu.json").read_text()) for kind in ("loss", "step-tiny"))
     found = {(row["backend"], row["kl_clip"]): row for row in loss["rows"]}
     assert set(found) == {("products", None), ("fused", 1e-4), ("fused", None), ("chunked", None), ("liger", None)}
     for row in loss["rows"]:
@@ -211,11 +211,11 @@ def test_the_gpu_command_says_what_it_did_not_measure(in_this_process, tmp_path,
     monkeypatch.setattr(gpu, "measure_loss", lambda *args: [])
     gpu.main(["--device", "cpu", "--output_dir", str(tmp_path)])
     assert "| TRL Distillation | out of memory |" in gpu.step_table(
-        json.loads((tmp_path / "step-cpu.json").read_text())["rows"]
+        json.loads((tmp_path / "step-tiny-cpu.json").read_text())["rows"]
     )
     gpu.main(["--device", "cpu", "--output_dir", str(tmp_path), "--seconds", "-1"])
     assert "| TRL Distillation | out of time |" in gpu.step_table(
-        json.loads((tmp_path / "step-cpu.json").read_text())["rows"]
+        json.loads((tmp_path / "step-tiny-cpu.json").read_text())["rows"]
     )
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):

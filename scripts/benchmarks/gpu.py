@@ -6,7 +6,7 @@ What one GPU says, in minutes: the loss beside TRL's and Liger's, and a training
 
 The weights are random, nothing is fetched, and no engine takes part. The pieces are scripts/benchmarks/divergence.py and
 step.py, which measure more. What is not begun within `--seconds` is listed as out of time, and what does not fit, as out
-of memory. Results go to recipes/results/gpu/loss-<device>.json and step-<device>.json, with device and versions.
+of memory. Results go to recipes/results/gpu/loss-<device>.json and step-<model>-<device>.json, with device and versions.
 """
 
 import argparse
@@ -68,16 +68,13 @@ def measure_loss(args: argparse.Namespace, size: dict) -> list[dict]:
     return rows
 
 
-def measure_step(args: argparse.Namespace, sizes: dict, deadline: float) -> list[dict]:
-    """Rows of [`step`], of each size."""
-    rows = []
-    for name, size in sizes.items():
-        with tempfile.TemporaryDirectory() as folder:
-            if time.monotonic() < deadline:
-                run_alone(step.checkpoints, size, args.device, folder)
-            found = step.measure(ARMS, size, args.device, args.per_device, 0, folder=folder, deadline=deadline)
-        rows += [{"size": name, **row} for row in found]
-    return rows
+def measure_step(args: argparse.Namespace, name: str, size: dict, deadline: float) -> list[dict]:
+    """Rows of [`step`], of one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        if time.monotonic() < deadline:
+            run_alone(step.checkpoints, size, args.device, folder)
+        rows = step.measure(args.arms, size, args.device, args.per_device, 0, folder=folder, deadline=deadline)
+    return [{"size": name, **row} for row in rows]
 
 
 def loss_table(rows: list[dict]) -> str:
@@ -115,10 +112,10 @@ def table() -> str:
     for path in sorted((RESULTS / "gpu").glob("loss-*.json")):
         device = path.stem.removeprefix("loss-")
         blocks.append(f"On {device}:\n\n{loss_table(json.loads(path.read_text())['rows'])}")
-        steps = path.with_name(f"step-{device}.json")
+        steps = sorted(path.parent.glob(f"step-*-{device}.json"))
         blocks.append(
-            step_table(json.loads(steps.read_text())["rows"])
-            if steps.is_file()
+            step_table([row for step_path in steps for row in json.loads(step_path.read_text())["rows"]])
+            if steps
             else "The step beside TRL's trainers was not measured: the time on that machine was up."
         )
     return "\n\n".join(blocks) or (
@@ -134,13 +131,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["loss", "step"], default=["loss", "step"], help="what to measure"
     )
+    parser.add_argument("--models", nargs="+", help="whose step to measure (all: 0.6B and 1.7B)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="of the step")
     parser.add_argument("--per_device", type=int, default=2, help="rollouts of a micro-batch without a budget")
     parser.add_argument("--seconds", type=float, default=330, help="after these nothing more is begun")
     parser.add_argument("--output_dir", type=Path, default=RESULTS / "gpu")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU: run it on one, or with `--device cpu` to see that it runs.")
-    size, deadline = SIZES[args.device], time.monotonic() + args.seconds
+    size = SIZES[args.device]
+    models = list(size["step"]) if args.models is None else args.models
+    if missing := set(models) - set(size["step"]):
+        parser.error(f"--models: there is no {', '.join(sorted(missing))}, take of {', '.join(size['step'])}.")
+    deadline = time.monotonic() + args.seconds
     device = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     common = {"device": args.device, "seed": 0}
 
@@ -156,11 +159,13 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     if "step" in args.parts:
-        rows = measure_step(args, size["step"], deadline)
-        # Beside the share of the peak, what the peak was taken to be
-        config = common | {"per_device": args.per_device, "sizes": size["step"], "peak_flops": step.ASSUMED["peak"]}
-        write_results(args.output_dir / f"step-{device}.json", rows, config)
-        print(f"\n{step_table(rows)}\n")
+        for name in models:
+            rows = measure_step(args, name, size["step"][name], deadline)
+            # Beside the share of the peak, what the peak was taken to be
+            config = common | {"per_device": args.per_device, "sizes": {name: size["step"][name]}}
+            config["peak_flops"] = step.ASSUMED["peak"]
+            write_results(args.output_dir / f"step-{name}-{device}.json", rows, config)
+            print(f"\n{step_table(rows)}\n", flush=True)
     print(args.output_dir)
 
 
