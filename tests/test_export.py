@@ -389,10 +389,14 @@ def test_what_is_as_good_is_there_with_all_that_travels(exported, tmp_path, capl
     world.save_checkpoint(tmp_path / "other", seed=1)
     AutoTokenizer.from_pretrained(tmp_path / "checkpoint").save_pretrained(tmp_path / "other")
     status, said = exported("gguf", model_name_or_path=tmp_path / "other")
-    assert status == 2 and "gguf-f32` was made of another checkpoint" in said
+    assert status == 2 and "was made of another checkpoint" in said
+    # nor beside it, where its summary would leave that out
+    shutil.rmtree(out / "gguf-f32")
+    status, said = exported("gguf:f32", model_name_or_path=tmp_path / "other")
+    assert status == 2 and "was made of another checkpoint" in said and not (out / "gguf-f32").exists()
 
 
-def test_what_was_judged_otherwise_is_not_taken_for_done(exported, tmp_path):
+def test_what_was_judged_otherwise_is_not_taken_for_done(exported, tmp_path, caplog):
     assert exported("gguf:f32", "gguf:q8_0")[0] == 0
     assert exported("gguf:f32", "gguf:q8_0")[0] == 0
     status, said = exported("gguf:q8_0", margin=0.5)
@@ -407,6 +411,9 @@ def test_what_was_judged_otherwise_is_not_taken_for_done(exported, tmp_path):
     assert [row["artefact"] for row in rows] == ["checkpoint", "safetensors-bfloat16", "gguf-f32", "gguf-q8_0"]
     # what writes the same tokens needs no verdict
     assert exported("gguf:f32", margin=0.5)[0] == 0
+    assert "gguf-q8_0` was judged on other problems, or by another margin" in caplog.text
+    rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
+    assert "gguf-q8_0" not in [row["artefact"] for row in rows]
 
 
 def test_what_was_moved_away_is_left_alone(exported, tmp_path):

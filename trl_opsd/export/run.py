@@ -148,12 +148,15 @@ class Exporter:
             for verdict in (Verdict.AS_GOOD, Verdict.WORSE, Verdict.UNDECIDED):
                 folder = self.folder / _folder_name(artefact, verdict)
                 if folder.exists():
-                    try:
-                        self.done[artefact.name] = self._finished(folder)
+                    found = self._found(folder)
+                    if found["check"]["answer"] == "identical" or found.get("judged_on") == self.judged_on:
+                        self.done[artefact.name] = found["check"]
                         break
-                    except UserError:
-                        if is_asked and verdict is Verdict.AS_GOOD:
-                            raise
+                    judged = f"`{folder}` was judged on other problems, or by another margin, than those asked for"
+                    if not is_asked:
+                        logger.warning(f"{judged}: it is not in what this command writes to export.json.")
+                    elif verdict is Verdict.AS_GOOD:
+                        raise UserError(f"{judged}: move it away, or give another `output_dir`.")
         text = config.get_text_config()
         odd = sorted({size for size in (text.hidden_size, text.intermediate_size) if size % _K_BLOCK})
         if odd and any(artefact.precision == "q4_k_m" for artefact in self.missing):
@@ -165,20 +168,15 @@ class Exporter:
         self._check_room()
         self.judge = Judge(job.config, self.jobs, self.folder / "results", export.margins)
 
-    def _finished(self, folder: Path) -> dict[str, Any]:
-        """What came out of an artefact that is there, of this checkpoint and judged as is asked for."""
+    def _found(self, folder: Path) -> dict[str, Any]:
+        """What an artefact that is there says of itself, which has to be of this checkpoint."""
         found = read_provenance(folder)
         if found["checkpoint_hash"] != self.checkpoint.hash:
             raise UserError(
                 f"`{folder}` was made of another checkpoint (`{found['checkpoint']}`): move it away, or give another "
                 "`output_dir`."
             )
-        if found["check"]["answer"] != "identical" and found.get("judged_on") != self.judged_on:
-            raise UserError(
-                f"`{folder}` was judged on other problems, or by another margin, than those asked for: move it away, or give "
-                "another `output_dir`."
-            )
-        return found["check"]
+        return found
 
     def run(self) -> list[dict[str, Any]]:
         """
