@@ -222,6 +222,40 @@ def test_the_gpu_command_says_what_it_did_not_measure(in_this_process, tmp_path,
             gpu.main([])
 
 
+def test_where_each_arm_of_the_small_reasoner_starts(tmp_path, monkeypatch):
+    from scripts.experiments import small
+
+    started = {}
+
+    def train(module, recipe, folder, **options):
+        started[folder.name] = options
+        return folder
+
+    monkeypatch.setattr(small, "train_stage", train)
+    monkeypatch.setattr(small, "train_arm", train)
+    monkeypatch.setattr(small, "shortest", lambda rlvr, output: output)
+    monkeypatch.setattr(small, "measure", lambda arm, checkpoint, *args: [{"mean_tokens": 100}])
+    for arm in small.ARMS:
+        small.checkpoint_of(arm, 0, tmp_path, 40, small.POSED)
+    sft, rlvr = tmp_path / "sft", tmp_path / "rlvr"
+    others = {
+        "rlvr": sft,
+        small.name_of("OPSD, sibling, second round"): tmp_path / small.name_of("OPSD, sibling"),
+        small.name_of("OPSD after GRPO with the length penalty, three times the updates"): (
+            tmp_path / small.name_of("GRPO, length penalty")
+        ),
+        small.name_of("GRPO with the length penalty after OPSD"): tmp_path / small.name_of(small.COMPETENT),
+    }
+    trained = [small.name_of(arm) for arm, how in small.ARMS.items() if how is not None]
+    assert {name: started[name]["model_name_or_path"] for name in ["rlvr", *trained]} == {
+        name: others.get(name, rlvr) for name in ["rlvr", *trained]
+    }
+    longer = {name for name in trained if started[name]["max_steps"] == 120}
+    assert longer == {name for name in trained if "three_times_the_updates" in name}
+    assert started[small.name_of("GRPO, truncated")]["max_completion_length"] == 50
+    assert "model_name_or_path" not in started["sft"]
+
+
 def test_what_is_timed_without_a_mask_is_the_same_as_with_one():
     from argparse import Namespace
 
