@@ -501,6 +501,15 @@ def test_what_is_not_as_good_has_not_its_final_name(exported, tmp_path, share, s
 
     # A call that asks for something else leaves it in the record
     assert exported("gguf:f32")[0] == 0 and recorded()["gguf-q4_k_m"] == suffix[1:]
+    # and one of another checkpoint does not go beside it
+    world.save_checkpoint(tmp_path / "other", seed=1)
+    AutoTokenizer.from_pretrained(tmp_path / "checkpoint").save_pretrained(tmp_path / "other")
+    for folder in ("gguf-f32", "gguf-q8_0"):
+        (tmp_path / "out" / folder).rename(tmp_path / folder)
+    status, said = exported("gguf:f32", model_name_or_path=tmp_path / "other")
+    assert status == 2 and f"gguf-q4_k_m{suffix}` was made of another checkpoint" in said
+    for folder in ("gguf-f32", "gguf-q8_0"):
+        (tmp_path / folder).rename(tmp_path / "out" / folder)
     shutil.rmtree(tmp_path / "out" / "gguf-f32")
     # mended, it takes its place
     FakeEngine.wrong = {}
@@ -858,7 +867,11 @@ def test_what_converters_make_is_what_it_was(sure_llama, tmp_path, formats):
     arguments += ["--max_completion_length", "32", "--bank", str(bank_of(folder, tmp_path / "bank"))]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    assert ended.value.code in (0, 3)  # twelve problems leave what is quantised undecided, or show that it is worse
+    assert ended.value.code in (
+        0,
+        1,
+        3,
+    )  # of twelve problems, what is quantised may lose some, and is undecided or worse
     rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
     names = ["checkpoint", *(artefact.name for artefact in parse_formats(formats.split()))]
     assert [row["artefact"] for row in rows] == names
@@ -866,4 +879,4 @@ def test_what_converters_make_is_what_it_was(sure_llama, tmp_path, formats):
     for row in rows[1:]:
         if "32" in row["artefact"]:
             assert row["answer"] == "identical" and row["prefix"] == 1
-        assert 0 <= row["prefix"] <= 1 and row["bytes"] > 0
+        assert row["answer"] != "failed" and row["bytes"] > 0

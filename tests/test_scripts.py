@@ -228,7 +228,7 @@ def test_where_each_arm_of_the_small_reasoner_starts(tmp_path, monkeypatch):
     started = {}
 
     def train(module, recipe, folder, **options):
-        started[folder.name] = options
+        started[folder.name] = {"how": (module.removeprefix("trl_opsd."), Path(recipe).stem), **options}
         return folder
 
     monkeypatch.setattr(small, "train_stage", train)
@@ -250,6 +250,16 @@ def test_where_each_arm_of_the_small_reasoner_starts(tmp_path, monkeypatch):
     assert {name: started[name]["model_name_or_path"] for name in ["rlvr", *trained]} == {
         name: others.get(name, rlvr) for name in ["rlvr", *trained]
     }
+    how = {small.name_of(arm): how for arm, how in small.ARMS.items() if how is not None}
+    for name, (stage, recipe, options) in how.items():
+        if stage != "sft":
+            assert started[name]["how"] == (stage, recipe) and options.items() <= started[name].items()
+    assert {recipe for name, (_, recipe, _) in how.items() if "solution" in name} == {"opsd_solution"}
+    assert {recipe for name, (_, recipe, _) in how.items() if "sibling" in name} == {"opsd_sibling"}
+    assert {recipe for name, (_, recipe, _) in how.items() if "concise" in name} == {"opsd_concise"}
+    assert all(
+        "length_reward" in options["reward_funcs"] for name, (*_, options) in how.items() if "GRPO__length" in name
+    )
     longer = {name for name in trained if started[name]["max_steps"] == 120}
     assert longer == {name for name in trained if "three_times_the_updates" in name}
     assert started[small.name_of("GRPO, truncated")]["max_completion_length"] == 50

@@ -73,7 +73,7 @@ def measure_step(args: argparse.Namespace, name: str, size: dict, deadline: floa
     with tempfile.TemporaryDirectory() as folder:
         if time.monotonic() < deadline:
             run_alone(step.checkpoints, size, args.device, folder)
-        rows = step.measure(args.arms, size, args.device, args.per_device, 0, folder=folder, deadline=deadline)
+        rows = step.measure(ARMS, size, args.device, args.per_device, 0, folder=folder, deadline=deadline)
     return [{"size": name, **row} for row in rows]
 
 
@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["loss", "step"], default=["loss", "step"], help="what to measure"
     )
-    parser.add_argument("--models", nargs="+", help="whose step to measure (all: 0.6B and 1.7B)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="of the step")
+    parser.add_argument(
+        "--models", nargs="+", help="whose step to measure (on a GPU of 0.6B and 1.7B, all by default)"
+    )
     parser.add_argument("--per_device", type=int, default=2, help="rollouts of a micro-batch without a budget")
     parser.add_argument("--seconds", type=float, default=330, help="after these nothing more is begun")
     parser.add_argument("--output_dir", type=Path, default=RESULTS / "gpu")

@@ -14,7 +14,7 @@ as many rollouts, by its recipe:
 | prompt-only | RLVR, asked to be concise |
 | OPSD, concise / solution / sibling | the teacher is asked to be concise / shown the reference solution / shown the shortest correct of eight rollouts |
 | OPSD, concise, where it is competent | the teacher is asked to be concise where it is then right in half of four rollouts, and else is asked plainly |
-| these, three times the updates | 120 by default; also where all four rollouts are right |
+| OPSD, concise, solution, where it is competent, three times the updates | 120 by default; also where all four rollouts are right |
 | OPSD, sibling, second round | the same again from what the first round has left, which is the teacher too |
 | GRPO, length penalty | recipes/small/rlvr.yaml with `length_reward` beside the verifier; also with three times the updates |
 | OPSD after GRPO, GRPO after OPSD | the one from what the other has left |
