@@ -450,3 +450,10 @@ class TestErrors:
         with pytest.raises(UserError, match=f"split `train` of `{hub_id}` cannot be loaded from the Hub") as info:
             load_prompts(name)
         assert "or give the path of a local file" in str(info.value)
+
+    def test_name_misspelt(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        with pytest.raises(UserError, match=r"check the name \(did you mean `gsm8k`\?\)"):
+            load_prompts("gsm9k")

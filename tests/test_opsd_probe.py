@@ -138,3 +138,10 @@ def test_probe_only_from_the_command_line(tmp_path, checkpoint, rows, capsys):
     assert "probe, student:" in out and "nats per token (by quarter of the trace:" in out
     assert (tmp_path / "out" / "probe.json").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
+
+    # What trains another model into that folder without a probe leaves none that speaks of this one
+    options |= {"probe_only": False, "probe_prompts": 0, "gate": "all", "max_steps": 1, "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not [*(tmp_path / "out").glob("probe.*")]

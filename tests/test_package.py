@@ -58,6 +58,17 @@ def test_what_is_too_old_ends_in_one_sentence(of):
     assert result.returncode == 2 and re.fullmatch(sentence, result.stderr), result.stderr
 
 
+def test_a_python_without_trl_ends_in_one_sentence():
+    code = "import importlib.metadata as metadata, sys\nown = metadata.version\n"
+    code += "def version(name):\n    if name == 'trl':\n        raise metadata.PackageNotFoundError(name)\n    return own(name)\n"
+    code += "metadata.version = version\nsys.argv = ['-m', '--help']\nimport trl_opsd.opsd.__main__"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    sentence = (
+        r"error: trl-opsd \S+ overrides private methods of TRL \S+, and `\S+` has no TRL: is that the Python of .*\n"
+    )
+    assert result.returncode == 2 and re.fullmatch(sentence, result.stderr), result.stderr
+
+
 @pytest.mark.parametrize("of", ["trl", "transformers", "accelerate"])
 def test_the_ranges_are_those_of_the_metadata(of):
     (declared,) = [line for line in importlib.metadata.requires("trl-opsd") if re.match(rf"{of}\b(?!-)", line)]

@@ -1,7 +1,7 @@
 """trl-opsd: the stage after RL. On-policy (self-)distillation as compression of reasoning models, on TRL."""
 
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
@@ -14,12 +14,17 @@ _SUPPORTED = {"trl": ">=1.16,<1.17", "transformers": ">=5.17", "accelerate": ">=
 _NAMES = {"trl": ("overrides private methods of TRL", "TRL")}
 
 for _package, _range in _SUPPORTED.items():
-    if SpecifierSet(_range).contains(version(_package), prereleases=True):
+    try:
+        _found = version(_package)
+    except PackageNotFoundError:
+        _found = None
+    if _found is not None and SpecifierSet(_range).contains(_found, prereleases=True):
         continue
     _needs, _name = _NAMES.get(_package, (f"needs {_package}", _package))
-    _message = (
-        f"trl-opsd {__version__} {_needs} {_range}, and {_name} {version(_package)} is installed: run "
-        f"`pip install '{_package}{_range}'`."
+    _message = f"trl-opsd {__version__} {_needs} {_range}, and " + (
+        f"`{sys.executable}` has no {_name}: is that the Python of your environment?"
+        if _found is None
+        else f"{_name} {_found} is installed: run `pip install '{_package}{_range}'`."
     )
     if sys.argv[0] == "-m":  # a command line, whose package is imported first
         sys.stderr.write(f"error: {_message}\n")

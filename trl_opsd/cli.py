@@ -209,7 +209,9 @@ class Parser(TrlParser):
             return
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
-            raise UserError(f"`{name}` belongs to no option: give it as `--name {name}`, or see --help for the names.")
+            raise UserError(
+                f"`{name}` belongs to no option: the one before it takes no more values, or its name, `--NAME {name}`, is missing."
+            )
         known = [option[2:] for action in self._actions for option in action.option_strings]
         raise UserError(f"Unknown option `{name}`: {did_you_mean(name.lstrip('-'), [*known, 'config'], '--')}")
 
@@ -408,6 +410,26 @@ def check_checkpoint(
             f"`{field}`: there is no checkpoint at `{name_or_path}`: it is neither a folder with a config.json nor a "
             f"model that the Hub returns ({str(error).splitlines()[0]})."
         ) from None
+
+
+def check_output(output_dir: str, **sources: str | None) -> None:
+    """
+    Checks that what is trained is not saved over what it is trained from.
+
+    Args:
+        output_dir (`str`):
+            Folder that is saved into.
+        **sources (`str` or `None`):
+            Folders, or model ids on the Hub, that are read, by the names of their arguments.
+
+    Raises:
+        UserError: If they are the same folder.
+    """
+    for field, source in sources.items():
+        if source is not None and Path(source).resolve() == Path(output_dir).resolve():
+            raise UserError(
+                f"`output_dir` is `{field}` (`{source}`), which would be overwritten: give another folder."
+            )
 
 
 def make_folder(path: str | Path, field: str) -> None:

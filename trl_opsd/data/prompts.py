@@ -1,5 +1,6 @@
 """Loads prompts, from a named source, the Hub or a local file, and checks them before anything costly starts."""
 
+import difflib
 import json
 import logging
 import math
@@ -314,7 +315,8 @@ def _read_hub(hub_id: str, config: str | None, split: str) -> Dataset:
     except (OSError, ValueError) as error:  # not found, not reachable, no such split or configuration
         reason = str(error).splitlines()[0].rstrip(".")
         kind = NoSplit if reason.startswith("Unknown split") else UserError
+        near = difflib.get_close_matches(hub_id, SOURCES, n=1)
         raise kind(
-            f"The split `{split}` of `{hub_id}` cannot be loaded from the Hub ({reason}): check the name and the "
-            "connection, or give the path of a local file."
+            f"The split `{split}` of `{hub_id}` cannot be loaded from the Hub ({reason}): check the name"
+            f"{f' (did you mean `{near[0]}`?)' if near else ''} and the connection, or give the path of a local file."
         ) from None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, check_output, user_errors, warn_of_precision
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out
 from ..data.fit import positions_in_training, write
 from ..results import finish, write_results
@@ -377,6 +377,11 @@ def check_settings(
     teacher = training_args.teacher_model_name_or_path
     if teacher is not None:
         check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
+    check_output(
+        training_args.output_dir,
+        model_name_or_path=model_args.model_name_or_path,
+        teacher_model_name_or_path=teacher,
+    )
     check_engine(training_args)
     if script_args.probe_only and script_args.probe_prompts < 1:
         raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")
@@ -520,6 +525,9 @@ def run(script_args: OPSDScriptArguments, training_args: OPSDConfig, model_args:
         claim(training_args)
         if training_args.process_index == 0:
             record_held_out(training_args.output_dir, held_out)
+            if resume_from is None:  # those of a run before it speak of another model
+                for name in ("probe.json", "probe.html"):
+                    Path(training_args.output_dir, name).unlink(missing_ok=True)
 
     # An adapter of an earlier stage is merged: what is trained here starts from what was trained there
     student = merged(model_args.model_name_or_path, f"{training_args.output_dir}/start/student")

@@ -8,7 +8,7 @@ from pathlib import Path
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..adapters import merged
-from ..cli import UserError, as_list, check_checkpoint, user_errors, warn_of_precision
+from ..cli import UserError, as_list, check_checkpoint, check_output, user_errors, warn_of_precision
 from ..data import check_columns, check_fit, hold_out, load_prompts, load_tokenizer, record_held_out, warn_of_strings
 from ..data.fit import positions_in_training
 from ..results import finish
@@ -54,6 +54,7 @@ def run(script_args: RLVRScriptArguments, training_args: RLVRConfig, model_args:
         config = check_checkpoint(
             model_args.model_name_or_path, "model_name_or_path", trust_remote_code, model_args.model_revision
         )
+        check_output(training_args.output_dir, model_name_or_path=model_args.model_name_or_path)
         check_engine(training_args)
         script_args.reward_funcs = as_list(script_args.reward_funcs)
         reward_funcs = load_reward_funcs(script_args.reward_funcs)
