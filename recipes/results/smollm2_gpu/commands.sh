@@ -24,7 +24,7 @@ case $1 in
         evaluate "$START" "$OUT/rlvr.json"
         evaluate "$START" "$OUT/asked.json" --prompt_template "$CONCISE"
         evaluate "$TEACHER" "$OUT/teacher.json" --decoding greedy sampled ;;
-    concise) opsd opsd --seed "$2" && evaluate "$OUT/opsd" "$OUT/concise-$2.json" ;;  # 0, 1, 2
+    concise) opsd opsd --seed "$2" && evaluate "$OUT/opsd" "$OUT/concise-$2.json" ;;  # 42 (in the files: 0), 1, 2
     gate-four)
         opsd opsd --teacher_gate 1.0 --teacher_gate_rollouts 4
         evaluate "$OUT/opsd" "$OUT/gate-four.json" ;;
