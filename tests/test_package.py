@@ -61,7 +61,8 @@ def test_what_is_too_old_ends_in_one_sentence(of):
 def test_a_python_without_trl_ends_in_one_sentence():
     code = "import importlib.metadata as metadata, sys\nown = metadata.version\n"
     code += "def version(name):\n    if name == 'trl':\n        raise metadata.PackageNotFoundError(name)\n    return own(name)\n"
-    code += "metadata.version = version\nsys.argv = ['-m', '--help']\nimport trl_opsd.opsd.__main__"
+    code += "metadata.version = version\nsys.argv = ['-m', '--help']\n"
+    code += "sys.modules['packaging'] = None\nimport trl_opsd.opsd.__main__"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     sentence = (
         r"error: trl-opsd \S+ overrides private methods of TRL \S+, and `\S+` has no TRL: is that the Python of .*\n"

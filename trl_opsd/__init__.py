@@ -4,8 +4,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from packaging.specifiers import SpecifierSet
-
 
 __version__ = "0.1.0"
 
@@ -18,8 +16,11 @@ for _package, _range in _SUPPORTED.items():
         _found = version(_package)
     except PackageNotFoundError:
         _found = None
-    if _found is not None and SpecifierSet(_range).contains(_found, prereleases=True):
-        continue
+    if _found is not None:
+        from packaging.specifiers import SpecifierSet  # which a Python without any of these may not have
+
+        if SpecifierSet(_range).contains(_found, prereleases=True):
+            continue
     _needs, _name = _NAMES.get(_package, (f"needs {_package}", _package))
     _message = f"trl-opsd {__version__} {_needs} {_range}, and " + (
         f"`{sys.executable}` has no {_name}: is that the Python of your environment?"

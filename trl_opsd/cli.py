@@ -426,7 +426,7 @@ def check_output(output_dir: str, **sources: str | None) -> None:
         UserError: If they are the same folder.
     """
     for field, source in sources.items():
-        if source is not None and Path(source).resolve() == Path(output_dir).resolve():
+        if source is not None and Path(source).is_dir() and Path(source).resolve() == Path(output_dir).resolve():
             raise UserError(
                 f"`output_dir` is `{field}` (`{source}`), which would be overwritten: give another folder."
             )

@@ -377,11 +377,12 @@ def check_settings(
     teacher = training_args.teacher_model_name_or_path
     if teacher is not None:
         check_checkpoint(teacher, "teacher_model_name_or_path", trust_remote_code)
-    check_output(
-        training_args.output_dir,
-        model_name_or_path=model_args.model_name_or_path,
-        teacher_model_name_or_path=teacher,
-    )
+    if not script_args.probe_only:
+        check_output(
+            training_args.output_dir,
+            model_name_or_path=model_args.model_name_or_path,
+            teacher_model_name_or_path=teacher,
+        )
     check_engine(training_args)
     if script_args.probe_only and script_args.probe_prompts < 1:
         raise UserError("`probe_only` needs prompts to probe: set `probe_prompts` above 0.")

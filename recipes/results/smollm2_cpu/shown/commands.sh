@@ -1,5 +1,5 @@
-# What was run on a CPU, in the root of the repository, after smollm2_cpu_sft.yaml, smollm2_cpu_rlvr.yaml and
-# smollm2_cpu_opsd.yaml (whose student, started from the warm start, wrote the bank). SEED is 42, or 1.
+# What was run on a CPU, in the root of the repository, after smollm2_cpu_sft.yaml and smollm2_cpu_rlvr.yaml. Seed 1 was run for
+# what has the bank alone, into folders of its own; the results are called solution, bank, sft_gold and sft_bank.
 set -eu
 export OMP_NUM_THREADS=1
 R=runs/smollm2-cpu
@@ -20,7 +20,9 @@ python -c "from trl_opsd.adapters import merged; print(merged('$R/rlvr', '$R/rlv
 python -m trl_opsd.opsd --config recipes/small/smollm2_cpu_solution.yaml
 measure opsd_solution
 
-python -m trl_opsd.compress.bank --model_name_or_path $R/opsd --dataset_name $R/sft/data --dataset_split train \
+# The bank's writer has begun from the warm start, which RLVR has merged to begin from
+python -m trl_opsd.opsd --config recipes/small/smollm2_cpu_opsd.yaml --model_name_or_path $R/rlvr/start --output_dir $R/opsd-warm
+python -m trl_opsd.compress.bank --model_name_or_path $R/opsd-warm --dataset_name $R/sft/data --dataset_split train \
     --reward_funcs math_reward --max_completion_length 256 --batch_size 64 --dtype bfloat16 --bank $R/bank --output $R/bank.json
 python -m trl_opsd.opsd --config recipes/small/smollm2_cpu_solution.yaml --solution bank --rollout_bank $R/bank \
     --output_dir $R/opsd_bank --seed "${SEED:-42}"
